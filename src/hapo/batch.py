@@ -1,0 +1,166 @@
+"""The token contract: what every part of the library reads.
+
+Shapes: B sequences, T tokens. Log-probabilities and entropies are in nats, of softmax(logits / T_base).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+TOKEN_FIELDS = (
+    "old_logp",
+    "logp",
+    "ref_logp",
+    "sampler_logp",
+    "old_entropy",
+    "entropy",
+    "advantage",
+    "signal",
+    "weight",
+)
+
+
+@dataclass(frozen=True)
+class EntropyStats:
+    """Statistics of the log-entropy over the valid tokens of one rollout batch (HAPO, eqs. 5-7).
+
+    They make the signal h of that batch and, one rollout batch later, the sampling temperature.
+    """
+
+    pivot: float
+    """rho-quantile of log entropy, log-nats; an actual token's value."""
+    sigma: float
+    """Population standard deviation of log entropy about its mean, log-nats."""
+    h_max: float
+    """Largest distance above the pivot, log-nats, >= 0."""
+    h_min: float
+    """Largest distance below the pivot as a negative number, log-nats, <= 0."""
+    tokens: int = 0
+    """Number of tokens that the statistics were taken over."""
+    floored: float = 0.0
+    """Share of those tokens whose entropy was at or below the floor 1e-8."""
+
+    def to_dict(self) -> dict[str, float]:
+        """Plain numbers, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """Counts of one optimiser step, over all its micro-batches and ranks: the normalisers of the loss."""
+
+    sequences: int
+    """Rows with at least one valid token."""
+    tokens: int
+    """Valid tokens."""
+    kept: int
+    """Valid tokens that the method keeps in the loss."""
+
+    def __add__(self, other: StepTotals) -> StepTotals:
+        return StepTotals(self.sequences + other.sequences, self.tokens + other.tokens, self.kept + other.kept)
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Responses as padded tensors. Immutable: every operation returns a new batch.
+
+    What stands at masked positions is never read. `logp` is the only tensor with a gradient (`entropy` may
+    have one where a method says so). `advantage`, `signal`, `weight`, `keep`, `stats` and `totals` are made by
+    `Method.prepare` and are constants from then on.
+
+    Raises:
+        ValueError: a field has another shape, dtype or device than the contract says, named in the message.
+    """
+
+    mask: Bool[Tensor, "B T"]
+    """Valid response tokens: end of sequence included; prompt, padding and tool output not."""
+    old_logp: Float[Tensor, "B T"]
+    """Log-probability of the taken token under the policy at rollout."""
+    reward: Float[Tensor, " B"]
+    """Outcome reward of the response, with any length penalty."""
+    group: Int[Tensor, " B"]
+    """Prompt id: rows with equal ids are samples of one prompt."""
+    logp: Float[Tensor, "B T"] | None = None
+    """Log-probability of the taken token under the current policy."""
+    ref_logp: Float[Tensor, "B T"] | None = None
+    """The same under the reference policy."""
+    sampler_logp: Float[Tensor, "B T"] | None = None
+    """The same under the distribution that really drew the token (adaptive temperature, top-p and all)."""
+    old_entropy: Float[Tensor, "B T"] | None = None
+    """Full-vocabulary entropy of the policy at rollout, nats."""
+    entropy: Float[Tensor, "B T"] | None = None
+    """Full-vocabulary entropy of the current policy, nats."""
+    verdict: Float[Tensor, " B"] | None = None
+    """The verifier's verdict before any shaping; group filtering acts on it. `reward` where absent."""
+    advantage: Float[Tensor, "B T"] | None = None
+    signal: Float[Tensor, "B T"] | None = None
+    weight: Float[Tensor, "B T"] | None = None
+    keep: Bool[Tensor, "B T"] | None = None
+    """Tokens of `mask` that enter the loss; all of them where absent."""
+    stats: EntropyStats | None = None
+    """Entropy statistics of the rollout batch; the next rollout's temperature law reads them."""
+    totals: StepTotals | None = None
+    """Counts of the optimiser step that this batch is a slice of."""
+
+    def __post_init__(self) -> None:
+        """Check the contract at the door."""
+        if self.mask.dtype != torch.bool or self.mask.ndim != 2:
+            raise ValueError(
+                f"mask must be a bool tensor of shape (B, T), got {self.mask.dtype} {tuple(self.mask.shape)}; "
+                "convert with mask.bool()"
+            )
+        b, t = self.mask.shape
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if not isinstance(value, Tensor) or f.name == "mask":
+                continue
+            expected = (b, t) if f.name in TOKEN_FIELDS or f.name == "keep" else (b,)
+            if tuple(value.shape) != expected:
+                raise ValueError(f"{f.name} has shape {tuple(value.shape)}, expected {expected} as mask says")
+            if value.device != self.mask.device:
+                raise ValueError(f"{f.name} is on {value.device}, mask on {self.mask.device}; move them together")
+            if f.name == "keep":
+                continue
+            if f.name == "group":
+                if value.is_floating_point() or value.is_complex():
+                    raise ValueError(f"group holds prompt ids and must be an integer tensor, got {value.dtype}")
+            elif not value.is_floating_point():
+                raise ValueError(f"{f.name} must be a floating-point tensor, got {value.dtype}")
+
+    def __len__(self) -> int:
+        return self.mask.shape[0]
+
+    def replace(self, **changes: Any) -> TokenBatch:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+    def count(self) -> StepTotals:
+        """Totals of exactly these rows."""
+        kept = self.mask if self.keep is None else self.mask & self.keep
+        return StepTotals(
+            sequences=int(self.mask.any(-1).sum()), tokens=int(self.mask.sum()), kept=int(kept.sum())
+        )
+
+    def rows(self, index: slice | Tensor | list[int]) -> TokenBatch:
+        """Some rows of the step, for one micro-batch: the step's totals stay, so that losses add up."""
+        if isinstance(index, list):
+            index = torch.tensor(index, dtype=torch.long, device=self.mask.device)
+        return self.replace(
+            **{f.name: value[index] for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        )
+
+    def step(self, index: slice | Tensor | list[int]) -> TokenBatch:
+        """Some rows as an optimiser step of their own: the totals are counted anew."""
+        part = self.rows(index)
+        return part.replace(totals=part.count())
+
+
+def masked(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """x in float32 (float64 stays) with zeros where the mask is False, whatever stood there."""
+    x = x if x.dtype == torch.float64 else x.float()
+    return torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))

@@ -1,0 +1,207 @@
+"""Method: one choice a stage, and the two calls that a trainer makes, prepare() and loss()."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from .batch import TOKEN_FIELDS, EntropyStats, StepTotals, TokenBatch, masked
+from .parts.bounds import Bounds, constant_bounds
+from .parts.entropy import entropy_from_logits
+from .parts.keep import mixed_groups
+from .parts.penalty import k3
+from .parts.ratio import token_ratio, truncated_correction
+from .parts.reduce import token_mean
+from .parts.surrogate import Surrogate, clipped_surrogate
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """What `Method.loss` returns for a batch or a slice of it."""
+
+    loss: Float[Tensor, ""]
+    """This slice's share of the optimiser step's loss: the shares of all slices add up to it."""
+    metrics: dict[str, Tensor]
+    """Scalars, detached, shares like the loss: add them up over the slices of a step."""
+    tokens: dict[str, Tensor]
+    """Per token (B,T), detached: ratio, advantage (as used), low and high bound, clipped."""
+
+
+def _no_reshape(advantage: Tensor, ratio: Tensor, signal: Tensor | None, bounds: Bounds) -> Float[Tensor, "B T"]:
+    return advantage
+
+
+def _symmetric_bounds(ratio: Tensor, signal: Tensor | None) -> Bounds:
+    return constant_bounds(ratio, 0.2, 0.2)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Method:
+    """A policy-optimisation method as one choice a stage; every stage is a pure function on tensors.
+
+    The prepare stages see a whole rollout batch, of all ranks; what they return is frozen. The loss stages see
+    whole rows of it. Inside a method every tensor is float32 (float64 stays) and zero outside the mask.
+    """
+
+    name: str
+    advantage: Callable[[TokenBatch], Float[Tensor, "B T"]]
+    """Prepare. The advantage of every valid token."""
+    filter_groups: bool = False
+    """Prepare. Drop the rows of groups whose verdicts are all equal (DAPO's dynamic sampling)."""
+    signal: Callable[[TokenBatch], tuple[Float[Tensor, "B T"], EntropyStats | None]] | None = None
+    """Prepare. A number per token that later stages read, and the statistics behind it."""
+    keep: Callable[[TokenBatch], Bool[Tensor, "B T"]] | None = None
+    """Prepare. Tokens that enter the loss; sees advantage and signal."""
+    sampler_cap: float | None = 2.0
+    """Prepare. Weight min(exp(old - sampler), cap) on tokens whose `sampler_logp` is known; None: no weight."""
+    factor: Callable[[Tensor, EntropyStats], Tensor] | None = None
+    """Sampling. Factor on T_base as a function of the entropy; None: T = T_base."""
+    live_signal: Callable[[TokenBatch], Float[Tensor, "B T"]] | None = None
+    """Loss. Replaces the frozen signal by one of the current entropies; breaks law 1 where it takes
+    statistics of the slice."""
+    ratio: Callable[[Tensor, Tensor], Float[Tensor, "B T"]] = token_ratio
+    """Loss. (logp, old_logp) -> importance ratio, differentiable in logp."""
+    bounds: Callable[[Tensor, Tensor | None], Bounds] = _symmetric_bounds
+    """Loss. (ratio, signal) -> clip bounds."""
+    reshape: Callable[[Tensor, Tensor, Tensor | None, Bounds], Float[Tensor, "B T"]] = _no_reshape
+    """Loss. (advantage, ratio, signal, bounds) -> advantage as used; the ratio is a constant here."""
+    surrogate: Callable[[Tensor, Tensor, Bounds], Surrogate] = clipped_surrogate
+    """Loss. (ratio, advantage, bounds) -> per-token loss."""
+    kl_coef: float = 0.0
+    """Loss. Weight of the k3 penalty towards the reference policy; needs `ref_logp`."""
+    reduce: Callable[[Tensor, Tensor, StepTotals], Float[Tensor, ""]] = token_mean
+    """Loss. (loss, mask, totals) -> scalar, normalised by the totals of the optimiser step."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """The options it was built from, for records and checkpoints."""
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{k}={v!r}" for k, v in self.options.items() if k != "method")
+        return f"Method({self.name!r}{', ' if options else ''}{options})"
+
+    def prepare(self, batch: TokenBatch) -> TokenBatch:
+        """Advantage, signal, weight and keep mask of a rollout batch, frozen; statistics and totals.
+
+        Call it once on the whole rollout batch, all ranks together: group means, quantiles and counts are taken
+        here and nowhere else.
+
+        Raises:
+            ValueError: a field that this method reads is missing.
+        """
+        batch = _frozen(batch)
+        if self.filter_groups:
+            verdict = batch.reward if batch.verdict is None else batch.verdict
+            rows = mixed_groups(verdict, batch.group, batch.mask.any(-1))
+            batch = _frozen(batch.replace(mask=batch.mask & rows.unsqueeze(1)))
+        if self.signal is not None:
+            if batch.old_entropy is None:
+                raise ValueError(
+                    f"method {self.name!r} reads the entropy at rollout: set TokenBatch.old_entropy "
+                    "(nats, taken in the same pass as old_logp)"
+                )
+            signal, stats = self.signal(batch)
+            batch = batch.replace(signal=masked(signal.detach(), batch.mask), stats=stats)
+        batch = batch.replace(advantage=masked(self.advantage(batch).detach(), batch.mask))
+        if self.keep is not None:
+            batch = batch.replace(keep=self.keep(batch) & batch.mask)
+        if self.sampler_cap is not None and batch.sampler_logp is not None:
+            weight = truncated_correction(batch.old_logp, batch.sampler_logp, self.sampler_cap)
+            batch = batch.replace(weight=masked(weight.detach(), batch.mask))
+        return batch.replace(totals=batch.count())
+
+    def loss(self, batch: TokenBatch) -> LossOutput:
+        """Loss of a prepared batch, or of any slice of it (`batch.rows(...)`); see `LossOutput`.
+
+        Differentiable in `batch.logp` alone. An empty batch has loss 0 and gradient 0.
+
+        Raises:
+            ValueError: the batch was not prepared, or a field that this method reads is missing.
+        """
+        if batch.advantage is None or batch.totals is None:
+            raise ValueError("loss() got a batch without advantages: call method.prepare(batch) first")
+        if batch.logp is None:
+            raise ValueError("loss() needs TokenBatch.logp, the log-probs under the current policy")
+        if self.signal is not None and batch.signal is None:
+            raise ValueError(f"this batch was not prepared by {self.name!r}: it has no signal")
+        batch = _clean(batch)
+        assert batch.logp is not None and batch.advantage is not None and batch.totals is not None
+        signal = batch.signal if self.live_signal is None else masked(self.live_signal(batch), batch.mask)
+        ratio = self.ratio(batch.logp, batch.old_logp)
+        bounds = self.bounds(ratio.detach(), signal)
+        advantage = self.reshape(batch.advantage, ratio.detach(), signal, bounds).detach()
+        surrogate = self.surrogate(ratio, advantage, bounds)
+        loss = surrogate.loss if batch.weight is None else surrogate.loss * batch.weight
+        kept = batch.mask if batch.keep is None else batch.mask & batch.keep
+        total = self.reduce(loss, kept, batch.totals)
+        per_token = {
+            "ratio": ratio,
+            "clip/low": surrogate.clipped_low,
+            "clip/high": surrogate.clipped_high,
+            "kl_old": (ratio - 1.0) - (batch.logp - batch.old_logp).clamp(-20, 20),
+        }
+        if batch.weight is not None:
+            per_token["sampler_weight"] = batch.weight
+        if signal is not None:
+            per_token["redistributed"] = advantage != batch.advantage
+        if self.kl_coef:
+            if batch.ref_logp is None:
+                raise ValueError(
+                    f"kl_coef = {self.kl_coef} needs TokenBatch.ref_logp; set it, or kl_coef=0 for no penalty"
+                )
+            per_token["kl"] = k3(batch.logp, batch.ref_logp)
+            # The penalty acts on every valid token, also on those that `keep` takes out of the surrogate.
+            everywhere = replace(batch.totals, kept=batch.totals.tokens)
+            total = total + self.kl_coef * self.reduce(per_token["kl"], batch.mask, everywhere)
+        n = max(batch.totals.tokens, 1)
+        metrics = {k: (v.detach().float() * batch.mask).sum() / n for k, v in per_token.items()}
+        return LossOutput(
+            loss=total,
+            metrics={"loss": total.detach(), **metrics},
+            tokens={
+                "ratio": ratio.detach(),
+                "advantage": advantage,
+                "low": bounds.low,
+                "high": bounds.high,
+                "clipped": surrogate.clipped_low | surrogate.clipped_high,
+            },
+        )
+
+    def temperature(
+        self, logits: Float[Tensor, "*shape V"], stats: EntropyStats | None, t_base: float = 1.0
+    ) -> Float[Tensor, "*shape"]:
+        """Sampling temperature of each position, from logits and the previous rollout's statistics.
+
+        T_base where the method has no law or there are no statistics yet. The entropy is taken of
+        softmax(logits / t_base), before any truncation of the vocabulary.
+        """
+        shape, device = logits.shape[:-1], logits.device
+        if self.factor is None or stats is None:
+            return torch.full(shape, t_base, device=device)
+        return t_base * self.factor(entropy_from_logits(logits, t_base), stats)
+
+
+_CURRENT = ("logp", "entropy")
+
+
+def _clean(batch: TokenBatch, names: Iterable[str] = TOKEN_FIELDS) -> TokenBatch:
+    """These per-token tensors in float32 (float64 stays), zero outside the mask; rewards of empty rows zero."""
+    changes: dict[str, Any] = {
+        name: masked(value, batch.mask) for name in names if (value := getattr(batch, name)) is not None
+    }
+    rows = batch.mask.any(-1)
+    for name in ("reward", "verdict"):
+        value = getattr(batch, name)
+        if value is not None:
+            changes[name] = torch.where(rows, value if value.dtype == torch.float64 else value.float(), 0.0)
+    return batch.replace(**changes)
+
+
+def _frozen(batch: TokenBatch) -> TokenBatch:
+    """The batch without autograd, but for the current policy's tensors, which prepare() does not read."""
+    names = [name for name in TOKEN_FIELDS if name not in _CURRENT]
+    with torch.no_grad():
+        return _clean(batch, names)

@@ -1,0 +1,81 @@
+"""Entropy of tokens and the signal that HAPO makes of it.
+
+Shapes: B sequences, T tokens, V vocabulary. Entropies are in nats, of the full-vocabulary policy
+softmax(logits / T_base), before top-p, top-k and the adaptive factor.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ..batch import EntropyStats as EntropyStats
+
+LOG_FLOOR = 1e-8
+"""Entropies below this are floored before the logarithm (hapo.md, eqs. 5-7)."""
+
+SCALE_FLOOR = 1e-8
+
+
+def entropy_from_logits(logits: Float[Tensor, "*shape V"], t_base: float = 1.0) -> Float[Tensor, "*shape"]:
+    """Entropy in nats of softmax(logits / t_base), float32 (float64 stays), as logsumexp(z) - sum p z.
+
+    Logits of -inf (masked vocabulary) count as probability 0. Rows are shifted by their maximum, so the
+    result is exact to about 1e-6 for any offset.
+    """
+    z = (logits if logits.dtype == torch.float64 else logits.float()) / t_base
+    z = z - z.amax(-1, keepdim=True)
+    e = z.exp()
+    total = e.sum(-1)
+    # 0 * -inf is 0 here: a token of probability 0 adds nothing to the entropy.
+    weighted = (e * z.masked_fill(e == 0, 0.0)).sum(-1)
+    return (total.log() - weighted / total).clamp_min(0.0)
+
+
+def log_entropy(entropy: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """log(max(H, 1e-8)), float32."""
+    return entropy.float().clamp_min(LOG_FLOOR).log()
+
+
+def entropy_stats(
+    entropy: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], rho: float = 0.8
+) -> EntropyStats | None:
+    """Statistics of log H over the valid tokens (HAPO, eqs. 5-7); None where no token is valid.
+
+    The pivot is the nearest-rank quantile: the sorted value at round(rho (N - 1)), halves to the even index,
+    so it is an actual token. sigma divides by N.
+    """
+    valid = log_entropy(entropy[mask].detach()).double()
+    n = valid.numel()
+    if n == 0:
+        return None
+    ordered = valid.sort().values
+    pivot = ordered[round(rho * (n - 1))]
+    return EntropyStats(
+        pivot=pivot.item(),
+        sigma=valid.std(correction=0).item(),
+        h_max=max((ordered[-1] - pivot).item(), 0.0),
+        h_min=min((ordered[0] - pivot).item(), 0.0),
+        tokens=n,
+        floored=(entropy[mask] <= LOG_FLOOR).double().mean().item(),
+    )
+
+
+def entropy_signal(
+    entropy: Float[Tensor, "*shape"],
+    stats: EntropyStats,
+    variant: Literal["paper", "release"] = "paper",
+) -> Float[Tensor, "*shape"]:
+    """The signal h of HAPO, eqs. 5-7, a constant for autograd.
+
+    h = d / h_max above the pivot and d / |h_min| at or below it, with d = log H - pivot: +1 at the most
+    uncertain token, 0 at the pivot, -1 at the most certain one. `variant="release"` computes what the
+    authors' code does: the lower branch without its sign, so h >= 0 everywhere.
+    """
+    d = log_entropy(entropy.detach()).double() - stats.pivot
+    up = d / max(stats.h_max, SCALE_FLOOR)
+    down = d / max(-stats.h_min, SCALE_FLOOR)
+    return torch.where(d > 0, up, down if variant == "paper" else -down).float()

@@ -1,0 +1,16 @@
+"""Shared set-up: jaxtyping shapes are enforced at every call while the tests run."""
+
+import os
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+from jaxtyping import install_import_hook
+
+_hook = install_import_hook("hapo", "beartype.beartype")
+_hook.__enter__()
+
+import torch  # noqa: E402
+
+torch.set_num_threads(1)

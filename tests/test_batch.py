@@ -1,0 +1,37 @@
+"""The contract's own checks run where jaxtyping is not installed as a hook: in a user's process."""
+
+import subprocess
+import sys
+
+import pytest
+
+CASES = {
+    "mask=torch.ones(2, 3)": "mask must be a bool tensor",
+    "old_logp=torch.zeros(2, 4)": "old_logp has shape (2, 4), expected (2, 3)",
+    "reward=torch.zeros(3)": "reward has shape (3,), expected (2,)",
+    "group=torch.zeros(2)": "group holds prompt ids and must be an integer tensor",
+    "old_entropy=torch.zeros(2, 3, dtype=torch.long)": "old_entropy must be a floating-point tensor",
+}
+SCRIPT = """
+import torch, hapo
+ok = dict(mask=torch.ones(2, 3, dtype=torch.bool), old_logp=torch.zeros(2, 3),
+          reward=torch.zeros(2), group=torch.zeros(2, dtype=torch.long))
+for case in {cases!r}:
+    try:
+        hapo.TokenBatch(**{{**ok, **eval(f"dict({{case}})")}})
+    except ValueError as error:
+        print(error)
+"""
+
+
+@pytest.fixture(scope="module")
+def messages():
+    out = subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(cases=list(CASES))], capture_output=True, text=True, check=True
+    )
+    return out.stdout.splitlines()
+
+
+@pytest.mark.parametrize("i", range(len(CASES)), ids=list(CASES))
+def test_a_broken_field_is_named(messages, i):
+    assert messages[i].startswith(list(CASES.values())[i])

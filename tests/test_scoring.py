@@ -1,0 +1,329 @@
+"""Scoring: a hand-worked pair of logits, a plain float64 computation, and transformers' own logits."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+)
+from trl.trainer.utils import add_fused_lm_head
+
+from hapo.parts.entropy import EntropyStats
+from hapo.parts.temperature import bounded_factor
+from hapo.scoring import attach_scoring, score_hidden, score_tokens
+
+STATS = EntropyStats(pivot=0.3, sigma=0.5, h_max=0.4, h_min=-0.9)
+
+
+def factor(entropy):
+    return bounded_factor(entropy, STATS, tau=0.3)
+
+
+def plain(logits, tokens, t_base=1.0):
+    """log p, H and sampler log p in float64 from all logits at once."""
+
+    def taken(log_p):
+        return log_p.gather(-1, tokens[..., None]).squeeze(-1)
+
+    log_p = (logits.double() / t_base).log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    tempered = (logits.double() / t_base / factor(entropy)[..., None]).log_softmax(-1)
+    return taken(log_p), entropy, taken(tempered).detach()
+
+
+def inputs(n=7, d=5, v=11, dtype=torch.float32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    hidden, weight, bias = (
+        torch.randn(*s, generator=g).to(dtype).requires_grad_() for s in ((n, d), (v, d), (v,))
+    )
+    return hidden, weight, bias, torch.randint(v, (n,), generator=g)
+
+
+def relative(got, want):
+    return ((got - want).abs().max() / want.abs().max()).item()
+
+
+def test_worked_example():
+    # p = (3/4, 1/4); the temperature factor 1/2 squares it to (9/10, 1/10)
+    scores = score_hidden(
+        torch.tensor([[math.log(3.0)]]),
+        torch.tensor([[1.0], [0.0]]),
+        torch.tensor([1]),
+        factor=lambda entropy: torch.full_like(entropy, 0.5),
+    )
+    torch.testing.assert_close(scores.logp, torch.tensor([-1.3862944]))
+    torch.testing.assert_close(scores.entropy, torch.tensor([0.5623351]))
+    torch.testing.assert_close(scores.sampler_logp, torch.tensor([-2.3025851]))
+
+
+@pytest.mark.parametrize(
+    ("t_base", "softcap", "scale", "with_bias", "chunk"),
+    list(itertools.product((1.0, 0.7), (None, 2.0), (1.0, 0.4), (False, True), (None, 3, 1))),
+)
+def test_values_and_gradients_are_those_of_a_plain_float64_computation(t_base, softcap, scale, with_bias, chunk):
+    hidden, weight, bias, tokens = inputs()
+    leaves = (hidden, weight, bias) if with_bias else (hidden, weight)
+    scores = score_hidden(
+        hidden,
+        weight,
+        tokens,
+        bias=bias if with_bias else None,
+        t_base=t_base,
+        factor=factor,
+        logit_scale=scale,
+        softcap=softcap,
+        chunk_tokens=chunk,
+    )
+    x = scale * (hidden.double() @ weight.double().T + (bias.double() if with_bias else 0.0))
+    logp, entropy, sampler_logp = plain(
+        x if softcap is None else softcap * torch.tanh(x / softcap), tokens, t_base
+    )
+
+    for got, want in ((scores.logp, logp), (scores.entropy, entropy), (scores.sampler_logp, sampler_logp)):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=0)
+    assert not scores.sampler_logp.requires_grad
+
+    a, b = torch.randn(2, len(tokens), generator=torch.Generator().manual_seed(1)).unbind()
+    for got, want in (
+        (scores.logp @ a, logp @ a.double()),
+        (scores.entropy @ b, entropy @ b.double()),
+        (scores.logp @ a + scores.entropy @ b, logp @ a.double() + entropy @ b.double()),
+    ):
+        got_grads = torch.autograd.grad(got, leaves, retain_graph=True)
+        want_grads = torch.autograd.grad(want, leaves, retain_graph=True)
+        assert max(map(relative, got_grads, want_grads)) <= 1e-5
+
+
+def test_gradients_agree_with_finite_differences():
+    hidden, weight, bias, tokens = inputs(n=3, d=2, v=4, dtype=torch.float64)
+
+    def run(*leaves):
+        scores = score_hidden(*leaves[:2], tokens, bias=leaves[2], t_base=0.7, logit_scale=0.8, softcap=1.5)
+        return scores.logp, scores.entropy
+
+    assert torch.autograd.gradcheck(run, (hidden, weight, bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(dtype):
+    hidden, weight, _, tokens = inputs(d=32, dtype=dtype)
+    scores = score_hidden(hidden, weight, tokens, factor=factor, chunk_tokens=2)
+    logp, entropy, sampler_logp = plain(hidden.double() @ weight.double().T, tokens)
+    for got, want in ((scores.logp, logp), (scores.entropy, entropy), (scores.sampler_logp, sampler_logp)):
+        torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=0)
+    got_grads = torch.autograd.grad(scores.logp.sum() + scores.entropy.sum(), (hidden, weight))
+    want_grads = torch.autograd.grad(logp.sum() + entropy.sum(), (hidden, weight))
+    for got, want in zip(got_grads, want_grads, strict=True):
+        assert got.dtype == dtype
+        # Both are rounded to the input's dtype once; a sum over chunks in it would be off by many such steps.
+        torch.testing.assert_close(got, want, atol=1e-6, rtol=torch.finfo(dtype).eps)
+
+
+def test_no_positions_give_no_scores_and_a_zero_gradient():
+    hidden, weight, bias, tokens = inputs(n=0)
+    scores = score_hidden(hidden, weight, tokens, bias=bias, factor=factor)
+    assert scores.logp.shape == scores.entropy.shape == scores.sampler_logp.shape == (0,)
+    (scores.logp.sum() + scores.entropy.sum()).backward()
+    assert not any(leaf.grad.any() for leaf in (weight, bias))
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+def test_memory_does_not_grow_with_positions_times_vocabulary():
+    hidden, weight, bias, tokens = inputs(n=4096, d=4, v=1024)
+    with Largest() as seen:
+        scores = score_hidden(hidden, weight, tokens, bias=bias, factor=factor, softcap=5.0, chunk_tokens=64)
+        (scores.logp.sum() + scores.entropy.sum()).backward()
+    assert seen.elements == 64 * 1024  # of 4096 * 1024
+
+    hidden, weight, _, tokens = inputs(n=300, d=1, v=2**16)
+    with Largest() as seen, torch.no_grad():
+        score_hidden(hidden, weight, tokens)
+    assert seen.elements == 2**24  # the default budget; 300 * 2**16 is larger
+
+
+def test_bad_arguments_are_named():
+    hidden, weight, _, tokens = inputs()
+    with pytest.raises(ValueError, match="t_base must be positive, got 0"):
+        score_hidden(hidden, weight, tokens, t_base=0.0)
+    with pytest.raises(ValueError, match="chunk_tokens must be at least 1, got 0"):
+        score_hidden(hidden, weight, tokens, chunk_tokens=0)
+
+
+SIZES = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+MODELS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, final_logit_softcapping=1.5)),
+    "cohere": lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.2)),
+    "granite": lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=4.0)),
+}
+
+
+def tiny(name="llama"):
+    torch.manual_seed(0)
+    return MODELS[name]().eval()
+
+
+def batch():
+    """Two prompts (the first left-padded), then four response columns with a hole and a padded tail."""
+    g = torch.Generator().manual_seed(2)
+    ids = torch.randint(3, 32, (2, 7), generator=g)
+    attention = torch.tensor([[0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]])
+    response = torch.tensor([[1, 0, 1, 1], [1, 1, 0, 0]]).bool()
+    return ids, attention, response
+
+
+def assert_scores_match(model, **options):
+    ids, attention, response = batch()
+    scores = score_tokens(model, ids, attention, response, factor=factor, **options)
+    logits = model(input_ids=ids, attention_mask=attention).logits[:, 2:-1]
+    wanted = plain(logits, ids[:, 3:], **options)
+    for got, want in zip((scores.logp, scores.entropy, scores.sampler_logp), wanted, strict=True):
+        assert not got[~response].any()
+        torch.testing.assert_close(got[response].double(), want[response], atol=1e-5, rtol=0)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    got_grads = torch.autograd.grad(scores.logp.sum() + scores.entropy.sum(), parameters)
+    want_grads = torch.autograd.grad((wanted[0] + wanted[1])[response].sum(), parameters)
+    largest = max(g.abs().max() for g in want_grads)
+    for got, want in zip(got_grads, want_grads, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5 * largest.item(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("t_base", [1.0, 0.7])
+@pytest.mark.parametrize("name", MODELS)
+def test_model_scores_are_those_of_its_own_logits(name, t_base):
+    model = tiny(name)
+    attach_scoring(model)
+    assert_scores_match(model, t_base=t_base)
+
+
+def test_attaching_keeps_generate_and_forward():
+    model = tiny()
+    ids, attention, _ = batch()
+    prompt = {"input_ids": ids[:, :3], "attention_mask": attention[:, :3], "max_new_tokens": 4, "do_sample": False}
+    before, logits = model.generate(**prompt), model(ids).logits
+    attach_scoring(model)
+    forward = model.forward
+    attach_scoring(model)
+    assert model.forward == forward
+    assert torch.equal(model.generate(**prompt), before)
+    assert torch.equal(model(ids).logits, logits)
+
+
+def test_a_deep_copy_scores_and_runs_with_its_own_weights():
+    model = tiny()
+    attach_scoring(model)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.lm_head.weight.mul_(-1.0)
+    assert_scores_match(other)
+    assert torch.equal(other(batch()[0]).logits, -model(batch()[0]).logits)
+
+
+def test_what_stands_at_masked_positions_changes_nothing():
+    model = tiny()
+    attach_scoring(model)
+    ids, attention, response = batch()
+    garbage = torch.where(attention.bool(), ids, 31 - ids)
+    for a, b in zip(
+        vars(score_tokens(model, ids, attention, response, factor=factor)).values(),
+        vars(score_tokens(model, garbage, attention, response, factor=factor)).values(),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
+def test_an_all_masked_batch_is_a_differentiable_zero():
+    model = tiny()
+    attach_scoring(model)
+    ids, attention, response = batch()
+    scores = score_tokens(model, ids, attention, torch.zeros_like(response), factor=factor)
+    assert not any(field.any() for field in vars(scores).values())
+    (scores.logp.sum() + scores.entropy.sum()).backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("trl_first", [True, False])
+def test_scoring_and_the_fused_head_of_trl_share_a_model(trl_first):
+    model = tiny()
+    heads = [add_fused_lm_head, attach_scoring]
+    for attach in heads if trl_first else reversed(heads):
+        attach(model)
+    assert_scores_match(model)
+    ids, attention, response = batch()
+    labels = torch.cat([torch.full((2, 3), -100), ids[:, 3:].masked_fill(~response, -100)], 1)
+    fused = model(input_ids=ids, attention_mask=attention, labels=labels, fused_lm_head=True).log_probs
+    torch.testing.assert_close(score_tokens(model, ids, attention, response).logp, fused[:, 2:])
+
+
+# PEFT asks transformers for a name that transformers deprecates.
+uses_peft = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def lora(model, targets):
+    torch.manual_seed(1)
+    return get_peft_model(
+        model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
+    )
+
+
+@uses_peft
+@pytest.mark.parametrize("peft_first", [True, False])
+def test_lora_scores_are_those_of_the_adapted_model(peft_first):
+    model = tiny()
+    if not peft_first:
+        attach_scoring(model)
+    model = lora(model, ["q_proj", "v_proj"]).eval()
+    attach_scoring(model)
+    assert_scores_match(model)
+
+
+@uses_peft
+def test_models_that_cannot_be_scored_are_refused():
+    with pytest.raises(ValueError, match="LlamaModel has no output embedding"):
+        attach_scoring(LlamaModel(LlamaConfig(**SIZES)))
+    with pytest.raises(ValueError, match="not a plain linear layer: leave it out of target_modules"):
+        attach_scoring(lora(tiny(), ["q_proj", "lm_head"]))
+    ids, attention, response = batch()
+    with pytest.raises(ValueError, match=r"call attach_scoring\(model\) first"):
+        score_tokens(tiny(), ids, attention, response)
+    with pytest.raises(ValueError, match="at least one prompt token"):
+        score_tokens(tiny(), ids[:, 3:], attention[:, 3:], response)
