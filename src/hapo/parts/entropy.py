@@ -27,12 +27,11 @@ def entropy_from_logits(logits: Float[Tensor, "*shape V"], t_base: float = 1.0) 
     result is exact to about 1e-6 for any offset.
     """
     z = (logits if logits.dtype == torch.float64 else logits.float()) / t_base
-    z = z - z.amax(-1, keepdim=True)
+    # A logit 200 below the largest has probability 0; the floor keeps 0 * -inf out of the sum.
+    z = z.sub_(z.amax(-1, keepdim=True)).clamp_min_(-200.0)
     e = z.exp()
     total = e.sum(-1)
-    # 0 * -inf is 0 here: a token of probability 0 adds nothing to the entropy.
-    weighted = (e * z.masked_fill(e == 0, 0.0)).sum(-1)
-    return (total.log() - weighted / total).clamp_min(0.0)
+    return (total.log() - torch.linalg.vecdot(e, z) / total).clamp_min(0.0)
 
 
 def log_entropy(entropy: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

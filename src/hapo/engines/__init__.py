@@ -1,0 +1,1 @@
+"""Adapters to training engines: thin, version-gated, without maths."""

@@ -1,0 +1,10 @@
+"""The TRL engine: TRL's GRPO trainer with the advantage, loss, scoring and sampling of a `Method`."""
+
+from .version import require_trl
+
+require_trl()
+
+from .config import HAPOConfig  # noqa: E402
+from .trainer import HAPOTrainer  # noqa: E402
+
+__all__ = ["HAPOConfig", "HAPOTrainer"]

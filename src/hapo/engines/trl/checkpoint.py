@@ -1,0 +1,128 @@
+"""What a HAPO run needs beside TRL's checkpoint: statistics, position, and the rollout batch in progress.
+
+Files in a checkpoint folder: `hapo_state.json`, written last, so that a folder without it is incomplete; and,
+where the checkpoint falls inside a rollout batch, `hapo_rollout-RANK.safetensors` with what is left of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+import hapo
+
+STATE = "hapo_state.json"
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    found = [p for p in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (p / STATE).is_file()]
+    return sorted(found, key=lambda p: int(p.name.rsplit("-", 1)[1]))
+
+
+def check_checkpoint(trainer: Any, resume: bool | str | None) -> str | None:
+    """The checkpoint to resume from, as a path; None for a fresh start.
+
+    Raises:
+        ValueError: there is none, it is incomplete, or it is one of another method.
+    """
+    if not resume:
+        return None
+    if resume is True:
+        folder = Path(trainer._get_output_dir(None))
+        found = complete_checkpoints(folder)
+        if not found:
+            raise ValueError(f"there is no complete checkpoint in {folder} to resume from; start without resuming")
+        resume = str(found[-1])
+    path = Path(resume)
+    if not (path / STATE).is_file():
+        raise ValueError(
+            f"{path} has no {STATE}: it is no HAPO checkpoint, or its writing was cut short; "
+            "resume from an earlier checkpoint-N folder of the run"
+        )
+    saved = json.loads((path / STATE).read_text())["method"]
+    mine = _identity(trainer.method)
+    if saved != mine:
+        differing = sorted(k for k in {*saved, *mine} if saved.get(k) != mine.get(k))
+        details = ", ".join(f"{k}: {saved.get(k)!r} there, {mine.get(k)!r} here" for k in differing)
+        raise ValueError(
+            f"{path} is a checkpoint of another method ({details}); resume with the method it was written with, "
+            "or start a new run from its weights with model_name_or_path"
+        )
+    return str(path)
+
+
+def save_state(trainer: Any, folder: Path) -> None:
+    """Write the files of this module into a checkpoint that TRL has just written."""
+    every = trainer.args.steps_per_generation * trainer.num_iterations
+    rollout: list[dict[str, Any]] | None = None
+    if trainer._step % every and trainer._buffered_inputs is not None:
+        tensors, rollout = _pack(trainer._buffered_inputs)
+        save_file(tensors, folder / f"hapo_rollout-{trainer.accelerator.process_index}.safetensors")
+    trainer.accelerator.wait_for_everyone()
+    if not trainer.accelerator.is_main_process:
+        return
+    stats = trainer.temperature_stats
+    fresh = trainer._fresh_prompts
+    state = {
+        "version": hapo.__version__,
+        "method": _identity(trainer.method),
+        "stats": None if stats is None else stats.to_dict(),
+        "micro_step": trainer._step,
+        "fresh_prompts": 0 if fresh is None else fresh.position,
+        "metrics": trainer._metrics["train"],
+        "rollout": rollout,
+    }
+    partial = folder / f"{STATE}.partial"
+    partial.write_text(json.dumps(state))
+    os.replace(partial, folder / STATE)
+
+
+def load_state(trainer: Any, folder: Path) -> None:
+    """Put a trainer where the checkpoint left it."""
+    state = json.loads((folder / STATE).read_text())
+    stats = state["stats"]
+    trainer.temperature_stats = None if stats is None else hapo.EntropyStats(**stats)
+    trainer._step = state["micro_step"]
+    trainer._metrics["train"] = defaultdict(list, state["metrics"])
+    if trainer._fresh_prompts is not None:
+        trainer._fresh_prompts.position = state["fresh_prompts"]
+    if state["rollout"] is not None:
+        file = folder / f"hapo_rollout-{trainer.accelerator.process_index}.safetensors"
+        tensors = load_file(file, device=str(trainer.accelerator.device))
+        trainer._buffered_inputs = _unpack(tensors, state["rollout"])
+
+
+def _identity(method: hapo.Method) -> dict[str, Any]:
+    """What must agree for a resume to continue the same run, as JSON gives it back."""
+    return json.loads(json.dumps({"method": method.name, **method.options}))
+
+
+def _pack(batches: list[dict[str, Any]]) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    tensors, rest = {}, []
+    for i, batch in enumerate(batches):
+        rest.append({})
+        for name, value in batch.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{i}.{name}"] = value.detach().contiguous().clone()
+            elif name == "hapo_totals":
+                rest[-1][name] = asdict(value)
+            else:
+                rest[-1][name] = value
+    return tensors, rest
+
+
+def _unpack(tensors: dict[str, torch.Tensor], rest: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    batches = [dict(r, hapo_totals=hapo.StepTotals(**r["hapo_totals"])) for r in rest]
+    for key, value in tensors.items():
+        i, name = key.split(".", 1)
+        batches[int(i)][name] = value
+    return batches

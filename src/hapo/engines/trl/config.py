@@ -1,0 +1,137 @@
+"""`HAPOConfig`: GRPOConfig with a method in place of a loss type."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from trl import GRPOConfig
+
+import hapo
+
+UPDATES_PER_ROLLOUT = 4
+"""Optimiser steps on one rollout batch where the user sets none; the paper takes 16."""
+
+DECIDED_BY_METHOD = {
+    "loss_type": "choose method=",
+    "epsilon": 'set method_options={"eps_low": ...} (GRPO: {"eps": ...})',
+    "epsilon_high": 'set method_options={"eps_high": ...}',
+    "delta": 'set method_options={"dual_clip": ...}',
+    "importance_sampling_level": "choose method=",
+    "scale_rewards": "choose method=",
+    "multi_objective_aggregation": "rewards are summed with reward_weights before the method sees them",
+    "top_entropy_quantile": "choose a method that selects tokens",
+    "off_policy_mask_threshold": "no method uses it",
+    "entropy_coef": "no method has an entropy bonus",
+    "use_adaptive_entropy": "no method has an entropy bonus",
+    "use_bias_correction_kl": "the penalty is GRPO's k3",
+    "vllm_importance_sampling_mode": "the correction is per token, truncated at method_options={'sampler_cap': ...}",
+    "use_liger_kernel": "log-probs come from hapo.scoring",
+}
+"""TRL options that a method decides, and what to do instead."""
+
+
+@dataclass
+class HAPOConfig(GRPOConfig):
+    """`GRPOConfig` plus a method. All TRL options keep their meaning, except those that the method decides
+    (`loss_type`, `epsilon`, `scale_rewards`, ...), which are refused when set.
+
+    One default differs from TRL: without `steps_per_generation` or `generation_batch_size`, a rollout batch is
+    used for four optimiser steps. With one, the policy never leaves the rollout policy: every ratio is 1.
+
+    Raises:
+        ValueError: unknown method or option, an option that the method decides, or a schedule in which an
+            optimiser step would span two rollout batches.
+    """
+
+    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "method_options"]
+
+    method: str = field(
+        default="hapo", metadata={"help": "Policy-optimisation method; `hapo methods` lists them."}
+    )
+    method_options: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": 'Options of the method, e.g. {"eps_high": 0.28}; `hapo methods NAME`.'}
+    )
+    max_num_gen_batches: int = field(
+        default=1,
+        metadata={
+            "help": "Dynamic sampling: rounds of generation until every group of the rollout batch has unequal "
+            "rewards; the paper's setting is 10. With 1, groups of equal rewards are dropped, not replaced."
+        },
+    )
+    overlong_buffer: int = field(
+        default=0,
+        metadata={"help": "Soft overlong punishment: tokens before max_completion_length over which the reward "
+                  "falls by overlong_factor; 0 is off."},
+    )
+    overlong_factor: float = field(
+        default=1.0, metadata={"help": "Largest length penalty, reached at max_completion_length."}
+    )
+    run_records: bool = field(
+        default=False,
+        metadata={"help": "Write config.yaml, manifest.json, metrics.jsonl and tokens/ into output_dir."},
+    )
+    record_tokens_every: int = field(
+        default=20, metadata={"help": "Optimiser steps between token records; 0 writes none."}
+    )
+    record_tokens_rows: int = field(
+        default=64, metadata={"help": "Responses of a token record, at most, on each process."}
+    )
+    # TRL's default masks whole sequences by their ratio, which would drop what adaptive temperature samples.
+    vllm_importance_sampling_mode: str = field(
+        default="token_truncate",
+        metadata={"help": "Kept for TRL; the correction is the method's own, per token."},
+    )
+
+    def __post_init__(self) -> None:
+        """TRL's checks, then ours."""
+        chosen = self.steps_per_generation is not None or self.generation_batch_size is not None
+        if not chosen:
+            self.steps_per_generation = UPDATES_PER_ROLLOUT * self.gradient_accumulation_steps
+        super().__post_init__()
+        options = self.method_options or {}
+        if not isinstance(options, dict):
+            raise ValueError(f"method_options must be a mapping of option names to values, got {options!r}")
+        if "kl_coef" in options:
+            raise ValueError("set the weight of the KL penalty with TRL's beta, not with method_options['kl_coef']")
+        hapo.method(self.method, **options)
+        self._refuse_what_the_method_decides()
+        self._check_schedule()
+        for name, low in (("max_num_gen_batches", 1), ("overlong_buffer", 0), ("record_tokens_every", 0)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        if self.overlong_buffer > self.max_completion_length:
+            raise ValueError(
+                f"overlong_buffer ({self.overlong_buffer}) must not exceed max_completion_length "
+                f"({self.max_completion_length})"
+            )
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Optimiser steps taken on one rollout batch."""
+        return self.steps_per_generation * self.num_iterations // self.gradient_accumulation_steps
+
+    def _refuse_what_the_method_decides(self) -> None:
+        defaults = {f.name: f.default for f in fields(type(self))}
+        for name, remedy in DECIDED_BY_METHOD.items():
+            value = getattr(self, name)
+            # TRL's own post-init fills epsilon_high and normalises scale_rewards to what the default means.
+            if value != defaults[name]:
+                raise ValueError(f"{name}={value!r} cannot be honoured: the method decides it; {remedy}")
+
+    def _check_schedule(self) -> None:
+        if self.steps_per_generation % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"steps_per_generation ({self.steps_per_generation}) must be a multiple of "
+                f"gradient_accumulation_steps ({self.gradient_accumulation_steps}): an optimiser step that spans "
+                "two rollout batches has no exact token count"
+            )
+        if self.updates_per_rollout == 1:
+            warnings.warn(
+                "One optimiser step a rollout batch: the policy is the rollout policy, every importance ratio is "
+                "1, and nothing is ever clipped. Set steps_per_generation to a multiple (4 to 16 times) of "
+                "gradient_accumulation_steps, or num_iterations > 1, for the method's bounds to act.",
+                UserWarning,
+                stacklevel=4,
+            )

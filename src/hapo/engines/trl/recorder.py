@@ -1,0 +1,94 @@
+"""Run records of a `HAPOTrainer`: hands the trainer's values to `hapo.insight.records`."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...batch import TokenBatch
+from ...insight.records import RunRecords, manifest, weights_hash
+from ...method import LossOutput
+
+
+NOT_TOLD = {"hub_token", "accelerator_config", "debug", "gradient_checkpointing", "method", "method_options"}
+"""Secrets, what TRL fills in itself, deprecated twins of other options, and what is written apart."""
+
+
+class Recorder:
+    """Opens the run folder of a trainer and feeds it."""
+
+    def __init__(self, trainer: Any, checkpoint: str | None) -> None:
+        self.trainer = trainer
+        args = trainer.args
+        folder, rank = Path(args.output_dir), args.process_index
+        if checkpoint is not None:
+            self.records = RunRecords.resume(folder, int(checkpoint.rsplit("-", 1)[1]), rank)
+            return
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        self.records = RunRecords.create(
+            folder,
+            config={**trainer.recipe, **_told(args), "method": trainer.method.name, "method_options": _options(trainer)},
+            manifest=manifest(
+                seed=args.seed,
+                model=str(model.config._name_or_path),
+                weights_sha256=weights_hash(model),
+                data_fingerprint=getattr(trainer.train_dataset, "_fingerprint", None),
+                processes=args.world_size,
+            ),
+            rank=rank,
+            need=_checkpoint_bytes(model) if args.save_strategy != "no" else 0,
+        )
+
+    def add_tokens(self, inputs: dict[str, Any], batch: TokenBatch, out: LossOutput) -> None:
+        """Tokens of this micro-batch, if its optimiser step is one to record; written when the step ends."""
+        trainer, args = self.trainer, self.trainer.args
+        every, step = args.record_tokens_every, trainer.state.global_step + 1
+        if not every or (step % every and step != 1):
+            return
+        decode = trainer._tokenizer.batch_decode
+        ids = inputs["completion_ids"]
+        prompts = [row[m.bool()] for row, m in zip(inputs["prompt_ids"], inputs["prompt_mask"], strict=True)]
+        temperature = None
+        if trainer.model.training and batch.old_entropy is not None:
+            temperature = torch.full_like(batch.old_entropy, trainer.temperature)
+            if trainer.method.factor is not None and trainer._sampled_with is not None:
+                temperature = temperature * trainer.method.factor(batch.old_entropy, trainer._sampled_with)
+        self.records.add_tokens(
+            step,
+            batch,
+            out,
+            ids,
+            [decode([[t] for t in row]) for row in ids.tolist()],
+            decode(prompts),
+            temperature,
+            args.record_tokens_rows,
+        )
+        if trainer.accelerator.gradient_state.sync_gradients:
+            self.records.write_tokens(step)
+
+
+def _options(trainer: Any) -> dict[str, Any]:
+    return {k: v for k, v in trainer.method.options.items() if k not in ("method", "kl_coef")}
+
+
+def _told(args: Any) -> dict[str, Any]:
+    """The options that differ from their defaults, as plain values: a recipe that `hapo train` reads back."""
+    values = args.to_dict()
+    told = {}
+    for f in fields(args):
+        default = f.default if f.default_factory is MISSING else f.default_factory()
+        value = values.get(f.name)
+        if f.init and f.name not in NOT_TOLD and value != default and isinstance(value, (str, int, float, bool, list, dict)):
+            told[f.name] = value
+    if "steps_per_generation" in told:
+        told.pop("generation_batch_size", None)  # TRL fills in the one from the other
+    return told
+
+
+def _checkpoint_bytes(model: torch.nn.Module) -> int:
+    """Weights, and two moments for each trained one."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return weights + 2 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)

@@ -1,0 +1,469 @@
+"""`HAPOTrainer`: TRL's GRPO trainer with the advantage, loss, scoring and sampling of a `Method`.
+
+What is overridden, and nothing else: generation of one turn (the temperature law, and the log-probs of what was
+sampled), scoring (hapo.scoring), rewards (kept for the method), the rollout batch (dynamic sampling, prepare),
+the loss, the sampler's order (resume), checkpoints (statistics, rollout in progress) and the run records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+from trl import GRPOTrainer
+
+import hapo
+
+from ...insight.records import check_writable
+from ...method import LossOutput, Method
+from ...parts.shaping import soft_overlong_punishment
+from ...samplers.transformers import sampling
+from ...scoring import attach_scoring, score_tokens
+from .checkpoint import check_checkpoint, load_state, save_state
+from .config import HAPOConfig
+from .recorder import Recorder
+from .rollout import (
+    EpochSampler,
+    FreshPrompts,
+    TensorDict,
+    concat_rows,
+    gather_rows,
+    prompt_key,
+    prompts_to_draw,
+)
+
+LEFT_PADDED = frozenset({"prompt_ids", "prompt_mask"})
+PREPARED = ("hapo_mask", "hapo_advantage", "hapo_signal", "hapo_weight", "hapo_keep")
+METRIC_NAMES = {
+    "clip/low": "clip_ratio/low_mean",
+    "clip/high": "clip_ratio/high_mean",
+    "sampler_weight": "sampling/importance_sampling_ratio/mean",
+    "ratio": "ratio/mean",
+    "kl_old": "kl_old",
+    "redistributed": "redistributed",
+    "kl": "kl",
+    "entropy": "entropy",
+}
+
+
+class HAPOTrainer(GRPOTrainer):
+    """A drop-in for `trl.GRPOTrainer` that trains with any `hapo.Method`.
+
+    ```python
+    from hapo.trl import HAPOConfig, HAPOTrainer
+    trainer = HAPOTrainer(model, reward_funcs, args=HAPOConfig("out", method="hapo"), train_dataset=data)
+    ```
+
+    Entropies and log-probs of the rollout policy are taken in one pass at T_base; group means, statistics and
+    token counts over the whole rollout batch on all ranks, frozen. Each optimiser step is normalised by its
+    exact token count, so the gradient does not depend on the micro-batch size, the accumulation or the ranks.
+
+    Args:
+        method: a `Method` of your own, or a name; overrides `args.method` and `args.method_options`.
+        model, reward_funcs, args, ...: as in `GRPOTrainer`; `args` is a `HAPOConfig`.
+
+    Raises:
+        ValueError: the method cannot honour an option (HAPOConfig), or `resume_from_checkpoint` names a
+            checkpoint of another method, or an incomplete one.
+        FileExistsError: `args.run_records` and the output folder holds another run.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: HAPOConfig | None = None,
+        *trl_args: Any,
+        method: Method | str | None = None,
+        **trl_kwargs: Any,
+    ) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = HAPOConfig(f"{str(name).split('/')[-1] or 'model'}-HAPO")
+        if not isinstance(args, HAPOConfig):
+            raise TypeError(f"args must be a HAPOConfig, got {type(args).__name__}; from hapo.trl import HAPOConfig")
+        self.method = _resolve(method, args)
+        if args.use_vllm and self.method.factor is not None:
+            raise ValueError(
+                f"method {self.method.name!r} adapts the sampling temperature, which this version does in "
+                'transformers generation only: set use_vllm=False, or method_options={"components": "BCD"}'
+            )
+        if (args.generation_kwargs or {}).get("num_beams", 1) != 1:
+            raise ValueError("generation_kwargs: num_beams must be 1, policies are sampled, not searched")
+        if args.run_records:
+            check_writable(Path(args.output_dir))
+        self._name, self._tag_names = self.method.name.upper(), ["trl", "hapo"]
+        self.temperature_stats: hapo.EntropyStats | None = None
+        self._sampled_with: hapo.EntropyStats | None = None
+        self._rewards_per_func: Tensor | None = None
+        self._rollout_scores: list[Tensor] | None = None
+        self._step_metrics: dict[str, Tensor] = {}
+        self._records: Recorder | None = None
+        self.recipe: dict[str, Any] = {}
+        """What beside `args` the run was told (model, task); written to config.yaml."""
+        super().__init__(model, reward_funcs, args, *trl_args, **trl_kwargs)
+        attach_scoring(self.model)
+        if self.ref_model is not None:
+            attach_scoring(self.accelerator.unwrap_model(self.ref_model))
+        self._fresh_prompts: FreshPrompts | None = None
+        if self.method.filter_groups and args.max_num_gen_batches > 1:
+            if isinstance(self.train_dataset, IterableDataset) or not hasattr(self.train_dataset, "__len__"):
+                raise ValueError(
+                    "dynamic sampling (max_num_gen_batches > 1) draws further prompts by index, and an iterable "
+                    "data set has none: use a map-style data set, or max_num_gen_batches=1"
+                )
+            self._fresh_prompts = FreshPrompts(self.train_dataset, args.seed + 1)
+
+    # -- sampling -------------------------------------------------------------------------------------------
+
+    def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        if self.use_vllm or not self.model.training:
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        with sampling(self.accelerator.unwrap_model(self.model), self._temperature_factor()) as record:
+            completion_ids, _ = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        return completion_ids, record.logps(completion_ids)
+
+    def _temperature_factor(self) -> Callable[[Tensor], Tensor] | None:
+        """The law with the last rollout's statistics; None at the first step."""
+        self._sampled_with = self.temperature_stats
+        if self.method.factor is None or self.temperature_stats is None:
+            return None
+        return partial(self.method.factor, stats=self.temperature_stats)
+
+    # -- scoring --------------------------------------------------------------------------------------------
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **multimodal: Any,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        if compute_aux_loss or any(v is not None for v in multimodal.values()):
+            # Images and router losses: TRL's own pass, which computes the same two quantities.
+            logps, entropies, aux = super()._get_per_token_logps_and_entropies(
+                model,
+                input_ids,
+                attention_mask,
+                logits_to_keep,
+                batch_size,
+                compute_entropy=True,
+                compute_aux_loss=compute_aux_loss,
+                **multimodal,
+            )
+        else:
+            aux = None
+            parts = []
+            for ids, mask in zip(
+                input_ids.split(batch_size or len(input_ids)),
+                attention_mask.split(batch_size or len(input_ids)),
+                strict=True,
+            ):
+                response = mask[:, -logits_to_keep:].bool()
+                with self.accelerator.autocast():
+                    parts.append(score_tokens(model, ids, mask, response, t_base=self.temperature))
+            logps = torch.cat([p.logp for p in parts])
+            entropies = torch.cat([p.entropy for p in parts])
+        if self._rollout_scores is not None:
+            self._rollout_scores.append(entropies.detach())
+        return logps, entropies, aux
+
+    # -- rollout --------------------------------------------------------------------------------------------
+
+    def _calculate_rewards(self, *args: Any) -> Tensor:
+        self._rewards_per_func = super()._calculate_rewards(*args)
+        return self._rewards_per_func
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        rollout = self._rollout(inputs)
+        if self._fresh_prompts is not None and self.model.training:
+            rollout = self._resample(rollout, inputs)
+        return self._prepare(rollout)
+
+    def _rollout(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's rollout of these prompts, with rollout entropies and the verdict of each response."""
+        self._rollout_scores = []
+        output = super()._generate_and_score_completions(inputs)
+        # TRL scores the old policy first, unless it takes the ratio for 1.
+        scored, self._rollout_scores = self._rollout_scores, None
+        if "old_per_token_logps" in output:
+            output["old_entropies"] = scored[0]
+        else:
+            with torch.no_grad():
+                logps, entropies, _ = self._score(self.model, output, self._micro_batch)
+            output["old_per_token_logps"], output["old_entropies"] = logps, entropies
+        per_func = self._rewards_per_func
+        assert per_func is not None
+        verdict = (per_func * self.reward_weights.to(per_func.device)).nansum(1)
+        verdict[per_func.isnan().all(1)] = torch.nan
+        rows = len(inputs)
+        output["verdict"] = verdict[self.accelerator.process_index * rows :][:rows]
+        return output
+
+    def _score(self, model: Any, inputs: dict[str, Any], batch_size: int | None = None) -> Any:
+        """Scores of the completions in `inputs`, with whatever images and tiles belong to them."""
+        multimodal = (
+            "pixel_values",
+            "image_grid_thw",
+            "num_images",
+            "pixel_attention_mask",
+            "spatial_shapes",
+            "num_tiles",
+            "image_sizes",
+            "token_type_ids",
+            "mm_token_type_ids",
+            "image_position_ids",
+        )
+        completion = inputs["completion_ids"]
+        return self._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([inputs["prompt_ids"], completion], 1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
+            completion.shape[1],
+            batch_size,
+            compute_entropy=True,
+            compute_aux_loss=self.aux_loss_enabled and torch.is_grad_enabled(),
+            **{name: inputs.get(name) for name in multimodal},
+        )
+
+    @property
+    def _micro_batch(self) -> int:
+        train = self.model.training
+        return self.args.per_device_train_batch_size if train else self.args.per_device_eval_batch_size
+
+    def _resample(self, rollout: dict[str, Any], inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """Dynamic sampling: fresh prompts in place of groups with equal verdicts (DAPO, eq. 11)."""
+        assert self._fresh_prompts is not None
+        if "num_images" in rollout:
+            raise ValueError("dynamic sampling moves rows between ranks, which images cannot: max_num_gen_batches=1")
+        tensors = self._gather(rollout)
+        size, world = self.num_generations, self.accelerator.num_processes
+        used = {prompt_key(row) for row in self._gather_objects(inputs)}
+        mixed = self._mixed(tensors["verdict"])
+        most = len(mixed)
+        pool, kept, drawn, rounds = [tensors], [mixed], most, 1
+        while (have := int(sum(k.sum() for k in kept))) < most and rounds < self.args.max_num_gen_batches:
+            want = prompts_to_draw(most - have, have, drawn, most, size, world)
+            prompts = self._fresh_prompts.take(want, used)
+            prompts = prompts[: len(prompts) - len(prompts) * size % world]
+            if not prompts:
+                break
+            rows = [dict(row) for row in prompts for _ in range(size)]
+            share = len(rows) // world
+            mine = rows[self.accelerator.process_index * share :][:share]
+            pool.append(self._gather(self._rollout(mine)))
+            kept.append(self._mixed(pool[-1]["verdict"]))
+            drawn += len(prompts)
+            rounds += 1
+        everything, keep = concat_rows(pool, LEFT_PADDED), torch.cat(kept)
+        # Kept groups first, in the order drawn; what is missing is filled with groups that prepare() drops.
+        order = torch.argsort((~keep).int(), stable=True)[:most]
+        index = (order.unsqueeze(1) * size + torch.arange(size, device=order.device)).flatten()
+        share = len(index) // world
+        index = index[self.accelerator.process_index * share :][:share]
+        metrics = self._metrics["train"]
+        metrics["dynamic_sampling/rounds"].append(rounds)
+        metrics["dynamic_sampling/kept"].append(min(int(keep.sum()), most) / most)
+        return {**rollout, **{name: x[index] for name, x in everything.items()}}
+
+    def _mixed(self, verdict: Tensor) -> Tensor:
+        groups = verdict.view(-1, self.num_generations)
+        scored = ~groups.isnan()
+        high = groups.masked_fill(~scored, -torch.inf).amax(1)
+        low = groups.masked_fill(~scored, torch.inf).amin(1)
+        return high > low
+
+    def _gather(self, rollout: dict[str, Any]) -> TensorDict:
+        rows = len(rollout["verdict"])
+        tensors = {k: v for k, v in rollout.items() if isinstance(v, Tensor) and v.ndim and len(v) == rows}
+        return gather_rows(self.accelerator, tensors, LEFT_PADDED)
+
+    def _gather_objects(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        from accelerate.utils import gather_object
+
+        return gather_object([{"prompt": row.get("prompt")} for row in rows])
+
+    def _prepare(self, rollout: dict[str, Any]) -> dict[str, Any]:
+        """Method.prepare over the rollout batch of all ranks; this rank keeps its rows."""
+        train = self.model.training
+        mask = rollout["completion_mask"]
+        mask = (mask if "tool_mask" not in rollout else mask * rollout["tool_mask"]).bool()
+        # A response that no reward function could score is in no count.
+        mask = mask & ~rollout["verdict"].isnan().unsqueeze(1)
+        local = {
+            "mask": mask,
+            "old_logp": rollout["old_per_token_logps"],
+            "old_entropy": rollout["old_entropies"],
+            "verdict": rollout["verdict"].nan_to_num(),
+        }
+        if "sampling_per_token_logps" in rollout:
+            # Where vLLM has no log-prob for a token, it counts as drawn from the old policy.
+            sampler = rollout["sampling_per_token_logps"]
+            local["sampler_logp"] = torch.where(sampler.isnan(), local["old_logp"], sampler)
+        everyone = gather_rows(self.accelerator, local, frozenset())
+        n = self.num_generations if train else self.num_generations_eval
+        reward = everyone["verdict"]
+        if self.args.overlong_buffer:
+            length = everyone["mask"].sum(1)
+            reward = reward + soft_overlong_punishment(
+                length, self.max_completion_length, self.args.overlong_buffer, self.args.overlong_factor
+            )
+        group = torch.arange(len(reward), device=reward.device) // n
+        batch = self.method.prepare(hapo.TokenBatch(reward=reward, group=group, **everyone))
+        rows = slice(self.accelerator.process_index * len(mask), (self.accelerator.process_index + 1) * len(mask))
+        width = mask.shape[1]
+        prepared = (batch.mask, batch.advantage, batch.signal, batch.weight, batch.keep)
+        for name, x in zip(PREPARED, prepared, strict=True):
+            if x is not None:
+                rollout[name] = x[rows, :width]
+        rollout["hapo_reward"], rollout["hapo_group"] = reward[rows], group[rows]
+        rollout["advantages"] = rollout["hapo_advantage"]
+        if train:
+            self._log_rollout(batch)
+            self.temperature_stats = batch.stats
+        else:
+            rollout["hapo_totals"] = batch.totals
+        return rollout
+
+    def _log_rollout(self, batch: hapo.TokenBatch) -> None:
+        metrics = self._metrics["train"]
+        metrics["groups/used"].append(batch.group[batch.mask.any(1)].unique().numel() / batch.group.unique().numel())
+        if batch.stats is not None:
+            for name in ("pivot", "sigma", "floored"):
+                metrics[f"entropy_stats/{name}"].append(getattr(batch.stats, name))
+        if self.method.factor is not None and self._sampled_with is not None and batch.old_entropy is not None:
+            factor = self.method.factor(batch.old_entropy[batch.mask], self._sampled_with)
+            if factor.numel():
+                metrics["temperature/mean"].append(self.temperature * factor.mean().item())
+                metrics["temperature/min"].append(self.temperature * factor.min().item())
+                metrics["temperature/max"].append(self.temperature * factor.max().item())
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        buffered = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self.model.training and self._buffered_inputs is not buffered:
+            self._count_steps()
+        return inputs
+
+    def _count_steps(self) -> None:
+        """Exact totals of every optimiser step of this rollout, over its micro-batches and all ranks."""
+        per_step = self.args.gradient_accumulation_steps
+        counts = []
+        for inputs in self._buffered_inputs:
+            mask = inputs["hapo_mask"]
+            kept = mask if inputs.get("hapo_keep") is None else mask & inputs["hapo_keep"]
+            counts.append(torch.stack([mask.any(1).sum(), mask.sum(), kept.sum()]))
+        local = torch.stack(counts).view(-1, per_step, 3).sum(1)
+        for i, total in enumerate(self.accelerator.reduce(local, "sum").tolist()):
+            for inputs in self._buffered_inputs[i * per_step : (i + 1) * per_step]:
+                inputs["hapo_totals"] = hapo.StepTotals(*total)
+
+    # -- loss -----------------------------------------------------------------------------------------------
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        logps, entropies, aux_loss = self._score(model, inputs)
+        mask, advantage, signal, weight, keep = (inputs.get(name) for name in PREPARED)
+        batch = hapo.TokenBatch(
+            mask=mask,
+            logp=logps,
+            old_logp=inputs["old_per_token_logps"],
+            ref_logp=inputs.get("ref_per_token_logps"),
+            sampler_logp=inputs.get("sampling_per_token_logps"),
+            entropy=entropies.detach(),
+            old_entropy=inputs["old_entropies"],
+            reward=inputs["hapo_reward"],
+            group=inputs["hapo_group"],
+            advantage=advantage,
+            signal=signal,
+            weight=weight,
+            keep=keep,
+            totals=inputs["hapo_totals"],
+            stats=self.temperature_stats,
+        )
+        out = self.method.loss(batch)
+        self._log_loss(out, batch)
+        if self._records is not None and self.model.training:
+            self._records.add_tokens(inputs, batch, out)
+        # Data-parallel engines average gradients over ranks; the totals already count all of them.
+        loss = out.loss * self.accelerator.num_processes
+        if aux_loss is not None:
+            windows = self.current_gradient_accumulation_steps if self.model.training else 1
+            loss = loss + self.router_aux_loss_coef * aux_loss / windows
+        return loss
+
+    def _log_loss(self, out: LossOutput, batch: hapo.TokenBatch) -> None:
+        """Add this slice's shares; at the end of the optimiser step, one reduction over ranks."""
+        mode = "train" if self.model.training else "eval"
+        shares = {METRIC_NAMES[k]: v for k, v in out.metrics.items() if k in METRIC_NAMES}
+        assert batch.entropy is not None and batch.totals is not None
+        entropy = torch.where(batch.mask, batch.entropy, 0.0).sum() / max(batch.totals.tokens, 1)
+        for name, value in {**shares, "entropy": entropy}.items():
+            self._step_metrics[name] = self._step_metrics.get(name, torch.zeros_like(value)) + value
+        if mode == "train" and not self.accelerator.gradient_state.sync_gradients:
+            return
+        names = sorted(self._step_metrics)
+        summed = self.accelerator.reduce(torch.stack([self._step_metrics[n] for n in names]), "sum").tolist()
+        for name, value in zip(names, summed, strict=True):
+            self._metrics[mode][name].append(value)
+        self._step_metrics = {}
+
+    # -- order, checkpoints, records ------------------------------------------------------------------------
+
+    def _get_train_sampler(self, dataset: Any = None) -> EpochSampler:
+        template = super()._get_train_sampler(dataset)
+        return EpochSampler(
+            data_source=template.data_source,
+            mini_repeat_count=template.mini_repeat_count,
+            batch_size=template.batch_size,
+            repeat_count=template.repeat_count,
+            shuffle=template.shuffle,
+            seed=template.seed,
+            trainer_state=lambda: self.state,
+        )
+
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        """As in TRL. A checkpoint is checked before any work; the run folder is opened for records."""
+        checkpoint = check_checkpoint(self, resume_from_checkpoint)
+        if self.args.run_records:
+            self._records = Recorder(self, checkpoint)
+        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in TRL; the line goes to metrics.jsonl too."""
+        super().log(logs, start_time)
+        if self._records is not None:
+            self._records.records.add_metrics(self.state.log_history[-1])
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder) / "checkpoints") if self.args.run_records else folder
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        save_state(self, Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            load_state(self, Path(checkpoint))
+
+
+def _resolve(method: Method | str | None, args: HAPOConfig) -> Method:
+    if isinstance(method, Method):
+        if args.beta and args.beta != method.kl_coef:
+            raise ValueError(f"beta={args.beta} and the method's kl_coef={method.kl_coef} disagree; set one of them")
+        args.beta = method.kl_coef
+        return method
+    if method is not None:
+        args.method = method
+    options = {**(args.method_options or {}), "kl_coef": args.beta}  # type: ignore[dict-item]
+    return hapo.method(args.method, **options)

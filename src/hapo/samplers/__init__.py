@@ -1,0 +1,1 @@
+"""The adaptive temperature inside generation engines, one file an engine, each engine unmodified."""

@@ -1,0 +1,341 @@
+"""Scores of the taken tokens, from hidden states, without the (B, T, V) logits.
+
+Shapes: B sequences, P prompt tokens, T response tokens, N positions, D width, V vocabulary.
+
+The logits of `chunk` positions are made, reduced to three numbers a position, and overwritten by those of the
+next chunk. `chunk x V` stays near a fixed number of elements (2**24 on CPU, 2**27 elsewhere, where few large
+products pay), and no more than three such buffers live at once, so memory does not grow with N x V. The
+backward pass makes the logits a second time instead of keeping them.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+Factor = Callable[[Tensor], Tensor]
+"""Entropy (n,), nats -> positive temperature factor (n,)."""
+
+# CUDA multiplies half-precision operands into a float32 result since torch 2.8.
+_MIXED_PRODUCTS = "dtype_out" in torch.ops.aten.addmm.overloads()
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a policy says of the tokens that were taken; every field has the same shape."""
+
+    logp: Float[Tensor, "*n"]
+    """Log-probability, nats, under softmax(logits / t_base). Differentiable."""
+    entropy: Float[Tensor, "*n"]
+    """Full-vocabulary entropy, nats, of the same distribution. Differentiable."""
+    sampler_logp: Float[Tensor, "*n"] | None
+    """Log-probability, nats, under softmax(logits / (t_base factor(entropy))). Detached; None without a factor."""
+
+
+def score_hidden(
+    hidden: Float[Tensor, "N D"],
+    weight: Float[Tensor, "V D"],
+    tokens: Int[Tensor, " N"],
+    *,
+    bias: Float[Tensor, " V"] | None = None,
+    t_base: float = 1.0,
+    factor: Factor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    chunk_tokens: int | None = None,
+) -> Scores:
+    """Log-prob, entropy and sampler log-prob of `tokens`, each of which `hidden` predicts.
+
+    With x = logit_scale (hidden weight^T + bias) and z = x / t_base, or z = softcap tanh(x / softcap) / t_base,
+
+        log p = z - logsumexp(z),   H = -sum p log p,   sampler log p = log softmax(z / factor(H)),
+        d log p_a / dz = onehot(a) - p,   dH / dz = -p (log p + H).
+
+    Gradients of `logp` and `entropy` reach `hidden`, `weight` and `bias`, exactly; the entropy's work is left
+    out where only `logp` gets a gradient, and nothing is kept where no gradient is needed. `sampler_logp` is
+    detached, and `factor` sees entropies without a gradient, chunk by chunk.
+
+    Sums and outputs are float32 (float64 if an input is), for bf16 and fp16 inputs too. CUDA takes half-precision
+    operands, autocast's included, as they are; there the logits' gradient is rounded to that dtype, as in a linear
+    layer, before the two products that end the backward pass.
+
+    Raises ValueError for t_base <= 0 or chunk_tokens < 1.
+    """
+    if not t_base > 0:
+        raise ValueError(f"t_base must be positive, got {t_base}")
+    if chunk_tokens is None:
+        budget = 2**24 if hidden.device.type == "cpu" else 2**27
+        chunk_tokens = max(1, budget // weight.shape[0])
+    elif chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
+    head = _Head(logit_scale, softcap, t_base, chunk_tokens, _operand_dtype(hidden, weight))
+    return Scores(*_Score.apply(hidden, weight, bias, tokens.long(), head, factor))
+
+
+def attach_scoring(model: nn.Module) -> None:
+    """Teach a transformers causal language model to answer `score_tokens`; a second call does nothing.
+
+    The forward of the instance is wrapped, beneath any PEFT wrapper, so that scoring runs through the outermost
+    `model(...)` and the hooks of DDP and FSDP with it. Any other call, `generate` included, is passed on as it
+    came. Attach before wrapping in DDP or FSDP.
+
+    Raises ValueError where the logits are not a plain linear map of the hidden states: no output embedding, one
+    that carries a PEFT adapter or is quantised, one that DeepSpeed ZeRO-3 has partitioned.
+    """
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    _output_layer(base)
+    if getattr(base, "_scores_tokens", False):
+        return
+    bound = base.forward
+    # Unbound, so that a deep copy of the model calls its own weights; accelerate's dispatch leaves no method.
+    forward = getattr(bound, "__func__", lambda _, *args, **kwargs: bound(*args, **kwargs))
+
+    @functools.wraps(type(base).forward)  # generate() checks its keywords against this signature
+    def scoring_forward(self: Any, *args: Any, hapo_score: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+        if hapo_score is None:
+            return forward(self, *args, **kwargs)
+        return _score_forward(self, hapo_score, args, kwargs)
+
+    base.forward = types.MethodType(scoring_forward, base)
+    base._scores_tokens = True
+
+
+def score_tokens(
+    model: nn.Module,
+    input_ids: Int[Tensor, "B L"],
+    attention_mask: Int[Tensor, "B L"],
+    response_mask: Bool[Tensor, "B T"],
+    *,
+    t_base: float = 1.0,
+    factor: Factor | None = None,
+    **model_kwargs: Any,
+) -> Scores:
+    """Scores (B, T) of the response tokens, the last T of the L = P + T columns; zeros where the mask is False.
+
+    Only positions that predict a valid token meet the output layer. Without any valid token the zeros are still
+    connected to the model, so that backward and the collectives in it run. `model_kwargs` go to the model as they
+    are; positions are the model's own (left padding included).
+
+    Raises ValueError without a prompt column (nothing predicts the first token) or without `attach_scoring`.
+    """
+    length, responses = input_ids.shape[1], response_mask.shape[1]
+    if length <= responses:
+        raise ValueError(
+            f"input_ids has {length} columns and response_mask {responses}: the first response token needs at "
+            "least one prompt token before it"
+        )
+    request = {
+        "tokens": input_ids[:, length - responses :],
+        "mask": response_mask,
+        "t_base": t_base,
+        "factor": factor,
+    }
+    output = model(input_ids=input_ids, attention_mask=attention_mask, hapo_score=request, **model_kwargs)
+    if not isinstance(output, dict) or "sampler_logp" not in output:
+        raise ValueError(f"{type(model).__name__} does not score tokens: call attach_scoring(model) first")
+    return Scores(**output)
+
+
+def _score_forward(
+    model: Any, request: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Tensor | None]:
+    # A dict, not Scores: FSDP finds the tensors of an output by its pytree and hooks their gradients.
+    kwargs = {k: v for k, v in kwargs.items() if k not in ("labels", "logits_to_keep")} | {"use_cache": False}
+    states = model.base_model(*args, **kwargs).last_hidden_state
+    tokens, mask = request["tokens"], request["mask"]
+    states = states[:, states.shape[1] - mask.shape[1] - 1 : -1][mask.to(states.device)]
+    layer = _output_layer(model)
+    weight, bias = _whole(layer.weight), _whole(layer.bias)
+    scale, softcap = _logit_transform(model.config.get_text_config())
+    scores = score_hidden(
+        states.to(weight.device),
+        weight,
+        tokens[mask].to(weight.device),
+        bias=bias,
+        t_base=request["t_base"],
+        factor=request["factor"],
+        logit_scale=scale,
+        softcap=softcap,
+    )
+
+    def scatter(values: Tensor | None) -> Tensor | None:
+        if values is None:
+            return None
+        return values.new_zeros(mask.shape).masked_scatter(mask.to(values.device), values).to(mask.device)
+
+    return {name: scatter(values) for name, values in vars(scores).items()}
+
+
+def _output_layer(model: Any) -> nn.Linear:
+    get = getattr(model, "get_output_embeddings", None)
+    layer = get() if get is not None else None
+    if layer is None:
+        raise ValueError(f"{type(model).__name__} has no output embedding to score tokens with")
+    if not isinstance(layer, nn.Linear) or not layer.weight.is_floating_point():
+        raise ValueError(
+            f"the output embedding of {type(model).__name__} is a {type(layer).__name__}, not a plain linear "
+            "layer: leave it out of target_modules and modules_to_save of PEFT, and do not quantise it"
+        )
+    if layer.weight.numel() == 0:
+        raise ValueError(
+            "the output embedding is empty, as DeepSpeed ZeRO-3 leaves a partitioned weight: use ZeRO-2 or FSDP"
+        )
+    return layer
+
+
+def _whole(parameter: Any) -> Any:
+    """The full tensor of a parameter that FSDP2 or tensor parallelism left sharded; any other as it is.
+
+    Its gradient is averaged over the ranks, which is FSDP's rule for different data and changes nothing for equal.
+    """
+    if not hasattr(parameter, "full_tensor"):
+        return parameter
+    from torch.distributed.tensor import Partial
+
+    return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
+
+
+def _logit_transform(config: Any) -> tuple[float, float | None]:
+    """Scale and soft cap between output layer and logits, by the names that transformers' models give them."""
+    softcap = getattr(config, "final_logit_softcapping", None)
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere, Muse, Falcon-H1
+        if (scale := getattr(config, name, None)) is not None:
+            return float(scale), softcap
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is None:
+        return 1.0, softcap
+    return (scaling if config.model_type == "hyperclovax" else 1.0 / scaling), softcap  # Granite, MiniCPM3 divide
+
+
+def _operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype in which hidden states and weight enter the products."""
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    if not (hidden.is_cuda and _MIXED_PRODUCTS) or dtype == torch.float64:
+        return torch.promote_types(dtype, torch.float32)
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else dtype
+
+
+def _addmm_(out: Tensor, a: Tensor, b: Tensor, *, beta: float, alpha: float = 1.0) -> None:
+    """out <- beta out + alpha a b, accumulated in the dtype of `out`."""
+    if a.dtype == out.dtype:
+        out.addmm_(a, b, beta=beta, alpha=alpha)
+    else:
+        torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
+
+
+@dataclass(frozen=True)
+class _Head:
+    """From hidden states to z = logits / t_base, and how: positions a chunk, dtype of the operands."""
+
+    scale: float
+    softcap: float | None
+    t_base: float
+    chunk: int
+    operand: torch.dtype
+
+    @property
+    def accumulator(self) -> torch.dtype:
+        return torch.promote_types(self.operand, torch.float32)
+
+    def chunks(self, n: int) -> Iterator[slice]:
+        return (slice(start, min(start + self.chunk, n)) for start in range(0, n, self.chunk))
+
+    def buffer(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return hidden.new_empty((min(self.chunk, len(hidden)), len(weight)), dtype=self.accumulator)
+
+    def logits_(self, out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        gain = self.scale / (self.softcap or self.t_base)
+        if bias is not None:
+            out.copy_(bias)
+        _addmm_(out, hidden, weight.t(), beta=0.0 if bias is None else gain, alpha=gain)
+        return out if self.softcap is None else out.tanh_().mul_(self.softcap / self.t_base)
+
+    def pull_back_(self, grad: Tensor, z: Tensor) -> Tensor:
+        """grad times the slope of the cap's tanh at z; overwrites both."""
+        if self.softcap is None:
+            return grad
+        return grad.addcmul_(grad, z.mul_(self.t_base / self.softcap).square_(), value=-1.0)
+
+
+class _Score(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tokens: Tensor,
+        head: _Head,
+        factor: Factor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        h, w = hidden.to(head.operand), weight.to(head.operand)
+        logp = h.new_empty(len(h), dtype=head.accumulator)
+        entropy = torch.empty_like(logp)
+        sampler_logp = None if factor is None else torch.empty_like(logp)
+        z_buffer, log_p_buffer = head.buffer(h, w), head.buffer(h, w)
+        for rows in head.chunks(len(h)):
+            n, taken = rows.stop - rows.start, tokens[rows, None]
+            z, log_p = z_buffer[:n], log_p_buffer[:n]
+            torch.log_softmax(head.logits_(z, h[rows], w, bias), -1, out=log_p)
+            logp[rows] = log_p.gather(-1, taken).squeeze(-1)
+            entropy[rows] = torch.exp(log_p, out=z).mul_(log_p).sum(-1).neg_()
+            if factor is not None and sampler_logp is not None:
+                log_p.div_(factor(entropy[rows]).unsqueeze(-1))
+                sampler_logp[rows] = torch.log_softmax(log_p, -1, out=z).gather(-1, taken).squeeze(-1)
+        ctx.save_for_backward(hidden, weight, bias, tokens, entropy)
+        ctx.head = head
+        ctx.set_materialize_grads(False)
+        if sampler_logp is not None:
+            ctx.mark_non_differentiable(sampler_logp)
+        return logp, entropy, sampler_logp
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, _: None
+    ) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, tokens, entropy = ctx.saved_tensors
+        head: _Head = ctx.head
+        h, w = hidden.to(head.operand), weight.to(head.operand)
+        grads = [
+            torch.zeros_like(x, dtype=head.accumulator) if needed else None
+            for x, needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
+        ]
+        grad_hidden, grad_weight, grad_bias = grads
+        slope = head.scale / head.t_base
+        to_logp = torch.zeros_like(entropy) if grad_logp is None else grad_logp * slope
+        z_buffer, g_buffer = head.buffer(h, w), head.buffer(h, w)
+        p_buffer = None if grad_entropy is None else head.buffer(h, w)
+        for rows in head.chunks(len(h)):
+            n, a = rows.stop - rows.start, to_logp[rows, None]
+            z, g = z_buffer[:n], g_buffer[:n]
+            head.logits_(z, h[rows], w, bias)
+            if grad_entropy is None or p_buffer is None:
+                torch.softmax(z, -1, out=g).mul_(-a)
+            else:  # -p (a + b (log p + H))
+                b = grad_entropy[rows, None] * slope
+                p = torch.exp(torch.log_softmax(z, -1, out=g), out=p_buffer[:n])
+                torch.addcmul(-a - b * entropy[rows, None], g, b, value=-1.0, out=g).mul_(p)
+            g.scatter_add_(-1, tokens[rows, None], a)
+            head.pull_back_(g, z)
+            if grad_bias is not None:
+                grad_bias += g.sum(0)
+            g = g.to(head.operand)
+            if grad_hidden is not None:
+                _addmm_(grad_hidden[rows], g, w, beta=0.0)
+            if grad_weight is not None:
+                _addmm_(grad_weight, g.t(), h[rows], beta=1.0)
+        return (
+            *(None if g is None else g.to(x.dtype) for g, x in zip(grads, (hidden, weight, bias), strict=True)),
+            None,
+            None,
+            None,
+        )
