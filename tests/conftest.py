@@ -8,8 +8,8 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 from jaxtyping import install_import_hook
 
-_hook = install_import_hook("hapo", "beartype.beartype")
-_hook.__enter__()
+TENSOR_CODE = ["hapo.batch", "hapo.method", "hapo.methods", "hapo.parts", "hapo.samplers", "hapo.scoring"]
+install_import_hook(TENSOR_CODE, "beartype.beartype")
 
 import torch  # noqa: E402
 

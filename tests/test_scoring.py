@@ -1,12 +1,19 @@
 """Scoring: a hand-worked pair of logits, a plain float64 computation, and transformers' own logits."""
 
 import copy
+import inspect
 import itertools
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     CohereConfig,
@@ -141,30 +148,48 @@ def test_no_positions_give_no_scores_and_a_zero_gradient():
     assert not any(leaf.grad.any() for leaf in (weight, bias))
 
 
-class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that any operation returned."""
+class Recorder(TorchDispatchMode):
+    """Names of the operations that ran, and elements of the largest tensor that one returned."""
 
-    elements = 0
+    def __init__(self):
+        super().__init__()
+        self.names, self.largest = set(), 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
+        self.names.add(func.overloadpacket.__name__)
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
+                self.largest = max(self.largest, tensor.numel())
         return out
 
 
 def test_memory_does_not_grow_with_positions_times_vocabulary():
     hidden, weight, bias, tokens = inputs(n=4096, d=4, v=1024)
-    with Largest() as seen:
+    with Recorder() as seen:
         scores = score_hidden(hidden, weight, tokens, bias=bias, factor=factor, softcap=5.0, chunk_tokens=64)
         (scores.logp.sum() + scores.entropy.sum()).backward()
-    assert seen.elements == 64 * 1024  # of 4096 * 1024
+    assert seen.largest == 64 * 1024  # of 4096 * 1024
 
     hidden, weight, _, tokens = inputs(n=300, d=1, v=2**16)
-    with Largest() as seen, torch.no_grad():
+    with Recorder() as seen, torch.no_grad():
         score_hidden(hidden, weight, tokens)
-    assert seen.elements == 2**24  # the default budget; 300 * 2**16 is larger
+    assert seen.largest == 2**24  # the default budget; 300 * 2**16 is larger
+
+
+def test_only_what_the_gradient_needs_is_kept_and_computed():
+    hidden, weight, bias, tokens = inputs(n=50, v=40)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+        with torch.no_grad():
+            score_hidden(hidden, weight, tokens, bias=bias)
+        assert saved == []
+        scores = score_hidden(hidden, weight, tokens, bias=bias)
+        assert saved == [hidden.numel(), weight.numel(), bias.numel(), 50, 50]
+    for output, needs_log_p_and_p in ((scores.logp, False), (scores.entropy, True)):
+        with Recorder() as seen:
+            output.sum().backward(retain_graph=True)
+        assert ({"log_softmax", "exp"} <= seen.names) == needs_log_p_and_p
 
 
 def test_bad_arguments_are_named():
@@ -240,10 +265,12 @@ def test_attaching_keeps_generate_and_forward():
     ids, attention, _ = batch()
     prompt = {"input_ids": ids[:, :3], "attention_mask": attention[:, :3], "max_new_tokens": 4, "do_sample": False}
     before, logits = model.generate(**prompt), model(ids).logits
+    signature = inspect.signature(model.forward)
     attach_scoring(model)
     forward = model.forward
     attach_scoring(model)
     assert model.forward == forward
+    assert inspect.signature(forward) == signature
     assert torch.equal(model.generate(**prompt), before)
     assert torch.equal(model(ids).logits, logits)
 
@@ -327,3 +354,46 @@ def test_models_that_cannot_be_scored_are_refused():
         score_tokens(tiny(), ids, attention, response)
     with pytest.raises(ValueError, match="at least one prompt token"):
         score_tokens(tiny(), ids[:, 3:], attention[:, 3:], response)
+
+
+@pytest.mark.slow
+def test_ddp_and_fsdp_give_the_mean_gradient_of_their_ranks():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def check_gradients_over_two_ranks():
+    """One row a rank; without valid tokens on the second rank too; a head sharded on its own too."""
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (2,))
+    ids, attention, response = batch()
+    mine = slice(dist.get_rank(), dist.get_rank() + 1)
+
+    def gradients(model, rows, mask):
+        scores = score_tokens(model, ids[rows], attention[rows], mask[rows])
+        (scores.logp.sum() + scores.entropy.sum()).backward()
+        grads = (p.grad for p in model.parameters())
+        return [g.full_tensor() if hasattr(g, "full_tensor") else g for g in grads]
+
+    def attached():
+        model = tiny()
+        attach_scoring(model)
+        return model
+
+    def sharded(*groups):
+        model = attached()
+        for name in groups:
+            fully_shard(model.get_submodule(name), mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    for mask in (response, response & torch.tensor([[True], [False]])):
+        want = [g / 2 for g in gradients(attached(), slice(0, 2), mask)]
+        for model in (DistributedDataParallel(attached()), sharded("model.layers.0"), sharded("lm_head")):
+            for a, b in zip(gradients(model, mine, mask), want, strict=True):
+                torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    check_gradients_over_two_ranks()

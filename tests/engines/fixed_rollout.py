@@ -1,0 +1,89 @@
+"""One training run on fixed completions; the gradients of each optimiser step go to a safetensors file.
+
+Run as a script it is one rank of a torchrun: fixed_rollout.py OUT PER_DEVICE ACCUMULATION STEPS_PER_GENERATION
+ITERATIONS.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import TrainerCallback
+
+from tests.engines import tiny
+
+
+def rollout(prompts: list[str], trainer: Any) -> dict[str, list[list[Any]]]:
+    """Completions that depend on the global row alone: lengths 1 to 8, every second one ended by eos."""
+    first = trainer.accelerator.process_index * len(prompts)
+    completions = []
+    for row in range(first, first + len(prompts)):
+        g = torch.Generator().manual_seed(row)
+        n = int(torch.randint(1, 9, (), generator=g))
+        ids = torch.randint(2, len(tiny.ALPHABET) + 2, (n,), generator=g).tolist()
+        completions.append([*ids[:-1], 1] if row % 2 else ids)
+    encode = tiny.tokenizer()
+    return {
+        "prompt_ids": [encode(p)["input_ids"] for p in prompts],
+        "completion_ids": completions,
+        # Log-probs of an imaginary sampler, so that the importance weights are not 1.
+        "logprobs": [[-2.0 - 0.1 * (t % 3) for t in c] for c in completions],
+    }
+
+
+class Gradients(TrainerCallback):
+    """Keeps what the optimiser is about to be given."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, torch.Tensor]] = []
+        self.weights: list[dict[str, torch.Tensor]] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        module = getattr(model, "module", model)
+        self.steps.append({n: p.grad.clone() for n, p in module.named_parameters()})
+        self.weights.append({n: p.detach().clone() for n, p in module.named_parameters()})
+
+
+def run(per_device: int, accumulation: int, per_generation: int, iterations: int, **options: Any) -> tuple[Any, Any]:
+    """A short run; what it gave the optimiser, and the trainer. `watch` sees each micro-batch's log-probs."""
+    keep = Gradients()
+    watch = options.pop("watch", None)
+    with tempfile.TemporaryDirectory() as folder:
+        t = tiny.trainer(
+            folder,
+            rollout_func=rollout,
+            per_device_train_batch_size=per_device,
+            gradient_accumulation_steps=accumulation,
+            steps_per_generation=per_generation,
+            num_iterations=iterations,
+            optim="sgd",
+            learning_rate=0.005,
+            lr_scheduler_type="constant",
+            max_grad_norm=0.0,
+            **{"max_steps": 2, **options},
+        )
+        t.add_callback(keep)
+        if watch is not None:
+            score = t._score
+
+            def watched(model: Any, inputs: Any, *args: Any) -> Any:
+                scores = score(model, inputs, *args)
+                watch(inputs, scores[0])
+                return scores
+
+            t._score = watched
+        t.train()
+    return keep, t
+
+
+if __name__ == "__main__":
+    out, *numbers = sys.argv[1:]
+    torch.set_num_threads(1)
+    gradients, trainer = run(*map(int, numbers))
+    if trainer.accelerator.is_main_process:
+        save_file({f"{i}.{n}": g for i, step in enumerate(gradients.steps) for n, g in step.items()}, out)
+    torch.distributed.destroy_process_group()

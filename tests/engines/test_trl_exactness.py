@@ -1,0 +1,121 @@
+"""The TRL engine computes what the core computes, however the batch is split."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import hapo
+from tests.engines import fixed_rollout, tiny
+
+ROOT = Path(__file__).parents[2]
+
+
+def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Largest difference, relative to the largest entry."""
+    scale = max(x.abs().max().item() for x in a.values())
+    assert scale > 1e-4, "a gradient of zero shows nothing"
+    return max((a[n] - b[n]).abs().max().item() for n in a) / scale
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return fixed_rollout.run(per_device=16, accumulation=1, per_generation=2, iterations=1)
+
+
+@pytest.mark.parametrize(("per_device", "accumulation"), [(2, 8), (4, 4), (8, 2)])
+def test_the_gradient_does_not_depend_on_the_micro_batch(whole, per_device, accumulation):
+    split_run, _ = fixed_rollout.run(per_device, accumulation, 2 * accumulation, 1)
+    for reference, split in zip(whole[0].steps, split_run.steps, strict=True):
+        assert difference(reference, split) <= 1e-6
+
+
+@pytest.mark.parametrize("processes", [2])
+def test_the_gradient_does_not_depend_on_the_ranks(processes, tmp_path):
+    """Twelve rows in groups of four: on two ranks the second group straddles them."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    script = str(ROOT / "tests/engines/fixed_rollout.py")
+    numbers = [str(n) for n in (12 // processes, 1, 1, 2)]
+    done = subprocess.run(
+        [*torchrun, script, str(tmp_path / "ranks"), *numbers], env=env, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = load_file(tmp_path / "ranks")
+    reference, _ = fixed_rollout.run(12, 1, 1, 2)
+    for i, step in enumerate(reference.steps):
+        assert difference(step, {n: ranks[f"{i}.{n}"] for n in step}) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("hapo", {}),
+        ("hapo", {"variant": "release"}),
+        ("hapo", {"components": "BCD", "sampler_cap": None}),
+        ("dapo", {}),
+        ("grpo", {}),
+    ],
+)
+def test_engine_equals_core(method, options):
+    """Loss, d loss / d logp and the weights' gradient against the core; log-probs from a plain forward."""
+    micro_batches = []
+
+    def watch(inputs, logps):
+        if logps.requires_grad:
+            logps.retain_grad()
+            micro_batches.append(logps)
+
+    run, trainer = fixed_rollout.run(
+        8, 2, 4, 1, watch=watch, method=method, method_options=options, temperature=0.7
+    )
+    core = hapo.method(method, **options, kl_coef=0.0)
+    rows = trainer._buffered_inputs
+    ids = torch.cat([_column(rows, "prompt_ids"), _column(rows, "completion_ids")], 1)
+    attention = torch.cat([_column(rows, "prompt_mask"), _column(rows, "completion_mask")], 1)
+    width = _column(rows, "completion_ids").shape[1]
+    net = tiny.model()
+
+    def plain_scores(weights):
+        net.load_state_dict(weights)
+        logits = net(input_ids=ids, attention_mask=attention).logits[:, -width - 1 : -1] / 0.7
+        logp = logits.log_softmax(-1)
+        return logp.gather(-1, ids[:, -width:, None])[..., 0], -(logp.exp() * logp).sum(-1)
+
+    with torch.no_grad():
+        old_logp, old_entropy = plain_scores(run.weights[0])
+    batch = core.prepare(
+        hapo.TokenBatch(
+            mask=_column(rows, "completion_mask").bool(),
+            old_logp=old_logp,
+            old_entropy=old_entropy,
+            sampler_logp=_column(rows, "sampling_per_token_logps"),
+            reward=_column(rows, "verdict"),
+            group=_column(rows, "hapo_group"),
+        )
+    )
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    worst_ratio = 0.0
+    for step, (weights, gradient) in enumerate(zip(run.weights, run.steps, strict=True)):
+        logp, entropy = plain_scores(weights)
+        mini = batch.replace(logp=logp, entropy=entropy.detach()).step(slice(16 * step, 16 * step + 16))
+        out = core.loss(mini)
+        (by_token,) = torch.autograd.grad(out.loss, logp, retain_graph=True)
+        net.zero_grad()
+        out.loss.backward()
+        assert losses[step] == pytest.approx(out.loss.item(), abs=1e-6)
+        engine = torch.cat([m.grad for m in micro_batches[2 * step : 2 * step + 2]])
+        torch.testing.assert_close(engine, by_token[16 * step : 16 * step + 16], rtol=0, atol=1e-6)
+        assert difference({n: p.grad for n, p in net.named_parameters()}, gradient) <= 2e-6
+        worst_ratio = max(worst_ratio, (out.tokens["ratio"][mini.mask] - 1).abs().max().item())
+        assert out.tokens["clipped"].any() or step == 0
+    assert worst_ratio > 0.3
+
+
+def _column(rows, name):
+    """One field of the micro-batches as one tensor."""
+    return torch.cat([row[name] for row in rows])

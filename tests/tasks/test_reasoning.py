@@ -1,0 +1,83 @@
+import json
+
+import pytest
+import reasoning_gym
+
+from hapo.tasks import TaskConfig, load_task
+
+
+def load(name, seed=0, **options):
+    sizes = {"train_size": 40, "eval_size": 10} | options
+    return load_task(TaskConfig(dataset=f"reasoning_gym:{name}", **sizes), seed=seed)
+
+
+def score(task, completions, row=0):
+    columns = {name: [value] * len(completions) for name, value in task.eval[row].items() if name != "prompt"}
+    (reward,) = task.reward_funcs
+    return reward([task.eval[row]["prompt"]] * len(completions), completions, **columns)
+
+
+def test_partial_credit_for_containing_the_answer_counts_as_wrong():
+    task = load("chain_sum")
+    gold = task.eval[0]["answer"]
+    entry = {"answer": gold}
+    partial = reasoning_gym.create_dataset("chain_sum").score_answer(f"{gold}0", entry)
+    assert 0 < partial < 1
+    assert score(task, [f"{gold}0", f"{gold} {gold}", gold, f"thus\n<answer> {gold} </answer>."]) == [
+        0.0,
+        0.0,
+        1.0,
+        1.0,
+    ]
+
+
+@pytest.mark.parametrize("name", ["arc_agi", "prime_factorization", "word_ladder"])
+def test_entries_are_scored_as_they_were_made(name):
+    """arc_agi scores by tuples that JSON would turn into lists; prime_factorization's scorer raises on prose."""
+    task = load(name, train_size=2, eval_size=3)
+    for row in range(3):
+        assert score(task, [task.eval[row]["answer"], "not an answer"], row) == [1.0, 0.0]
+
+
+def test_evaluation_is_held_out_by_content_and_the_same_for_every_seed():
+    small = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+    first, second = (load("chain_sum", seed, task_options=small) for seed in (0, 1))
+    for task in (first, second):
+        assert not set(task.train["question"]) & set(task.eval["question"])
+        assert len(set(task.eval["question"])) == 10
+    assert first.eval["question"] == second.eval["question"]
+    assert first.train["question"] != second.train["question"]
+    assert first.fingerprint == load("chain_sum", 0, task_options=small).fingerprint
+
+
+def test_tasks_without_gold_answers_need_their_own_scorer():
+    task = load("graph_color", train_size=3, eval_size=2)
+    assert task.majority_share == 0.0
+    seed, size, index = json.loads(task.eval[0]["entry"])
+    entry = reasoning_gym.create_dataset("graph_color", seed=seed, size=size)[index]
+    solution = json.dumps(entry["metadata"]["possible_answer"])
+    assert score(task, [solution, "{}"]) == [1.0, 0.0]
+    with pytest.raises(ValueError, match="gold answers cannot be used; the first is row 1: '' .it is empty"):
+        load("graph_color", train_size=3, eval_size=2, rewards=["exact"])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("chain_sums", {}, "reasoning-gym has no task 'chain_sums'; did you mean chain_sum"),
+        ("chain_sum", {"task_options": {"terms": 2}}, r"'chain_sum' refuses the options \{'terms': 2\}: .*terms"),
+        (
+            "chain_sum",
+            {"task_options": {"seed": 2}},
+            "task_options sets seed; use task_seed, train_size, eval_size",
+        ),
+        (
+            "chain_sum",
+            {"eval_size": 500, "task_options": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}},
+            r"gave only \d+ of 500 problems wanted in 2000 draws; ask for fewer",
+        ),
+    ],
+)
+def test_unknown_and_impossible_tasks_are_refused(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        load(name, **options)
