@@ -48,7 +48,9 @@ class Gradients(TrainerCallback):
         self.weights.append({n: p.detach().clone() for n, p in module.named_parameters()})
 
 
-def run(per_device: int, accumulation: int, per_generation: int, iterations: int, **options: Any) -> tuple[Any, Any]:
+def run(
+    per_device: int, accumulation: int, per_generation: int, iterations: int, **options: Any
+) -> tuple[Any, Any]:
     """A short run; what it gave the optimiser, and the trainer. `watch` sees each micro-batch's log-probs."""
     keep = Gradients()
     watch = options.pop("watch", None)

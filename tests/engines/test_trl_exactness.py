@@ -42,7 +42,11 @@ def test_the_gradient_does_not_depend_on_the_ranks(processes, tmp_path):
     script = str(ROOT / "tests/engines/fixed_rollout.py")
     numbers = [str(n) for n in (12 // processes, 1, 1, 2)]
     done = subprocess.run(
-        [*torchrun, script, str(tmp_path / "ranks"), *numbers], env=env, capture_output=True, text=True, timeout=240
+        [*torchrun, script, str(tmp_path / "ranks"), *numbers],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = load_file(tmp_path / "ranks")

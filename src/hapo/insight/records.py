@@ -30,7 +30,18 @@ from torch import Tensor
 from ..batch import TokenBatch
 from ..method import LossOutput
 
-PACKAGES = ("hapo", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "verl", "vllm", "math-verify")
+PACKAGES = (
+    "hapo",
+    "torch",
+    "transformers",
+    "trl",
+    "accelerate",
+    "datasets",
+    "peft",
+    "verl",
+    "vllm",
+    "math-verify",
+)
 RESERVE = 64 * 2**20
 """Bytes that a run may need beside its checkpoints."""
 
@@ -58,7 +69,7 @@ class RunRecords:
         if rank == 0:
             if (folder / "manifest.json").exists():
                 raise FileExistsError(
-                    f"the run folder {folder} exists: choose another output_dir, remove it, or resume the run in it"
+                    f"the run folder {folder} exists: choose another output_dir, remove it, or resume its run"
                 )
             check_writable(folder, need)
             (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
@@ -203,7 +214,7 @@ def weights_hash(model: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

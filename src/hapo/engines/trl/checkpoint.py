@@ -70,12 +70,12 @@ def save_state(trainer: Any, folder: Path) -> None:
     trainer.accelerator.wait_for_everyone()
     if not trainer.accelerator.is_main_process:
         return
-    stats = trainer.temperature_stats
     fresh = trainer._fresh_prompts
     state = {
         "version": hapo.__version__,
         "method": _identity(trainer.method),
-        "stats": None if stats is None else stats.to_dict(),
+        "stats": _to_json(trainer.temperature_stats),
+        "sampled_with": _to_json(trainer._sampled_with),
         "micro_step": trainer._step,
         "fresh_prompts": 0 if fresh is None else fresh.position,
         "metrics": trainer._metrics["train"],
@@ -89,8 +89,8 @@ def save_state(trainer: Any, folder: Path) -> None:
 def load_state(trainer: Any, folder: Path) -> None:
     """Put a trainer where the checkpoint left it."""
     state = json.loads((folder / STATE).read_text())
-    stats = state["stats"]
-    trainer.temperature_stats = None if stats is None else hapo.EntropyStats(**stats)
+    trainer.temperature_stats = _from_json(state["stats"])
+    trainer._sampled_with = _from_json(state["sampled_with"])
     trainer._step = state["micro_step"]
     trainer._metrics["train"] = defaultdict(list, state["metrics"])
     if trainer._fresh_prompts is not None:
@@ -106,8 +106,17 @@ def _identity(method: hapo.Method) -> dict[str, Any]:
     return json.loads(json.dumps({"method": method.name, **method.options}))
 
 
+def _to_json(stats: hapo.EntropyStats | None) -> dict[str, float] | None:
+    return None if stats is None else stats.to_dict()
+
+
+def _from_json(stats: dict[str, Any] | None) -> hapo.EntropyStats | None:
+    return None if stats is None else hapo.EntropyStats(**stats)
+
+
 def _pack(batches: list[dict[str, Any]]) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    tensors, rest = {}, []
+    tensors: dict[str, torch.Tensor] = {}
+    rest: list[dict[str, Any]] = []
     for i, batch in enumerate(batches):
         rest.append({})
         for name, value in batch.items():

@@ -28,6 +28,7 @@ DECIDED_BY_METHOD = {
     "use_bias_correction_kl": "the penalty is GRPO's k3",
     "vllm_importance_sampling_mode": "the correction is per token, truncated at method_options={'sampler_cap': ...}",
     "use_liger_kernel": "log-probs come from hapo.scoring",
+    "cast_lm_head_to_fp32": "hapo.scoring sums in float32 whatever the dtype of the weights",
 }
 """TRL options that a method decides, and what to do instead."""
 
@@ -47,6 +48,10 @@ class HAPOConfig(GRPOConfig):
 
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "method_options"]
 
+    steps_per_generation: int | None = field(
+        default=None,
+        metadata={"help": "Micro-batches of a rollout batch; default 4 x gradient_accumulation_steps."},
+    )
     method: str = field(
         default="hapo", metadata={"help": "Policy-optimisation method; `hapo methods` lists them."}
     )
@@ -62,8 +67,10 @@ class HAPOConfig(GRPOConfig):
     )
     overlong_buffer: int = field(
         default=0,
-        metadata={"help": "Soft overlong punishment: tokens before max_completion_length over which the reward "
-                  "falls by overlong_factor; 0 is off."},
+        metadata={
+            "help": "Soft overlong punishment: tokens before max_completion_length over which the reward "
+            "falls by overlong_factor; 0 is off."
+        },
     )
     overlong_factor: float = field(
         default=1.0, metadata={"help": "Largest length penalty, reached at max_completion_length."}
@@ -86,15 +93,16 @@ class HAPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         """TRL's checks, then ours."""
-        chosen = self.steps_per_generation is not None or self.generation_batch_size is not None
-        if not chosen:
+        if self.steps_per_generation is None and self.generation_batch_size is None:
             self.steps_per_generation = UPDATES_PER_ROLLOUT * self.gradient_accumulation_steps
         super().__post_init__()
         options = self.method_options or {}
         if not isinstance(options, dict):
             raise ValueError(f"method_options must be a mapping of option names to values, got {options!r}")
         if "kl_coef" in options:
-            raise ValueError("set the weight of the KL penalty with TRL's beta, not with method_options['kl_coef']")
+            raise ValueError(
+                "set the weight of the KL penalty with TRL's beta, not with method_options['kl_coef']"
+            )
         hapo.method(self.method, **options)
         self._refuse_what_the_method_decides()
         self._check_schedule()

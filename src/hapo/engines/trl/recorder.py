@@ -12,7 +12,6 @@ from ...batch import TokenBatch
 from ...insight.records import RunRecords, manifest, weights_hash
 from ...method import LossOutput
 
-
 NOT_TOLD = {"hub_token", "accelerator_config", "debug", "gradient_checkpointing", "method", "method_options"}
 """Secrets, what TRL fills in itself, deprecated twins of other options, and what is written apart."""
 
@@ -30,7 +29,12 @@ class Recorder:
         model = trainer.accelerator.unwrap_model(trainer.model)
         self.records = RunRecords.create(
             folder,
-            config={**trainer.recipe, **_told(args), "method": trainer.method.name, "method_options": _options(trainer)},
+            config={
+                **trainer.recipe,
+                **_told(args),
+                "method": trainer.method.name,
+                "method_options": _options(trainer),
+            },
             manifest=manifest(
                 seed=args.seed,
                 model=str(model.config._name_or_path),
@@ -81,7 +85,12 @@ def _told(args: Any) -> dict[str, Any]:
     for f in fields(args):
         default = f.default if f.default_factory is MISSING else f.default_factory()
         value = values.get(f.name)
-        if f.init and f.name not in NOT_TOLD and value != default and isinstance(value, (str, int, float, bool, list, dict)):
+        if (
+            f.init
+            and f.name not in NOT_TOLD
+            and value != default
+            and isinstance(value, (str, int, float, bool, list, dict))
+        ):
             told[f.name] = value
     if "steps_per_generation" in told:
         told.pop("generation_batch_size", None)  # TRL fills in the one from the other

@@ -8,7 +8,6 @@ the loss, the sampler's order (resume), checkpoints (statistics, rollout in prog
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +85,9 @@ class HAPOTrainer(GRPOTrainer):
             name = model if isinstance(model, str) else model.config._name_or_path
             args = HAPOConfig(f"{str(name).split('/')[-1] or 'model'}-HAPO")
         if not isinstance(args, HAPOConfig):
-            raise TypeError(f"args must be a HAPOConfig, got {type(args).__name__}; from hapo.trl import HAPOConfig")
+            raise TypeError(
+                f"args must be a HAPOConfig, got {type(args).__name__}; from hapo.trl import HAPOConfig"
+            )
         self.method = _resolve(method, args)
         if args.use_vllm and self.method.factor is not None:
             raise ValueError(
@@ -122,7 +123,11 @@ class HAPOTrainer(GRPOTrainer):
     # -- sampling -------------------------------------------------------------------------------------------
 
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        if self.use_vllm or not self.model.training:
+        if not self.model.training:
+            turn = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+            self.model.eval()  # TRL leaves it in training mode after continuous batching
+            return turn
+        if self.use_vllm:
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         with sampling(self.accelerator.unwrap_model(self.model), self._temperature_factor()) as record:
             completion_ids, _ = super()._generate_single_turn(prompt_ids, *args, **kwargs)
@@ -133,7 +138,8 @@ class HAPOTrainer(GRPOTrainer):
         self._sampled_with = self.temperature_stats
         if self.method.factor is None or self.temperature_stats is None:
             return None
-        return partial(self.method.factor, stats=self.temperature_stats)
+        factor, stats = self.method.factor, self.temperature_stats
+        return lambda entropy: factor(entropy, stats)
 
     # -- scoring --------------------------------------------------------------------------------------------
 
@@ -244,7 +250,9 @@ class HAPOTrainer(GRPOTrainer):
         """Dynamic sampling: fresh prompts in place of groups with equal verdicts (DAPO, eq. 11)."""
         assert self._fresh_prompts is not None
         if "num_images" in rollout:
-            raise ValueError("dynamic sampling moves rows between ranks, which images cannot: max_num_gen_batches=1")
+            raise ValueError(
+                "dynamic sampling moves rows between ranks, which images cannot: max_num_gen_batches=1"
+            )
         tensors = self._gather(rollout)
         size, world = self.num_generations, self.accelerator.num_processes
         used = {prompt_key(row) for row in self._gather_objects(inputs)}
@@ -299,7 +307,7 @@ class HAPOTrainer(GRPOTrainer):
         mask = (mask if "tool_mask" not in rollout else mask * rollout["tool_mask"]).bool()
         # A response that no reward function could score is in no count.
         mask = mask & ~rollout["verdict"].isnan().unsqueeze(1)
-        local = {
+        local: dict[str, Any] = {
             "mask": mask,
             "old_logp": rollout["old_per_token_logps"],
             "old_entropy": rollout["old_entropies"],
@@ -309,7 +317,7 @@ class HAPOTrainer(GRPOTrainer):
             # Where vLLM has no log-prob for a token, it counts as drawn from the old policy.
             sampler = rollout["sampling_per_token_logps"]
             local["sampler_logp"] = torch.where(sampler.isnan(), local["old_logp"], sampler)
-        everyone = gather_rows(self.accelerator, local, frozenset())
+        everyone: dict[str, Any] = gather_rows(self.accelerator, local, frozenset())
         n = self.num_generations if train else self.num_generations_eval
         reward = everyone["verdict"]
         if self.args.overlong_buffer:
@@ -336,7 +344,9 @@ class HAPOTrainer(GRPOTrainer):
 
     def _log_rollout(self, batch: hapo.TokenBatch) -> None:
         metrics = self._metrics["train"]
-        metrics["groups/used"].append(batch.group[batch.mask.any(1)].unique().numel() / batch.group.unique().numel())
+        metrics["groups/used"].append(
+            batch.group[batch.mask.any(1)].unique().numel() / batch.group.unique().numel()
+        )
         if batch.stats is not None:
             for name in ("pivot", "sigma", "floored"):
                 metrics[f"entropy_stats/{name}"].append(getattr(batch.stats, name))
@@ -371,9 +381,9 @@ class HAPOTrainer(GRPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         logps, entropies, aux_loss = self._score(model, inputs)
-        mask, advantage, signal, weight, keep = (inputs.get(name) for name in PREPARED)
+        advantage, signal, weight, keep = (inputs.get(name) for name in PREPARED[1:])
         batch = hapo.TokenBatch(
-            mask=mask,
+            mask=inputs["hapo_mask"],
             logp=logps,
             old_logp=inputs["old_per_token_logps"],
             ref_logp=inputs.get("ref_per_token_logps"),
@@ -402,9 +412,11 @@ class HAPOTrainer(GRPOTrainer):
 
     def _log_loss(self, out: LossOutput, batch: hapo.TokenBatch) -> None:
         """Add this slice's shares; at the end of the optimiser step, one reduction over ranks."""
+        assert batch.entropy is not None and batch.totals is not None
+        if not batch.totals.tokens:
+            return  # a step without a token has a loss of 0 and nothing to average
         mode = "train" if self.model.training else "eval"
         shares = {METRIC_NAMES[k]: v for k, v in out.metrics.items() if k in METRIC_NAMES}
-        assert batch.entropy is not None and batch.totals is not None
         entropy = torch.where(batch.mask, batch.entropy, 0.0).sum() / max(batch.totals.tokens, 1)
         for name, value in {**shares, "entropy": entropy}.items():
             self._step_metrics[name] = self._step_metrics.get(name, torch.zeros_like(value)) + value
@@ -460,7 +472,9 @@ class HAPOTrainer(GRPOTrainer):
 def _resolve(method: Method | str | None, args: HAPOConfig) -> Method:
     if isinstance(method, Method):
         if args.beta and args.beta != method.kl_coef:
-            raise ValueError(f"beta={args.beta} and the method's kl_coef={method.kl_coef} disagree; set one of them")
+            raise ValueError(
+                f"beta={args.beta} and the method's kl_coef={method.kl_coef} disagree; set one of them"
+            )
         args.beta = method.kl_coef
         return method
     if method is not None:

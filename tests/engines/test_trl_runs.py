@@ -1,0 +1,386 @@
+"""Whole short runs of the TRL engine: what a user of GRPOTrainer expects to keep working, and what is refused."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from peft import LoraConfig
+
+import hapo
+from hapo.engines.trl.version import require_trl
+from hapo.trl import HAPOConfig, HAPOTrainer
+from tests.engines import tiny
+
+ROOT = Path(__file__).parents[2]
+CLOCKS = {"step_time", "wall_seconds", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
+
+
+def metrics(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in CLOCKS} for line in lines]
+
+
+def weights(trainer) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"save_steps": 3, "gradient_accumulation_steps": 2, "steps_per_generation": 8},
+        {"save_steps": 4, "max_num_gen_batches": 3, "num_iterations": 2, "steps_per_generation": 2},
+        {"save_steps": 5, "max_steps": 11, "generation_batch_size": 224, "logging_steps": 1},
+    ],
+    ids=["inside-a-rollout", "dynamic-sampling", "second-epoch"],
+)
+def test_kill_and_resume_equals_the_uninterrupted_run_bit_for_bit(tmp_path, options):
+    options = {"max_steps": 9, "save_strategy": "steps", "run_records": True, "record_tokens_every": 2, **options}
+    if "generation_batch_size" in options:
+        options["steps_per_generation"] = None
+    killed = subprocess.run(
+        [sys.executable, "-m", "tests.engines.killed_run", str(tmp_path / "b"), "7", json.dumps(options)],
+        cwd=ROOT,
+        env={**os.environ, "TRL_EXPERIMENTAL_SILENCE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert killed.returncode == -9, killed.stderr[-2000:]
+    uninterrupted = tiny.trainer(tmp_path / "a", **options)
+    uninterrupted.train()
+    resumed = tiny.trainer(tmp_path / "b", **options)
+    resumed.train(resume_from_checkpoint=True)
+    for name, value in weights(uninterrupted).items():
+        assert torch.equal(value, weights(resumed)[name]), name
+    assert resumed.temperature_stats == uninterrupted.temperature_stats
+    a, b = metrics(tmp_path / "a"), metrics(tmp_path / "b")
+    assert [line["step"] for line in a] == [line["step"] for line in b]
+    # The mean loss of the last line is of the steps since the resume: TRL's own, it keeps no sum.
+    for line in (a[-1], b[-1]):
+        line.pop("train_loss", None)
+        line.pop("total_flos", None)
+    assert a == b
+    for file in (tmp_path / "a" / "tokens").iterdir():
+        twin = pd.read_parquet(tmp_path / "b" / "tokens" / file.name)
+        pd.testing.assert_frame_equal(pd.read_parquet(file), twin)
+
+
+def test_adaptive_temperature_waits_for_statistics_and_is_recorded(tmp_path):
+    trainer = tiny.trainer(
+        tmp_path,
+        max_steps=8,
+        run_records=True,
+        record_tokens_every=1,
+        method_options={"tau": 0.5},
+        temperature=0.7,
+    )
+    trainer.train()
+    first = pd.read_parquet(tmp_path / "tokens" / "step-000001-0.parquet")
+    assert (first["temperature"] == first["temperature"].iloc[0]).all()
+    assert first["temperature"].iloc[0] == pytest.approx(0.7)
+    assert (first["logp_old"] - first["logp_sampler"]).abs().max() < 1e-4
+    later = pd.read_parquet(tmp_path / "tokens" / "step-000005-0.parquet")
+    assert later["temperature"].between(0.7 * 0.5 - 1e-6, 0.7 * 1.5 + 1e-6).all()
+    assert later["temperature"].std() > 0.005
+    assert (later["logp_old"] - later["logp_sampler"]).abs().max() > 0.05
+    capped = (
+        (later["logp_old"] - later["logp_sampler"]).clip(-20, 20).map(lambda x: min(2.718281828459045**x, 2.0))
+    )
+    assert (later["weight"] - capped).abs().max() < 1e-4
+    clipped = ((later.ratio > 1 + later.bound_high) & (later.advantage_used > 0)) | (
+        (later.ratio < 1 - later.bound_low) & (later.advantage_used < 0)
+    )
+    assert (clipped == later["clipped"]).all()
+
+
+def test_records_can_be_read_without_the_library(tmp_path):
+    trainer = tiny.trainer(tmp_path, run_records=True, save_strategy="steps", save_steps=2)
+    trainer.train()
+    assert {p.name for p in tmp_path.iterdir()} >= {"config.yaml", "manifest.json", "metrics.jsonl", "tokens"}
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["seed"] == 7
+    assert len(manifest["weights_sha256"]) == 64
+    assert manifest["versions"]["trl"].startswith("1.16")
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"checkpoint-2", "checkpoint-4"}
+    tokens = pd.read_parquet(tmp_path / "tokens")
+    assert set(tokens["step"]) == {1}
+    assert {"prompt", "text", "entropy", "signal", "ratio", "reward", "group", "clipped"} <= set(tokens.columns)
+    one = tokens[tokens["response"] == 0].sort_values("position")
+    assert one["position"].tolist() == list(range(len(one)))
+
+
+def test_lora(tmp_path):
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    trainer = tiny.trainer(tmp_path, peft_config=lora, method="hapo", beta=0.05, max_steps=5)
+    before = weights(trainer)
+    trainer.train()
+    after = weights(trainer)
+    changed = {n for n in before if not torch.equal(before[n], after[n])}
+    assert changed
+    assert all("lora_" in n for n in changed)
+    assert trainer.state.log_history[1]["kl"] > 0
+    assert any("temperature/mean" in line for line in trainer.state.log_history)
+
+
+def test_reference_kl_pulls_towards_the_reference(tmp_path):
+    tiny.model().save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    kl = {}
+    for beta in (0.01, 5.0):
+        trainer = tiny.trainer(
+            tmp_path / str(beta), str(tmp_path / "model"), method="grpo", beta=beta, max_steps=6
+        )
+        trainer.train()
+        lines = [line for line in trainer.state.log_history if "kl" in line]
+        assert lines[0]["kl"] == pytest.approx(0, abs=1e-6)
+        kl[beta] = lines[-1]["kl"]
+    assert 0 < kl[5.0] < kl[0.01]
+
+
+def test_dynamic_sampling_replaces_groups_of_equal_rewards(tmp_path):
+    """Odd prompts always earn the same; the first batch has some, the batch trained on has none."""
+
+    def reward(completions, i, **_):
+        return [1.0 if k % 2 else float(len(c) % 2) for c, k in zip(completions, i, strict=True)]
+
+    trainer = tiny.trainer(tmp_path, reward=reward, max_num_gen_batches=10, max_steps=4)
+    trainer.train()
+    line = trainer.state.log_history[0]
+    assert line["dynamic_sampling/rounds"] > 1
+    assert line["dynamic_sampling/kept"] == 1.0
+    assert line["groups/used"] == 1.0
+    used = torch.cat([b["hapo_group"] for b in trainer._buffered_inputs])
+    assert used.unique(return_counts=True)[1].tolist() == [4] * 8
+    for b in trainer._buffered_inputs:
+        assert b["hapo_mask"].any(1).all()
+
+
+def test_dynamic_sampling_gives_up_at_its_limit_and_says_so(tmp_path):
+    trainer = tiny.trainer(
+        tmp_path, reward=lambda completions, **_: [1.0] * len(completions), max_num_gen_batches=3
+    )
+    before = weights(trainer)
+    trainer.train()
+    line = trainer.state.log_history[0]
+    assert line["dynamic_sampling/kept"] == 0
+    assert line["loss"] == 0
+    assert all(torch.equal(before[n], w) for n, w in weights(trainer).items())
+
+
+def test_unscorable_and_truncated_responses_are_in_no_count(tmp_path):
+    def reward(completions, **_):
+        return [None if i % 4 == 0 else float(i % 2) for i, _ in enumerate(completions)]
+
+    trainer = tiny.trainer(
+        tmp_path,
+        reward=reward,
+        mask_truncated_completions=True,
+        max_steps=1,
+        method_options={"filter_groups": False},
+    )
+    trainer.train()
+    totals = trainer._buffered_inputs[0]["hapo_totals"]
+    rows = [b["hapo_mask"].any(1) for b in trainer._buffered_inputs]
+    scored = [~b["verdict"].isnan() for b in trainer._buffered_inputs]
+    whole = [b["completion_mask"].any(1) for b in trainer._buffered_inputs]
+    assert totals.sequences == rows[0].sum()
+    for r, s, w in zip(rows, scored, whole, strict=True):
+        assert torch.equal(r, s & w)
+
+
+def test_overlong_punishment_shapes_the_reward_not_the_verdict(tmp_path):
+    trainer = tiny.trainer(tmp_path, overlong_buffer=4, max_steps=1)
+    trainer.train()
+    b = trainer._buffered_inputs[0]
+    n = b["completion_mask"].sum(1)
+    expected = b["verdict"] - ((n - 4) / 4).clamp(0, 1)
+    torch.testing.assert_close(b["hapo_reward"], expected)
+    assert (b["hapo_reward"] < b["verdict"]).any()
+
+
+def test_evaluation_completion_logs_and_continuous_batching(tmp_path, capsys):
+    net = tiny.model()
+    trainer = HAPOTrainer(
+        net,
+        tiny.count_digits,
+        tiny.config(
+            tmp_path,
+            max_steps=5,
+            eval_strategy="steps",
+            eval_steps=5,
+            per_device_eval_batch_size=8,
+            log_completions=True,
+            num_completions_to_print=1,
+            use_transformers_continuous_batching=True,
+            transformers_continuous_batching_config={"num_blocks": 64, "page_size": 16},
+        ),
+        train_dataset=tiny.data(),
+        eval_dataset=tiny.data(8),
+        processing_class=tiny.tokenizer(),
+    )
+    trainer.train()
+    evaluations = [line for line in trainer.state.log_history if "eval_reward" in line]
+    assert len(evaluations) == 1
+    assert any("temperature/mean" in line for line in trainer.state.log_history)
+    assert (tmp_path / "completions" / "completions_00005.parquet").is_file()
+
+
+def test_any_method_object_trains(tmp_path):
+    from hapo.parts.advantage import group_advantage
+
+    mine = hapo.Method(name="mine", advantage=lambda b: group_advantage(b.reward, b.group, b.mask))
+    trainer = tiny.trainer(tmp_path, method_object=mine, max_steps=2)
+    trainer.train()
+    assert trainer.method is mine
+    assert "temperature/mean" not in trainer.state.log_history[-2]
+
+
+def test_one_update_a_rollout_warns_that_clipping_is_idle(tmp_path):
+    with pytest.warns(UserWarning, match="every importance ratio is 1"):
+        config = tiny.config(tmp_path, steps_per_generation=1)
+    trainer = HAPOTrainer(
+        tiny.model(), tiny.count_digits, config, train_dataset=tiny.data(), processing_class=tiny.tokenizer()
+    )
+    trainer.train()
+    ratios = [line["ratio/mean"] for line in trainer.state.log_history if "ratio/mean" in line]
+    assert ratios
+    assert ratios == pytest.approx([1] * len(ratios), abs=1e-6)
+
+
+def test_the_default_schedule_takes_four_updates(tmp_path):
+    config = tiny.config(tmp_path, steps_per_generation=None, gradient_accumulation_steps=3)
+    assert config.updates_per_rollout == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss_type": "grpo"}, "loss_type='grpo' cannot be honoured"),
+        ({"epsilon": 0.3}, 'set method_options={"eps_low"'),
+        ({"scale_rewards": "batch"}, "scale_rewards='batch'"),
+        ({"top_entropy_quantile": 0.2}, "top_entropy_quantile=0.2"),
+        ({"entropy_coef": 0.01}, "no method has an entropy bonus"),
+        ({"importance_sampling_level": "sequence"}, "choose method="),
+        ({"vllm_importance_sampling_mode": "sequence_mask"}, "per token, truncated"),
+        ({"cast_lm_head_to_fp32": True}, "cast_lm_head_to_fp32"),
+        ({"method": "hapo2"}, "did you mean 'hapo'"),
+        ({"method_options": {"eps_hihg": 0.3}}, "did you mean 'eps_high'"),
+        ({"method_options": {"tau": 1.0}}, "tau must be in"),
+        ({"method_options": {"kl_coef": 0.1}}, "TRL's beta"),
+        ({"method_options": "[1]"}, "method_options"),
+        ({"gradient_accumulation_steps": 3}, "must be a multiple of"),
+        ({"max_num_gen_batches": 0}, "max_num_gen_batches must be at least 1"),
+        ({"overlong_buffer": 9}, "must not exceed max_completion_length"),
+    ],
+)
+def test_options_that_cannot_be_honoured_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.config(tmp_path, **options)
+
+
+def test_vllm_with_adaptive_temperature_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="components"):
+        tiny.trainer(tmp_path, use_vllm=True)
+
+
+def test_dynamic_sampling_from_a_stream_is_refused(tmp_path):
+    stream = tiny.data().to_iterable_dataset()
+    with pytest.raises(ValueError, match="map-style"):
+        HAPOTrainer(
+            tiny.model(),
+            tiny.count_digits,
+            tiny.config(tmp_path, max_num_gen_batches=2),
+            train_dataset=stream,
+            processing_class=tiny.tokenizer(),
+        )
+
+
+def test_trl_config_is_refused_with_the_remedy(tmp_path):
+    from trl import GRPOConfig
+
+    with pytest.raises(TypeError, match="from hapo.trl import HAPOConfig"):
+        HAPOTrainer(
+            tiny.model(),
+            tiny.count_digits,
+            GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, activation_checkpointing=False),
+            train_dataset=tiny.data(),
+            processing_class=tiny.tokenizer(),
+        )
+
+
+@pytest.mark.parametrize("found", ["1.15.2", "1.17.0", "2.0.0"])
+def test_another_trl_is_refused(monkeypatch, found):
+    monkeypatch.setattr(metadata, "version", lambda _: found)
+    monkeypatch.setattr("hapo.engines.trl.version.version", lambda _: found)
+    with pytest.raises(ImportError, match=rf"tested with TRL 1.16 and refuses {found}.*pip install"):
+        require_trl()
+
+
+def test_a_missing_trl_is_named(monkeypatch):
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("hapo.engines.trl.version.version", missing)
+    with pytest.raises(ImportError, match="TRL is not installed"):
+        require_trl()
+
+
+def test_a_checkpoint_of_another_method_is_refused(tmp_path):
+    tiny.trainer(tmp_path, method="hapo", save_strategy="steps", save_steps=2, max_steps=2).train()
+    checkpoint = str(tmp_path / "checkpoint-2")
+    with pytest.raises(ValueError, match=r"another method .*method: 'hapo' there, 'dapo' here"):
+        tiny.trainer(tmp_path, method="dapo").train(resume_from_checkpoint=checkpoint)
+    with pytest.raises(ValueError, match=r"tau: 0.1 there, 0.2 here"):
+        tiny.trainer(tmp_path, method_options={"tau": 0.2}).train(resume_from_checkpoint=checkpoint)
+
+
+def test_a_checkpoint_that_was_cut_short_is_refused(tmp_path):
+    tiny.trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
+    (tmp_path / "checkpoint-2" / "hapo_state.json").unlink()
+    with pytest.raises(ValueError, match="cut short"):
+        tiny.trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        tiny.trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_a_run_folder_that_exists_is_refused(tmp_path):
+    tiny.trainer(tmp_path, run_records=True, max_steps=1).train()
+    before = (tmp_path / "metrics.jsonl").read_text()
+    with pytest.raises(FileExistsError, match="choose another output_dir"):
+        tiny.trainer(tmp_path, run_records=True, max_steps=1).train()
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_a_run_folder_that_cannot_be_written_to_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot be written to"):
+        tiny.trainer(tmp_path / "file" / "run", run_records=True)
+
+
+def test_a_full_disk_is_refused_before_training(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(OSError, match="GiB left and the run needs about"):
+        tiny.trainer(tmp_path, run_records=True)
+
+
+def test_images_are_refused_by_dynamic_sampling_only(tmp_path):
+    trainer = tiny.trainer(tmp_path, max_num_gen_batches=2)
+    with pytest.raises(ValueError, match="max_num_gen_batches=1"):
+        trainer._resample({"num_images": [1]}, [])
+
+
+def test_config_survives_the_command_line(tmp_path):
+    from transformers import HfArgumentParser
+
+    line = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false", "--activation_checkpointing=0"]
+    options = ["--method", "dapo", "--method_options", '{"eps_high": 0.3}']
+    (config,) = HfArgumentParser(HAPOConfig).parse_args_into_dataclasses(line + options)
+    assert config.method_options == {"eps_high": 0.3}
