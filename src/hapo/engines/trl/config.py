@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from trl import GRPOConfig
 
@@ -26,7 +26,7 @@ DECIDED_BY_METHOD = {
     "entropy_coef": "no method has an entropy bonus",
     "use_adaptive_entropy": "no method has an entropy bonus",
     "use_bias_correction_kl": "the penalty is GRPO's k3",
-    "vllm_importance_sampling_mode": "the correction is per token, truncated at method_options={'sampler_cap': ...}",
+    "vllm_importance_sampling_mode": "the correction is per token, truncated at method_options['sampler_cap']",
     "use_liger_kernel": "log-probs come from hapo.scoring",
     "cast_lm_head_to_fp32": "hapo.scoring sums in float32 whatever the dtype of the weights",
 }
@@ -46,7 +46,7 @@ class HAPOConfig(GRPOConfig):
             optimiser step would span two rollout batches.
     """
 
-    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "method_options"]
+    _VALID_DICT_FIELDS: ClassVar = [*GRPOConfig._VALID_DICT_FIELDS, "method_options"]
 
     steps_per_generation: int | None = field(
         default=None,

@@ -1,0 +1,39 @@
+# Every target sets up what it needs: a virtual environment in .venv, made once.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+# Tiny models are fastest on one thread a process.
+ONE = OMP_NUM_THREADS=1
+
+.PHONY: setup demo test lint format docs smollm2 clean
+
+setup: $(VENV)/.ready
+
+# torch first, at the tested release, so that nothing else chooses it.
+$(VENV)/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and f"hapo needs Python 3.10 or newer, this is {v.major}.{v.minor}; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed "torch==2.13.0"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+demo: setup  ## Train the embedded default: a tiny model learns three-digit addition in a few minutes.
+	$(BIN)/hapo train
+
+test: setup  ## All tests, on two cores.
+	$(ONE) $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+lint: setup  ## Style and types.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: setup  ## The documentation, into site/.
+	$(BIN)/mkdocs build --strict --quiet
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache
