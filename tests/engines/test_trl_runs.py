@@ -374,7 +374,7 @@ def test_a_full_disk_is_refused_before_training(tmp_path, monkeypatch):
 def test_images_are_refused_by_dynamic_sampling_only(tmp_path):
     trainer = tiny.trainer(tmp_path, max_num_gen_batches=2)
     with pytest.raises(ValueError, match="max_num_gen_batches=1"):
-        trainer._resample({"num_images": [1]}, [])
+        trainer._dynamic.fill({"num_images": [1]}, [])
 
 
 def test_config_survives_the_command_line(tmp_path):
@@ -384,3 +384,24 @@ def test_config_survives_the_command_line(tmp_path):
     options = ["--method", "dapo", "--method_options", '{"eps_high": 0.3}']
     (config,) = HfArgumentParser(HAPOConfig).parse_args_into_dataclasses(line + options)
     assert config.method_options == {"eps_high": 0.3}
+
+
+def test_a_model_whose_logits_scoring_does_not_reproduce_is_refused(tmp_path):
+    net = tiny.model()
+    forward = net.forward
+
+    def scaled(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        out.logits = out.logits * 0.3  # a transform that no config names
+        return out
+
+    net.forward = scaled
+    with pytest.raises(RuntimeError, match="generation and scoring disagree"):
+        tiny.trainer(tmp_path, net, max_steps=1).train()
+
+
+def test_the_model_card_cites_the_method(tmp_path):
+    tiny.trainer(tmp_path, method="dapo", max_steps=2, save_strategy="steps", save_steps=2).train()
+    card = (tmp_path / "README.md").read_text()
+    assert "DAPO" in card
+    assert "2503.14476" in card

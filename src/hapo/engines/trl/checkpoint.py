@@ -70,14 +70,14 @@ def save_state(trainer: Any, folder: Path) -> None:
     trainer.accelerator.wait_for_everyone()
     if not trainer.accelerator.is_main_process:
         return
-    fresh = trainer._fresh_prompts
+    dynamic = trainer._dynamic
     state = {
         "version": hapo.__version__,
         "method": _identity(trainer.method),
         "stats": _to_json(trainer.temperature_stats),
         "sampled_with": _to_json(trainer._sampled_with),
         "micro_step": trainer._step,
-        "fresh_prompts": 0 if fresh is None else fresh.position,
+        "fresh_prompts": 0 if dynamic is None else dynamic.prompts.position,
         "metrics": trainer._metrics["train"],
         "rollout": rollout,
     }
@@ -93,8 +93,8 @@ def load_state(trainer: Any, folder: Path) -> None:
     trainer._sampled_with = _from_json(state["sampled_with"])
     trainer._step = state["micro_step"]
     trainer._metrics["train"] = defaultdict(list, state["metrics"])
-    if trainer._fresh_prompts is not None:
-        trainer._fresh_prompts.position = state["fresh_prompts"]
+    if trainer._dynamic is not None:
+        trainer._dynamic.prompts.position = state["fresh_prompts"]
     if state["rollout"] is not None:
         file = folder / f"hapo_rollout-{trainer.accelerator.process_index}.safetensors"
         tensors = load_file(file, device=str(trainer.accelerator.device))

@@ -9,10 +9,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
+from torch.utils.data import IterableDataset
 from trl.trainer.utils import RepeatSampler
 
+from ...parts.keep import mixed_groups
+
 TensorDict = dict[str, Tensor]
+LEFT_PADDED = frozenset({"prompt_ids", "prompt_mask"})
 
 
 class EpochSampler(RepeatSampler):
@@ -63,11 +68,8 @@ def prompt_key(row: dict[str, Any]) -> str:
     return json.dumps(row.get("prompt"), sort_keys=True, default=str)
 
 
-def gather_rows(accelerator: Accelerator, tensors: TensorDict, left: frozenset[str]) -> TensorDict:
-    """The rows of all ranks, in rank order; (B,T) tensors padded with zeros to the widest rank.
-
-    Names in `left` are padded on the left (prompts).
-    """
+def gather_rows(accelerator: Accelerator, tensors: TensorDict) -> TensorDict:
+    """The rows of all ranks, in rank order; (B,T) tensors zero-padded to the widest rank, prompts on the left."""
     if accelerator.num_processes == 1:
         return dict(tensors)
     out = {}
@@ -75,20 +77,20 @@ def gather_rows(accelerator: Accelerator, tensors: TensorDict, left: frozenset[s
         as_bool = x.dtype == torch.bool
         x = x.to(torch.uint8) if as_bool else x
         if x.ndim > 1:
-            x = accelerator.pad_across_processes(x, dim=1, pad_first=name in left)
+            x = accelerator.pad_across_processes(x, dim=1, pad_first=name in LEFT_PADDED)
         x = accelerator.gather(x)
         out[name] = x.bool() if as_bool else x
     return out
 
 
-def concat_rows(parts: list[TensorDict], left: frozenset[str]) -> TensorDict:
-    """Row-wise concatenation; (B,T) tensors padded with zeros to the widest part."""
+def concat_rows(parts: list[TensorDict]) -> TensorDict:
+    """Row-wise concatenation; (B,T) tensors zero-padded to the widest part, prompts on the left."""
     out = {}
     for name in parts[0]:
         xs = [part[name] for part in parts]
         if xs[0].ndim > 1:
             width = max(x.shape[1] for x in xs)
-            xs = [_pad(x, width - x.shape[1], name in left) for x in xs]
+            xs = [_pad(x, width - x.shape[1], name in LEFT_PADDED) for x in xs]
         out[name] = torch.cat(xs)
     return out
 
@@ -104,5 +106,74 @@ def prompts_to_draw(missing: int, kept: int, drawn: int, most: int, group_size: 
     """
     share = max(kept, 1) / max(drawn, 1)
     want = min(most, math.ceil(missing / share))
-    unit = world // math.gcd(world, group_size)
+    unit = _unit(group_size, world)
     return math.ceil(want / unit) * unit
+
+
+class DynamicSampling:
+    """Fresh prompts in place of groups with equal verdicts, up to a number of rounds (DAPO, eq. 11).
+
+    Raises:
+        ValueError: the training data is a stream, or a rollout holds images.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        if isinstance(trainer.train_dataset, IterableDataset) or not hasattr(trainer.train_dataset, "__len__"):
+            raise ValueError(
+                "dynamic sampling (max_num_gen_batches > 1) draws further prompts by index, and an iterable "
+                "data set has none: use a map-style data set, or max_num_gen_batches=1"
+            )
+        self.trainer = trainer
+        self.prompts = FreshPrompts(trainer.train_dataset, trainer.args.seed + 1)
+
+    def fill(self, rollout: dict[str, Any], inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """The rollout with as many mixed groups as it has groups, or as many as the rounds gave.
+
+        Kept groups come first, in the order drawn; what is missing is filled with groups that prepare() drops.
+        """
+        if "num_images" in rollout:
+            raise ValueError("dynamic sampling moves rows between ranks, images cannot: set max_num_gen_batches=1")
+        trainer, size = self.trainer, self.trainer.num_generations
+        rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
+        used = set(gather_object([prompt_key(row) for row in inputs]))
+        pool = [self._gather(rollout)]
+        mixed = self._mixed(pool[0])
+        most = len(mixed)
+        for _ in range(trainer.args.max_num_gen_batches - 1):
+            have = int(mixed.sum())
+            if have >= most:
+                break
+            prompts = self.prompts.take(prompts_to_draw(most - have, have, len(mixed), most, size, world), used)
+            prompts = prompts[: len(prompts) // _unit(size, world) * _unit(size, world)]
+            if not prompts:
+                break
+            rows = [dict(row) for row in prompts for _ in range(size)]
+            share = len(rows) // world
+            pool.append(self._gather(trainer._rollout(rows[rank * share :][:share])))
+            mixed = torch.cat([mixed, self._mixed(pool[-1])])
+        everything = concat_rows(pool)
+        order = torch.argsort((~mixed).int(), stable=True)[:most]
+        index = (order.unsqueeze(1) * size + torch.arange(size, device=order.device)).flatten()
+        share = len(index) // world
+        index = index[rank * share :][:share]
+        metrics = trainer._metrics["train"]
+        metrics["dynamic_sampling/rounds"].append(len(pool))
+        metrics["dynamic_sampling/kept"].append(min(int(mixed.sum()), most) / most)
+        return {**rollout, **{name: x[index] for name, x in everything.items()}}
+
+    def _gather(self, rollout: dict[str, Any]) -> TensorDict:
+        rows = len(rollout["verdict"])
+        tensors = {k: v for k, v in rollout.items() if isinstance(v, Tensor) and v.ndim and len(v) == rows}
+        return gather_rows(self.trainer.accelerator, tensors)
+
+    def _mixed(self, tensors: TensorDict) -> Tensor:
+        """Groups whose scored verdicts differ."""
+        verdict = tensors["verdict"]
+        group = torch.arange(len(verdict), device=verdict.device) // self.trainer.num_generations
+        scored = ~verdict.isnan() & tensors["completion_mask"].any(1)
+        return mixed_groups(verdict, group, scored).view(-1, self.trainer.num_generations).any(1)
+
+
+def _unit(size: int, world: int) -> int:
+    """Fewest prompts that give every rank equally many rows."""
+    return world // math.gcd(world, size)

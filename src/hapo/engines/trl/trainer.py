@@ -13,41 +13,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset
 from trl import GRPOTrainer
 
 import hapo
 
 from ...insight.records import check_writable
-from ...method import LossOutput, Method
+from ...method import Method
+from ...methods import options_of
 from ...parts.shaping import soft_overlong_punishment
 from ...samplers.transformers import sampling
 from ...scoring import attach_scoring, score_tokens
 from .checkpoint import check_checkpoint, load_state, save_state
 from .config import HAPOConfig
+from .metrics import MetricLog
 from .recorder import Recorder
-from .rollout import (
-    EpochSampler,
-    FreshPrompts,
-    TensorDict,
-    concat_rows,
-    gather_rows,
-    prompt_key,
-    prompts_to_draw,
-)
+from .rollout import DynamicSampling, EpochSampler, gather_rows
 
-LEFT_PADDED = frozenset({"prompt_ids", "prompt_mask"})
 PREPARED = ("hapo_mask", "hapo_advantage", "hapo_signal", "hapo_weight", "hapo_keep")
-METRIC_NAMES = {
-    "clip/low": "clip_ratio/low_mean",
-    "clip/high": "clip_ratio/high_mean",
-    "sampler_weight": "sampling/importance_sampling_ratio/mean",
-    "ratio": "ratio/mean",
-    "kl_old": "kl_old",
-    "redistributed": "redistributed",
-    "kl": "kl",
-    "entropy": "entropy",
-}
 
 
 class HAPOTrainer(GRPOTrainer):
@@ -98,12 +80,13 @@ class HAPOTrainer(GRPOTrainer):
             raise ValueError("generation_kwargs: num_beams must be 1, policies are sampled, not searched")
         if args.run_records:
             check_writable(Path(args.output_dir))
-        self._name, self._tag_names = self.method.name.upper(), ["trl", "hapo"]
+        self._name, self._paper = _cited(self.method)
+        self._tag_names = ["trl", "hapo"]
         self.temperature_stats: hapo.EntropyStats | None = None
         self._sampled_with: hapo.EntropyStats | None = None
         self._rewards_per_func: Tensor | None = None
         self._rollout_scores: list[Tensor] | None = None
-        self._step_metrics: dict[str, Tensor] = {}
+        self._step_metrics = MetricLog(self)
         self._records: Recorder | None = None
         self.recipe: dict[str, Any] = {}
         """What beside `args` the run was told (model, task); written to config.yaml."""
@@ -111,14 +94,9 @@ class HAPOTrainer(GRPOTrainer):
         attach_scoring(self.model)
         if self.ref_model is not None:
             attach_scoring(self.accelerator.unwrap_model(self.ref_model))
-        self._fresh_prompts: FreshPrompts | None = None
+        self._dynamic = None
         if self.method.filter_groups and args.max_num_gen_batches > 1:
-            if isinstance(self.train_dataset, IterableDataset) or not hasattr(self.train_dataset, "__len__"):
-                raise ValueError(
-                    "dynamic sampling (max_num_gen_batches > 1) draws further prompts by index, and an iterable "
-                    "data set has none: use a map-style data set, or max_num_gen_batches=1"
-                )
-            self._fresh_prompts = FreshPrompts(self.train_dataset, args.seed + 1)
+            self._dynamic = DynamicSampling(self)
 
     # -- sampling -------------------------------------------------------------------------------------------
 
@@ -191,8 +169,8 @@ class HAPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         rollout = self._rollout(inputs)
-        if self._fresh_prompts is not None and self.model.training:
-            rollout = self._resample(rollout, inputs)
+        if self._dynamic is not None and self.model.training:
+            rollout = self._dynamic.fill(rollout, inputs)
         return self._prepare(rollout)
 
     def _rollout(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -246,60 +224,6 @@ class HAPOTrainer(GRPOTrainer):
         train = self.model.training
         return self.args.per_device_train_batch_size if train else self.args.per_device_eval_batch_size
 
-    def _resample(self, rollout: dict[str, Any], inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """Dynamic sampling: fresh prompts in place of groups with equal verdicts (DAPO, eq. 11)."""
-        assert self._fresh_prompts is not None
-        if "num_images" in rollout:
-            raise ValueError(
-                "dynamic sampling moves rows between ranks, which images cannot: max_num_gen_batches=1"
-            )
-        tensors = self._gather(rollout)
-        size, world = self.num_generations, self.accelerator.num_processes
-        used = {prompt_key(row) for row in self._gather_objects(inputs)}
-        mixed = self._mixed(tensors["verdict"])
-        most = len(mixed)
-        pool, kept, drawn, rounds = [tensors], [mixed], most, 1
-        while (have := int(sum(k.sum() for k in kept))) < most and rounds < self.args.max_num_gen_batches:
-            want = prompts_to_draw(most - have, have, drawn, most, size, world)
-            prompts = self._fresh_prompts.take(want, used)
-            prompts = prompts[: len(prompts) - len(prompts) * size % world]
-            if not prompts:
-                break
-            rows = [dict(row) for row in prompts for _ in range(size)]
-            share = len(rows) // world
-            mine = rows[self.accelerator.process_index * share :][:share]
-            pool.append(self._gather(self._rollout(mine)))
-            kept.append(self._mixed(pool[-1]["verdict"]))
-            drawn += len(prompts)
-            rounds += 1
-        everything, keep = concat_rows(pool, LEFT_PADDED), torch.cat(kept)
-        # Kept groups first, in the order drawn; what is missing is filled with groups that prepare() drops.
-        order = torch.argsort((~keep).int(), stable=True)[:most]
-        index = (order.unsqueeze(1) * size + torch.arange(size, device=order.device)).flatten()
-        share = len(index) // world
-        index = index[self.accelerator.process_index * share :][:share]
-        metrics = self._metrics["train"]
-        metrics["dynamic_sampling/rounds"].append(rounds)
-        metrics["dynamic_sampling/kept"].append(min(int(keep.sum()), most) / most)
-        return {**rollout, **{name: x[index] for name, x in everything.items()}}
-
-    def _mixed(self, verdict: Tensor) -> Tensor:
-        groups = verdict.view(-1, self.num_generations)
-        scored = ~groups.isnan()
-        high = groups.masked_fill(~scored, -torch.inf).amax(1)
-        low = groups.masked_fill(~scored, torch.inf).amin(1)
-        return high > low
-
-    def _gather(self, rollout: dict[str, Any]) -> TensorDict:
-        rows = len(rollout["verdict"])
-        tensors = {k: v for k, v in rollout.items() if isinstance(v, Tensor) and v.ndim and len(v) == rows}
-        return gather_rows(self.accelerator, tensors, LEFT_PADDED)
-
-    def _gather_objects(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        from accelerate.utils import gather_object
-
-        return gather_object([{"prompt": row.get("prompt")} for row in rows])
-
     def _prepare(self, rollout: dict[str, Any]) -> dict[str, Any]:
         """Method.prepare over the rollout batch of all ranks; this rank keeps its rows."""
         train = self.model.training
@@ -317,7 +241,7 @@ class HAPOTrainer(GRPOTrainer):
             # Where vLLM has no log-prob for a token, it counts as drawn from the old policy.
             sampler = rollout["sampling_per_token_logps"]
             local["sampler_logp"] = torch.where(sampler.isnan(), local["old_logp"], sampler)
-        everyone: dict[str, Any] = gather_rows(self.accelerator, local, frozenset())
+        everyone: dict[str, Any] = gather_rows(self.accelerator, local)
         n = self.num_generations if train else self.num_generations_eval
         reward = everyone["verdict"]
         if self.args.overlong_buffer:
@@ -336,26 +260,11 @@ class HAPOTrainer(GRPOTrainer):
         rollout["hapo_reward"], rollout["hapo_group"] = reward[rows], group[rows]
         rollout["advantages"] = rollout["hapo_advantage"]
         if train:
-            self._log_rollout(batch)
+            self._step_metrics.add_rollout(batch)
             self.temperature_stats = batch.stats
         else:
             rollout["hapo_totals"] = batch.totals
         return rollout
-
-    def _log_rollout(self, batch: hapo.TokenBatch) -> None:
-        metrics = self._metrics["train"]
-        metrics["groups/used"].append(
-            batch.group[batch.mask.any(1)].unique().numel() / batch.group.unique().numel()
-        )
-        if batch.stats is not None:
-            for name in ("pivot", "sigma", "floored"):
-                metrics[f"entropy_stats/{name}"].append(getattr(batch.stats, name))
-        if self.method.factor is not None and self._sampled_with is not None and batch.old_entropy is not None:
-            factor = self.method.factor(batch.old_entropy[batch.mask], self._sampled_with)
-            if factor.numel():
-                metrics["temperature/mean"].append(self.temperature * factor.mean().item())
-                metrics["temperature/min"].append(self.temperature * factor.min().item())
-                metrics["temperature/max"].append(self.temperature * factor.max().item())
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         buffered = self._buffered_inputs
@@ -400,7 +309,7 @@ class HAPOTrainer(GRPOTrainer):
             stats=self.temperature_stats,
         )
         out = self.method.loss(batch)
-        self._log_loss(out, batch)
+        self._step_metrics.add(out, batch)
         if self._records is not None and self.model.training:
             self._records.add_tokens(inputs, batch, out)
         # Data-parallel engines average gradients over ranks; the totals already count all of them.
@@ -409,24 +318,6 @@ class HAPOTrainer(GRPOTrainer):
             windows = self.current_gradient_accumulation_steps if self.model.training else 1
             loss = loss + self.router_aux_loss_coef * aux_loss / windows
         return loss
-
-    def _log_loss(self, out: LossOutput, batch: hapo.TokenBatch) -> None:
-        """Add this slice's shares; at the end of the optimiser step, one reduction over ranks."""
-        assert batch.entropy is not None and batch.totals is not None
-        if not batch.totals.tokens:
-            return  # a step without a token has a loss of 0 and nothing to average
-        mode = "train" if self.model.training else "eval"
-        shares = {METRIC_NAMES[k]: v for k, v in out.metrics.items() if k in METRIC_NAMES}
-        entropy = torch.where(batch.mask, batch.entropy, 0.0).sum() / max(batch.totals.tokens, 1)
-        for name, value in {**shares, "entropy": entropy}.items():
-            self._step_metrics[name] = self._step_metrics.get(name, torch.zeros_like(value)) + value
-        if mode == "train" and not self.accelerator.gradient_state.sync_gradients:
-            return
-        names = sorted(self._step_metrics)
-        summed = self.accelerator.reduce(torch.stack([self._step_metrics[n] for n in names]), "sum").tolist()
-        for name, value in zip(names, summed, strict=True):
-            self._metrics[mode][name].append(value)
-        self._step_metrics = {}
 
     # -- order, checkpoints, records ------------------------------------------------------------------------
 
@@ -467,6 +358,18 @@ class HAPOTrainer(GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             load_state(self, Path(checkpoint))
+
+
+def _cited(method: Method) -> tuple[str, dict[str, str]]:
+    """Name and paper of a method for TRL's model card."""
+    if method.name not in hapo.methods():
+        return method.name, {}
+    paper = options_of(method.name).paper
+    entry = (
+        f"@article{{{method.name}{paper.year},\n    title = {{{{{paper.title}}}}},\n    year = {paper.year},\n"
+        f"    eprint = {{arXiv:{paper.arxiv}}},\n}}"
+    )
+    return method.name.upper(), {"title": paper.title, "id": paper.arxiv, "citation": entry}
 
 
 def _resolve(method: Method | str | None, args: HAPOConfig) -> Method:

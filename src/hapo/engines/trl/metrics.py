@@ -1,0 +1,97 @@
+"""What a `HAPOTrainer` logs beside TRL's own metrics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...batch import TokenBatch
+from ...method import LossOutput
+
+NAMES = {
+    "clip/low": "clip_ratio/low_mean",
+    "clip/high": "clip_ratio/high_mean",
+    "sampler_weight": "sampling/importance_sampling_ratio/mean",
+    "ratio": "ratio/mean",
+    "kl_old": "kl_old",
+    "redistributed": "redistributed",
+    "kl": "kl",
+}
+"""`LossOutput.metrics` -> the name in the log: TRL's where TRL has one."""
+
+MOST_REPLAY_GAP = 0.1
+"""Mean |old - sampler| in nats that rounding may explain: bfloat16 stays well below, another policy does not."""
+
+
+class MetricLog:
+    """Adds up the shares of an optimiser step, and hands them to TRL's metrics once a step."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self._shares: dict[str, Tensor] = {}
+        self._replayed = False
+
+    def add(self, out: LossOutput, batch: TokenBatch) -> None:
+        """One micro-batch's shares; at the end of the optimiser step, one reduction over ranks."""
+        trainer = self.trainer
+        assert batch.entropy is not None and batch.totals is not None
+        if not batch.totals.tokens:
+            return  # a step without a token has a loss of 0 and nothing to average
+        mode = "train" if trainer.model.training else "eval"
+        shares = {NAMES[k]: v for k, v in out.metrics.items() if k in NAMES}
+        shares["entropy"] = torch.where(batch.mask, batch.entropy, 0.0).sum() / batch.totals.tokens
+        for name, value in shares.items():
+            self._shares[name] = self._shares.get(name, torch.zeros_like(value)) + value
+        if mode == "train" and not trainer.accelerator.gradient_state.sync_gradients:
+            return
+        names = sorted(self._shares)
+        summed = trainer.accelerator.reduce(torch.stack([self._shares[n] for n in names]), "sum").tolist()
+        for name, value in zip(names, summed, strict=True):
+            trainer._metrics[mode][name].append(value)
+        self._shares = {}
+
+    def add_rollout(self, batch: TokenBatch) -> None:
+        """Figures of a prepared rollout batch of all ranks.
+
+        Raises:
+            RuntimeError: generation and scoring disagree where the sampler is the policy itself.
+        """
+        trainer = self.trainer
+        metrics = trainer._metrics["train"]
+        used = batch.group[batch.mask.any(1)].unique().numel()
+        metrics["groups/used"].append(used / batch.group.unique().numel())
+        if batch.sampler_logp is not None and batch.mask.any():
+            gap = (batch.old_logp - batch.sampler_logp)[batch.mask].abs()
+            metrics["sampling/sampling_logp_difference/mean"].append(gap.mean().item())
+            metrics["sampling/sampling_logp_difference/max"].append(gap.max().item())
+            self._check_replay(gap.mean().item())
+        if batch.stats is not None:
+            for name in ("pivot", "sigma", "floored"):
+                metrics[f"entropy_stats/{name}"].append(getattr(batch.stats, name))
+        factor, stats = trainer.method.factor, trainer._sampled_with
+        if factor is not None and stats is not None and batch.old_entropy is not None and batch.mask.any():
+            temperature = trainer.temperature * factor(batch.old_entropy[batch.mask], stats)
+            for name in ("mean", "min", "max"):
+                metrics[f"temperature/{name}"].append(getattr(temperature, name)().item())
+
+    def _check_replay(self, gap: float) -> None:
+        """Where the sampler is the policy itself, generation and scoring must agree: checked once.
+
+        It finds architectures whose logits hapo.scoring does not reproduce.
+        """
+        trainer = self.trainer
+        plain = trainer.top_p == 1.0 and not trainer.top_k and trainer.min_p is None
+        plain = plain and trainer.repetition_penalty == 1.0 and not trainer.args.generation_kwargs
+        ours = not trainer.use_vllm and trainer.rollout_func is None
+        if self._replayed or trainer._sampled_with is not None or not (plain and ours):
+            return
+        self._replayed = True
+        if gap > MOST_REPLAY_GAP:
+            model = type(trainer.accelerator.unwrap_model(trainer.model)).__name__
+            raise RuntimeError(
+                f"generation and scoring disagree about the same policy by {gap:.3f} nats a token: the logits of "
+                f"{model} are not what hapo.scoring computes "
+                "from its hidden states; please report the architecture"
+            )
