@@ -35,7 +35,10 @@ def test_is_parsed_from_yaml_with_flags_over_it(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prompt_template": "Solve."}, r"prompt_template 'Solve\.' does not contain \{question\}"),
+        (
+            {"dataset": "a.csv", "prompt_template": "Solve."},
+            r"prompt_template 'Solve\.' does not contain \{question\}",
+        ),
         ({"dataset": "a.csv", "system_prompt": "Be brief."}, "system_prompt needs chat"),
         ({"dataset": "addition", "chat": True}, "do not go with dataset addition"),
         ({"dataset": "reasoning_gym:x", "task_options": "{"}, r"task_options is no JSON: '\{'"),

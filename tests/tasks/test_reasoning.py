@@ -31,9 +31,9 @@ def test_partial_credit_for_containing_the_answer_counts_as_wrong():
     ]
 
 
-@pytest.mark.parametrize("name", ["arc_agi", "prime_factorization", "word_ladder"])
+@pytest.mark.parametrize("name", ["rearc", "prime_factorization", "word_ladder"])
 def test_entries_are_scored_as_they_were_made(name):
-    """arc_agi scores by tuples that JSON would turn into lists; prime_factorization's scorer raises on prose."""
+    """rearc scores by tuples that JSON would turn into lists; prime_factorization's scorer raises on prose."""
     task = load(name, train_size=2, eval_size=3)
     for row in range(3):
         assert score(task, [task.eval[row]["answer"], "not an answer"], row) == [1.0, 0.0]
@@ -47,7 +47,12 @@ def test_evaluation_is_held_out_by_content_and_the_same_for_every_seed():
         assert len(set(task.eval["question"])) == 10
     assert first.eval["question"] == second.eval["question"]
     assert first.train["question"] != second.train["question"]
-    assert first.fingerprint == load("chain_sum", 0, task_options=small).fingerprint
+
+
+def test_problems_repeat_themselves_in_another_process():
+    """polynomial_multiplication draws from a set of names, whose order is that of their hashes."""
+    first, second = (load("polynomial_multiplication", train_size=20, eval_size=20) for _ in range(2))
+    assert first.fingerprint == second.fingerprint
 
 
 def test_tasks_without_gold_answers_need_their_own_scorer():
@@ -66,6 +71,8 @@ def test_tasks_without_gold_answers_need_their_own_scorer():
     [
         ("chain_sums", {}, "reasoning-gym has no task 'chain_sums'; did you mean chain_sum"),
         ("chain_sum", {"task_options": {"terms": 2}}, r"'chain_sum' refuses the options \{'terms': 2\}: .*terms"),
+        ("composite", {}, r"'composite' refuses the options \{\}: Must specify at least one dataset"),
+        ("game_of_life_halting", {}, r"the scorer of .*'game_of_life_halting' accepts any text, such as '#\?#'"),
         (
             "chain_sum",
             {"task_options": {"seed": 2}},
@@ -74,7 +81,7 @@ def test_tasks_without_gold_answers_need_their_own_scorer():
         (
             "chain_sum",
             {"eval_size": 500, "task_options": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}},
-            r"gave only \d+ of 500 problems wanted in 2000 draws; ask for fewer",
+            r"only \d+ of 500 problems wanted in 2000 draws; ask for fewer",
         ),
     ],
 )

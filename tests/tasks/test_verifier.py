@@ -69,7 +69,7 @@ def test_process_is_reused_replaced_when_it_dies_and_gone_with_its_owner():
 
 
 def test_a_verifier_that_cannot_start_says_why():
-    with pytest.raises(RuntimeError, match=r"the verifier 'reasoning_gym' cannot start: .*TypeError"):
+    with pytest.raises(RuntimeError, match=r"the verifier 'reasoning_gym' cannot start: TypeError: .*'name'"):
         Judge("reasoning_gym", 5.0).ask("[0, 1, 0]", "1")
 
 
