@@ -1,0 +1,139 @@
+"""Options of a task."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+REASONING_GYM = "reasoning_gym:"
+
+RESERVED_COLUMNS = frozenset(
+    {
+        *("prompt", "prompts", "question", "answer", "entry", "completion", "completions", "completion_ids"),
+        *("trainer_state", "log_extra", "log_metric", "environments"),
+    }
+)
+"""Names that the problems themselves or TRL's calls of a reward function use."""
+
+
+@dataclass
+class TaskConfig:
+    """Which problems to train on, how they are put to the model, and how its answers are scored.
+
+    Parsed from YAML and flags beside TRL's GRPOConfig, whose `seed` and `reward_weights` it relies on. Raises
+    ValueError for values that no data set could make right.
+    """
+
+    dataset: str = field(
+        default="addition",
+        metadata={
+            "help": "addition (embedded), reasoning_gym:NAME, a local .jsonl, .json, .parquet or .csv file, "
+            "or the id of a data set on the Hugging Face Hub"
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "configuration of a Hub data set"})
+    train_split: str = field(default="train", metadata={"help": "split of a Hub data set to train on"})
+    test_split: str | None = field(
+        default=None,
+        metadata={"help": "split of a Hub data set to evaluate on (default: hold out part of train_split)"},
+    )
+    eval_file: str | None = field(
+        default=None, metadata={"help": "local file to evaluate on (default: hold out part of the training data)"}
+    )
+    question_column: str = field(default="question", metadata={"help": "column with the problem"})
+    answer_column: str = field(default="answer", metadata={"help": "column with the gold answer"})
+    extra_columns: list[str] = field(
+        default_factory=list, metadata={"help": "further columns to hand to your own reward function"}
+    )
+    chat: bool = field(
+        default=False, metadata={"help": "put the problem as messages through the chat template of the model"}
+    )
+    system_prompt: str | None = field(default=None, metadata={"help": "system message; needs chat"})
+    prompt_template: str = field(
+        default="{question}", metadata={"help": "text put to the model; {question} stands for the problem"}
+    )
+    rewards: list[str] = field(
+        default_factory=lambda: ["auto"],
+        metadata={
+            "help": "one or more of auto (the task's own; for files and the Hub math_verify), math_verify, exact, "
+            "package.module:function, path/to/file.py:function; weighted by reward_weights"
+        },
+    )
+    reward_timeout: float = field(default=5.0, metadata={"help": "seconds allowed for scoring one sample"})
+    on_reward_error: str = field(
+        default="raise",
+        metadata={"help": "when your own reward function fails on a sample: raise, or the score to give instead"},
+    )
+    on_bad_gold: str = field(
+        default="raise", metadata={"help": "for rows whose gold answer cannot be used: raise, or drop them"}
+    )
+    train_size: int | None = field(
+        default=None, metadata={"help": "training problems (default: all; 4096 of a generated task)"}
+    )
+    eval_size: int | None = field(
+        default=None,
+        metadata={"help": "evaluation problems (default: all of test_split or eval_file; otherwise 500)"},
+    )
+    task_seed: int | None = field(
+        default=None,
+        metadata={"help": "chooses the training problems (default: seed); evaluation problems never change"},
+    )
+    task_options: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "options of a reasoning-gym task: a mapping, on the command line as JSON"}
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rewards, str):  # a YAML scalar
+            self.rewards = [self.rewards]
+        if isinstance(self.extra_columns, str):
+            self.extra_columns = [self.extra_columns]
+        if isinstance(self.task_options, str):
+            try:
+                self.task_options = json.loads(self.task_options)
+            except ValueError as error:
+                raise ValueError(f"task_options is no JSON: {self.task_options!r} ({error})") from error
+        if not isinstance(self.task_options, dict | None):
+            raise ValueError(f"task_options must be a mapping, not {self.task_options!r}")
+        if self.task_options and not self.dataset.startswith(REASONING_GYM):
+            raise ValueError(f"task_options are for reasoning_gym:NAME, not for dataset {self.dataset!r}")
+        reserved = RESERVED_COLUMNS.intersection(self.extra_columns)
+        if reserved:
+            raise ValueError(f"extra_columns may not contain {', '.join(sorted(reserved))}: these names are taken")
+        if self.dataset == "addition" and (self.chat or self.prompt_template != "{question}"):
+            raise ValueError("chat and prompt_template do not go with dataset addition: its model reads a+b= only")
+        if not self.rewards:
+            raise ValueError("rewards is empty; name at least one, such as auto")
+        if "{question}" not in self.prompt_template:
+            raise ValueError(f"prompt_template {self.prompt_template!r} does not contain {{question}}")
+        if self.system_prompt is not None and not self.chat:
+            raise ValueError("system_prompt needs chat; for plain text write it into prompt_template")
+        if not self.reward_timeout > 0:
+            raise ValueError(f"reward_timeout must be positive, not {self.reward_timeout}")
+        if self.on_bad_gold not in ("raise", "drop"):
+            raise ValueError(f"on_bad_gold must be raise or drop, not {self.on_bad_gold!r}")
+        if self.test_split is not None and self.eval_file is not None:
+            raise ValueError("both test_split and eval_file are given; drop one")
+        for name in ("train_size", "eval_size"):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise ValueError(f"{name} must be at least 1, not {size}")
+        self.reward_fallback()
+
+    def options(self) -> dict[str, Any]:
+        """The options of a reasoning-gym task."""
+        assert not isinstance(self.task_options, str)
+        return self.task_options or {}
+
+    def reward_fallback(self) -> float | None:
+        """The score for samples on which a user's reward function fails; None to raise an error."""
+        if self.on_reward_error == "raise":
+            return None
+        try:
+            score = float(self.on_reward_error)
+        except ValueError:
+            score = math.nan
+        if not math.isfinite(score):
+            raise ValueError(f"on_reward_error must be raise or a number, not {self.on_reward_error!r}")
+        return score

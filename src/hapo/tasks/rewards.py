@@ -1,0 +1,229 @@
+"""Rewards: exact match, math-verify, or a function of one's own behind a guard.
+
+All have TRL's signature, ``fn(prompts, completions, completion_ids, **columns) -> list[float]``; completions are
+texts or lists of messages. Several rewards are weighted by TRL's `reward_weights`.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import difflib
+import importlib
+import importlib.util
+import inspect
+import logging
+import math
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .answers import Completion, extract_answer, normalise, text_of
+from .verifier import Judge, VerifiedReward
+
+logger = logging.getLogger(__name__)
+
+RewardFunction = Callable[..., list[float]]
+
+BUILT_IN = ("auto", "exact", "math_verify")
+
+
+class RewardError(RuntimeError):
+    """A reward function failed, or returned what is no reward; the message names the sample."""
+
+
+def exact_reward(
+    prompts: list[Any], completions: list[Completion], answer: list[str], **columns: Any
+) -> list[float]:
+    """1.0 where completion and gold have the same final answer, else 0.0.
+
+    Both go through `extract_answer`; white space and case do not count, everything else does.
+    """
+    return [
+        float(normalise(extract_answer(text_of(completion))) == normalise(extract_answer(gold)))
+        for completion, gold in zip(completions, answer, strict=True)
+    ]
+
+
+def math_verify_reward(timeout: float) -> VerifiedReward:
+    r"""Reward by math-verify: 1.0 where the completion's answer equals the gold answer as mathematics.
+
+    The whole completion goes to math-verify, which prefers ``\boxed{...}`` and otherwise takes the last
+    expression. The gold answer is cut out of its column by `extract_answer`. `timeout` is in seconds an
+    answer; see VerifiedReward for answers that exceed it.
+    """
+    judge = Judge("math_verify", timeout)
+    return VerifiedReward("math_verify", judge, column="answer", extract_key=extract_answer)
+
+
+class GuardedReward:
+    """A user's reward function, behind checks that turn every failure into an error or into a chosen score.
+
+    A failure is an exception, a call that lasts longer than `timeout` seconds times the number of samples, a
+    result that is no list of one finite number a sample. With `fallback` None it raises RewardError naming the
+    sample; with a number, the failing samples get that score and a warning counts them. After a failure of the
+    call as a whole the samples are scored one at a time to find those at fault, so a function that compares
+    samples of a batch should go without `fallback`.
+
+    The function runs in a daemon thread, because a hanging one cannot be stopped from outside and must not
+    keep a failed training alive. Devices are a matter of the thread: on several GPUs name the device.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], name: str, timeout: float, fallback: float | None = None
+    ) -> None:
+        self.__name__ = name
+        self._function = function
+        self._timeout = timeout
+        self._fallback = fallback
+
+    def __call__(self, prompts: list[Any], completions: list[Completion], **columns: Any) -> list[float]:
+        """Score a batch; raises RewardError for the first sample that fails, unless there is a fallback."""
+        batch = {"prompts": prompts, "completions": completions, **columns}
+        size = len(completions)
+        results = self._results(batch, size)
+        if isinstance(results, RewardError):
+            results = self._one_by_one(batch, size, results)
+        failures = [i for i, result in enumerate(results) if isinstance(result, RewardError)]
+        if failures and self._fallback is None:
+            first = failures[0]
+            failure = results[first]
+            assert isinstance(failure, RewardError)
+            raise RewardError(
+                f"reward {self.__name__!r} {failure} on sample {first} of {size} "
+                f"(counted from 0; {_describe(batch, first)}). Repair the function, or set on_reward_error to "
+                "the score that such samples should get."
+            ) from failure.__cause__
+        if failures:
+            logger.warning(
+                "reward %r failed on %d of %d samples, which score %g (the first: %s)",
+                self.__name__, len(failures), size, self._fallback, results[failures[0]],
+            )  # fmt: skip
+        return [self._fallback if isinstance(result, RewardError) else result for result in results]  # type: ignore[misc]
+
+    def _one_by_one(self, batch: dict[str, Any], size: int, error: RewardError) -> list[float | RewardError]:
+        results: list[float | RewardError] = []
+        for i in range(size):
+            alone = self._results(_row(batch, i, size), 1)
+            results.append(alone if isinstance(alone, RewardError) else alone[0])
+            if isinstance(results[-1], RewardError) and self._fallback is None:
+                return results
+        if self._fallback is None:
+            raise RewardError(
+                f"reward {self.__name__!r} {error} on a batch of {size} samples, although it scores each of "
+                f"them alone; the first: {_describe(batch, 0)}"
+            )
+        return results
+
+    def _results(self, batch: dict[str, Any], size: int) -> list[float | RewardError] | RewardError:
+        """One number or failure a sample, or the failure of the call."""
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+        def call() -> None:
+            try:
+                future.set_result(self._function(**batch))
+            except BaseException as error:  # SystemExit, too, is a failure of the reward
+                future.set_exception(error)
+
+        limit = self._timeout * size
+        threading.Thread(target=call, name=f"reward {self.__name__}", daemon=True).start()
+        concurrent.futures.wait([future], timeout=limit)
+        if not future.done():
+            return RewardError(f"did not return within {limit:g} s and cannot be stopped")
+        error = future.exception()
+        if error is not None:
+            failure = RewardError(f"raised {type(error).__name__}: {error}")
+            failure.__cause__ = error
+            return failure
+        values = future.result()
+        if hasattr(values, "tolist"):
+            values = values.tolist()
+        if not isinstance(values, (list, tuple)):
+            return RewardError(f"returned {_excerpt(values)}, not a list of numbers,")
+        if len(values) != size:
+            return RewardError(f"returned {len(values)} values for {size} samples")
+        return [_number(value) for value in values]
+
+
+def _number(value: Any) -> float | RewardError:
+    try:
+        if not isinstance(value, (str, bytes)) and math.isfinite(value):
+            return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # no scalar, or one that is too large
+        pass
+    return RewardError(f"returned {_excerpt(value)}, not a finite number,")
+
+
+def _row(batch: dict[str, Any], index: int, size: int) -> dict[str, Any]:
+    return {
+        name: [column[index]] if isinstance(column, list) and len(column) == size else column
+        for name, column in batch.items()
+    }
+
+
+def _describe(batch: dict[str, Any], index: int) -> str:
+    return f"prompt {_excerpt(batch['prompts'][index])}, completion {_excerpt(batch['completions'][index])}"
+
+
+def _excerpt(value: Any, limit: int = 160) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
+
+
+def load_function(path: str) -> Callable[..., Any]:
+    """The function at ``package.module:function`` or ``path/to/file.py:function``."""
+    where, _, name = path.rpartition(":")
+    if where.endswith(".py"):
+        file = Path(where).expanduser()
+        if not file.is_file():
+            raise FileNotFoundError(f"reward {path!r}: no file {file.resolve()}")
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        try:
+            module = importlib.import_module(where)
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"reward {path!r}: {error}. For a file that is not installed, write path/to/file.py:{name}"
+            ) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
+        raise ValueError(f"reward {path!r}: {where} has no function {name!r}{_nearest(name, names)}")
+    if inspect.iscoroutinefunction(function):
+        raise ValueError(f"reward {path!r} is async; give a plain function")
+    return function
+
+
+def load_rewards(
+    names: list[str], own: RewardFunction, timeout: float, fallback: float | None
+) -> list[RewardFunction]:
+    """The reward functions that `names` stand for.
+
+    A name is "auto" (`own`, the task's reward), "exact", "math_verify" or an import path (see `load_function`;
+    guarded by GuardedReward with `timeout` and `fallback`). Raises ValueError for any other.
+    """
+    rewards: list[RewardFunction] = []
+    for name in names:
+        if name == "auto":
+            rewards.append(own)
+        elif name == "exact":
+            rewards.append(exact_reward)
+        elif name == "math_verify":
+            rewards.append(math_verify_reward(timeout))
+        elif ":" in name:
+            rewards.append(GuardedReward(load_function(name), name.rpartition(":")[2], timeout, fallback))
+        else:
+            raise ValueError(
+                f"unknown reward {name!r}{_nearest(name, BUILT_IN)}; choose from {', '.join(BUILT_IN)}, or give "
+                "package.module:function or path/to/file.py:function"
+            )
+    return rewards
+
+
+def _nearest(name: str, names: Any) -> str:
+    close = difflib.get_close_matches(name, names, n=3)
+    return f" (did you mean {', '.join(close)}?)" if close else ""
