@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.examples import ENTROPY, GROUP, REWARD, loss_and_grad, padded, worked_batch
 
 import hapo
 from hapo.parts.shaping import soft_overlong_punishment
+from tests.examples import ENTROPY, GROUP, REWARD, loss_and_grad, padded, worked_batch
 
 
 def close(actual: torch.Tensor, rows: list[list[float]], mask: torch.Tensor | None = None) -> None:

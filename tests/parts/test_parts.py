@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from tests.examples import ENTROPY, padded
 
 import hapo
 from hapo.parts.advantage import group_advantage, token_group_advantage
@@ -16,6 +15,7 @@ from hapo.parts.ratio import token_ratio, truncated_correction
 from hapo.parts.shaping import redistribute, soft_overlong_punishment
 from hapo.parts.surrogate import clipped_surrogate
 from hapo.parts.temperature import bounded_factor, zscore_factor
+from tests.examples import ENTROPY, padded
 
 T = torch.tensor
 

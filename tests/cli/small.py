@@ -1,0 +1,51 @@
+"""A run of seconds: the demo, cut down, with a reward that earns mixed groups and can act up on demand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+REWARD = '''
+import os, signal
+
+def parity(prompts, completions, trainer_state=None, **columns):
+    """Training alone knows the state: $ACT says what happens in the rollout after optimiser step 2."""
+    act = os.environ.get("ACT")
+    if act and trainer_state is not None and trainer_state.global_step == 2:
+        if act == "raise":
+            raise KeyError("gold")
+        for _ in range(int(act)):
+            os.kill(os.getpid(), signal.SIGINT)
+    return [float(len(c) % 2) for c in completions]
+'''
+
+OPTIONS = {
+    "train_size": 32,
+    "eval_size": 6,
+    "num_generations": 4,
+    "per_device_train_batch_size": 8,
+    "steps_per_generation": 2,
+    "max_completion_length": 12,
+    "max_steps": 5,
+    "save_steps": 2,
+    "logging_steps": 1,
+    "learning_rate": 1e-3,
+}
+
+
+def flags(**options: Any) -> list[str]:
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+def train(folder: Path, **options: Any) -> list[str]:
+    """Arguments of `hapo train` for a small run in the folder."""
+    reward = folder.parent / "reward.py"
+    reward.write_text(REWARD)
+    return ["train", *flags(**{**OPTIONS, "rewards": f"{reward}:parity", "output_dir": folder, **options})]
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """What a run logged at each step, without times."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in m.items() if k not in ("wall_seconds", "step_time")} for m in lines if "loss" in m]

@@ -1,0 +1,80 @@
+"""Held-out accuracy: intervals, and that measuring disturbs nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from datasets import Dataset
+
+from hapo.cli.measure import Answer, Decoding, draw_answers, estimate
+from tests.engines import tiny
+
+PROBLEMS = Dataset.from_dict({"prompt": ["1+2=", "12+34=", "5+5=", "123+4="], "answer": ["3", "46", "10", "127"]})
+
+
+def answers(*scores: float, samples: int = 1) -> list[Answer]:
+    return [Answer(i // samples, i % samples, "", 0, score) for i, score in enumerate(scores)]
+
+
+def draw(net: torch.nn.Module, reward=tiny.count_digits, weights=None, **decoding) -> list[Answer]:
+    law = Decoding(**{"max_new_tokens": 8, "batch_size": 3, **decoding})
+    return draw_answers(net, tiny.tokenizer(), PROBLEMS, [reward] * len(weights or [1]), law, weights=weights)
+
+
+def test_wilson_interval_of_eight_in_ten():
+    found = estimate(answers(*[1.0] * 8, *[0.0] * 2))
+    assert (found.mean, found.binary) == (0.8, True)
+    assert (found.low, found.high) == pytest.approx((0.490162, 0.943318), abs=1e-6)
+    assert str(found) == "80.0 % [49.0, 94.3]"
+
+
+def test_several_samples_give_the_normal_interval_of_the_means_of_problems():
+    found = estimate(answers(1, 0, 1, 1, 0, 0, 1, 0, samples=2))  # means 1/2, 1, 0, 1/2: s = 0.408248
+    assert (found.mean, found.problems, found.samples) == (0.5, 4, 2)
+    assert (found.low, found.high) == pytest.approx((0.5 - 0.400082, 0.5 + 0.400082), abs=1e-5)
+
+
+def test_scores_other_than_0_and_1_are_no_accuracy():
+    found = estimate(answers(0.5, 2.0, 3.5))
+    assert not found.binary
+    assert str(found) == "2.000 [0.303, 3.697]"
+
+
+def test_measuring_leaves_generator_and_mode_as_they_were():
+    net = tiny.model()
+    net.train()
+    before = torch.get_rng_state()
+    first, second = draw(net, temperature=1.0, seed=3), draw(net, temperature=1.0, seed=3)
+    assert first == second != draw(net, temperature=1.0, seed=4)
+    assert net.training
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_greedy_answers_do_not_depend_on_batch_or_padding():
+    net = tiny.model()
+    assert draw(net, batch_size=1) == draw(net, batch_size=4)
+
+
+def test_samples_of_a_problem_are_numbered_and_the_score_is_the_weighted_sum():
+    found = draw(tiny.model(), samples=2, temperature=1.0, weights=[0.5, 0.25])
+    assert [(a.problem, a.sample) for a in found] == [(i, k) for i in range(4) for k in range(2)]
+    assert {a.score for a in found} == {0.0, 0.75}
+
+
+def test_messages_go_through_the_chat_template_and_answers_come_back_as_messages():
+    seen: list = []
+
+    def reward(prompts, completions, answer, **columns):
+        seen.extend(completions)
+        return [float(len(gold)) for gold in answer]
+
+    tokenizer = tiny.tokenizer()
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}="
+    problems = Dataset.from_dict({"prompt": [[{"role": "user", "content": "1+2"}]], "answer": ["3"]})
+    law = Decoding(max_new_tokens=8)
+    plain = draw_answers(tiny.model(), tokenizer, PROBLEMS.select([0]), [tiny.count_digits], law)
+    chat = draw_answers(
+        tiny.model(), tokenizer, problems, [reward], law, chat_template_kwargs={"chat_template": template}
+    )
+    assert seen == [[{"role": "assistant", "content": plain[0].text}]]
+    assert chat[0].score == 1.0

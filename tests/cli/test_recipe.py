@@ -1,0 +1,112 @@
+"""Recipes and flags: what wins, and what a mistake is told."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from trl import ModelConfig
+
+from hapo.cli import UsageError, main
+from hapo.cli.recipe import RecipeParser, read_recipe, told
+from hapo.cli.train import TrainOptions
+from hapo.tasks import TaskConfig
+from hapo.trl import HAPOConfig
+
+KINDS = [TaskConfig, HAPOConfig, ModelConfig, TrainOptions]
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+CPU = ["--use_cpu", "--bf16", "false"]
+
+
+def parse(*argv: str) -> tuple:
+    return RecipeParser("hapo train", "", KINDS).read([*argv, *CPU])
+
+
+def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model_name_or_path: tiny\nlearning_rate: 2e-6\nmax_steps: 7\nmethod_options: {tau: 0.05}\n")
+    _, args, model, _, _ = parse("--config", str(recipe), "--max_steps", "9")
+    assert (args.learning_rate, args.max_steps, args.method_options) == (2e-6, 9, {"tau": 0.05})
+    assert (model.model_name_or_path, args.num_generations) == ("tiny", 8)
+
+
+def test_the_demo_is_the_recipe_where_neither_recipe_nor_model_is_named():
+    demo = read_recipe("demo")
+    task, args, model, options, _ = parse("--seed", "3")
+    assert (args.max_steps, args.seed, options.threads) == (demo["max_steps"], 3, demo["threads"])
+    assert (task.dataset, model.model_name_or_path) == ("addition", "tiny")
+    assert parse("--model", "other")[1].max_steps == -1
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--methd", "dapo"], "unknown flag --methd; did you mean --method?"),
+        (["--method", "dappo"], "there is no method 'dappo'; did you mean 'dapo'?"),
+        (["--method_options", '{"eps_hihg": 0.3}'], "no option 'eps_hihg'; did you mean 'eps_high'?"),
+        (["--method_options", '{"variant": "papr"}'], "variant must be one of 'paper', 'release', got 'papr'"),
+        (["--method_options", '{"tau": 1.5}'], "tau must be in [0, 1)"),
+        (["--epsilon", "0.3"], 'set method_options={"eps_low": ...}'),
+        (["--max_steps", "many"], "invalid int value: 'many'"),
+        (["demo"], "unexpected argument 'demo'"),
+        (["--config", "dmeo"], "cannot read the recipe dmeo (No such file or directory); embedded recipes: demo"),
+    ],
+)
+def test_a_wrong_flag_is_told_what_is_right(argv, message, capsys):
+    assert main(["train", *argv, *CPU]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model_name_or_path: tiny\nlerning_rate: 1\n", "unknown option 'lerning_rate'; did you mean learning_rate?"),
+        ("model_name_or_path: tiny\nmethod: [a\n", "recipe.yaml, line 3: malformed YAML"),
+        ("- tiny\n", "a recipe is a mapping of options to values"),
+        ("model_name_or_path: tiny\nrewards: []\n", "rewards is empty"),
+    ],
+)
+def test_a_wrong_recipe_is_told_where(text, message, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    with pytest.raises(UsageError, match=".*") as error:
+        parse("--config", str(recipe))
+    assert message in str(error.value)
+
+
+def test_told_holds_the_options_that_differ_from_their_defaults():
+    options = told(TaskConfig(eval_size=9, rewards=["exact"]), ModelConfig("tiny", lora_r=4))
+    assert options == {"eval_size": 9, "rewards": ["exact"], "model_name_or_path": "tiny", "lora_r": 4}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_parses_and_says_its_command(recipe):
+    header = recipe.read_text().split("\nmodel_name_or_path")[0]
+    assert {"Hardware", "Time", "Command"} <= {line[2:].split(":")[0] for line in header.splitlines()}
+    assert f"recipes/{recipe.name}" in header
+    _, args, _, _, _ = parse("--config", str(recipe))
+    assert args.method == "hapo"
+
+
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if r.name.startswith("hapo_")], ids=lambda path: path.stem)
+def test_the_paper_recipes_take_16_updates_of_512_answers_from_512_problems(recipe):
+    gpus = 8
+    _, args, _, _, _ = parse("--config", str(recipe))
+    step = args.per_device_train_batch_size * gpus * args.gradient_accumulation_steps
+    assert (step, args.updates_per_rollout) == (512, 16)
+    assert step * args.updates_per_rollout / args.num_generations == 512
+    assert args.overlong_buffer == (0 if "llama" in recipe.stem else 4096)
+
+
+def test_no_flag_is_claimed_twice():
+    names = [f.name for kind in KINDS for f in fields(kind) if f.init]
+    assert len(names) == len(set(names))
+
+
+def test_help_renders(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", "--help"])
+    out = capsys.readouterr().out
+    for flag in ("--config", "--resume", "--dataset", "--method", "--lora_r", "--evaluate"):
+        assert flag in out

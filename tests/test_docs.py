@@ -1,0 +1,138 @@
+"""The documentation says what the code does: names, pages, tables, cited tests and snippets."""
+
+import ast
+import os
+import pkgutil
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+import hapo
+import hapo.parts
+from hapo.cli.methods import option_docs
+from hapo.engines.trl.config import DECIDED_BY_METHOD
+from hapo.engines.trl.metrics import NAMES
+from hapo.insight.records import RunRecords
+from hapo.methods import options_of
+from tests.examples import worked_batch
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src/hapo"
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+SNIPPET = re.compile(r"<!-- runs -->\n```python\n(.*?)```", re.DOTALL)
+SNIPPETS = [
+    pytest.param(code, id=f"{page.stem}-{i}")
+    for page in (ROOT / "README.md", DOCS / "start.md")
+    for i, code in enumerate(SNIPPET.findall(page.read_text()))
+]
+
+Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def definitions(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, Definition]]:
+    """Public classes, functions and methods, with their dotted names."""
+    for node in body:
+        if isinstance(node, Definition) and not node.name.startswith("_"):
+            yield f"{prefix}.{node.name}", node
+            if isinstance(node, ast.ClassDef):
+                yield from definitions(node.body, f"{prefix}.{node.name}")
+
+
+def first_cells(markdown: str) -> set[str]:
+    """What stands in backquotes in the first column of the tables."""
+    return set(re.findall(r"^\| `([^`]+)` \|", markdown, re.MULTILINE))
+
+
+def test_every_public_name_has_a_docstring():
+    names = {
+        name: ast.get_docstring(node)
+        for file in SOURCE.rglob("*.py")
+        for name, node in definitions(ast.parse(file.read_text()).body, str(file.relative_to(SOURCE)))
+    }
+    assert len(names) > 50
+    assert [name for name, text in names.items() if not text] == []
+
+
+@pytest.mark.parametrize("name", hapo.methods())
+def test_every_option_of_a_method_has_a_docstring_under_it(name):
+    options = options_of(name)
+    assert {f.name for f in fields(options)} - set(option_docs(options)) == set()
+
+
+def test_the_api_page_has_every_part_and_every_name_of_the_package():
+    directives = set(re.findall(r"^::: (\S+)", (DOCS / "api.md").read_text(), re.MULTILINE))
+    parts = {f"hapo.parts.{m.name}" for m in pkgutil.iter_modules(hapo.parts.__path__)}
+    names = {n for n in hapo.__all__ if not n.startswith("__")}
+    assert parts - directives == set()
+    assert names - {d.rpartition(".")[2] for d in directives} == set()
+
+
+@pytest.mark.parametrize("name", hapo.methods())
+def test_every_method_has_a_page(name):
+    page = (DOCS / "methods" / f"{name}.md").read_text()
+    assert "## What differs from GRPO" in page
+    assert "## Paper and released code" in page
+    assert f"methods/{name}.md" in (ROOT / "mkdocs.yml").read_text()
+
+
+def test_the_method_tables_are_those_of_the_code():
+    tables = runpy.run_path(str(ROOT / "scripts/method_table.py"))["tables"]()
+    assert tables in (DOCS / "methods/index.md").read_text(), "run python scripts/method_table.py --write"
+
+
+def test_cited_tests_exist():
+    cited = {c for page in PAGES for c in re.findall(r"(tests/[\w/]+\.py)::(\w+)", page.read_text())}
+    assert len(cited) > 20
+    assert [(file, test) for file, test in cited if f"\ndef {test}(" not in (ROOT / file).read_text()] == []
+
+
+def test_links_between_files_lead_somewhere():
+    links = [
+        (page.name, target)
+        for page in PAGES
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text())
+        if "://" not in target and not (page.parent / target).exists()
+    ]
+    assert links == []
+
+
+def test_the_trl_page_has_every_refused_option_and_every_metric():
+    page = (DOCS / "trl.md").read_text()
+    for name, remedy in DECIDED_BY_METHOD.items():
+        assert f"| `{name}` | {remedy} |" in page
+    assert set(NAMES.values()) - first_cells(page) == set()
+    engine = "".join(file.read_text() for file in (SOURCE / "engines/trl").glob("*.py"))
+    logged = re.findall(r'metrics\[f?"([\w/]+)', engine)  # of an f-string, what stands before the name
+    assert len(logged) > 5
+    assert [name for name in logged if f"| `{name}" not in page] == []
+
+
+def test_the_records_page_has_every_column(tmp_path):
+    method = hapo.method("hapo", filter_groups=False)
+    batch = worked_batch()
+    batch = method.prepare(batch.replace(sampler_logp=batch.old_logp, entropy=batch.old_entropy))
+    ids = torch.zeros(batch.mask.shape, dtype=torch.long)
+    records = RunRecords(tmp_path)
+    texts = [["a"] * batch.mask.shape[1]] * len(batch)
+    temperature = torch.ones(batch.mask.shape)
+    records.add_tokens(1, batch, method.loss(batch), ids, texts, ["p"] * len(batch), temperature, 64)
+    records.write_tokens(1)
+    (file,) = (tmp_path / "tokens").iterdir()
+    section = (DOCS / "run_records.md").read_text().partition("## Columns")[2]
+    assert first_cells(section) == set(pq.read_schema(file).names)
+
+
+@pytest.mark.parametrize("code", SNIPPETS)
+def test_snippets_run(code, tmp_path):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
