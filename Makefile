@@ -29,7 +29,7 @@ lint: setup  ## Style and types.
 	$(BIN)/mypy
 
 docs: setup  ## The documentation, into site/.
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -98,8 +98,11 @@ class TokenBatch:
     verdict: Float[Tensor, " B"] | None = None
     """The verifier's verdict before any shaping; group filtering acts on it. `reward` where absent."""
     advantage: Float[Tensor, "B T"] | None = None
+    """What the token earned relative to its group."""
     signal: Float[Tensor, "B T"] | None = None
+    """The method's number per token; HAPO: h in [-1, 1]."""
     weight: Float[Tensor, "B T"] | None = None
+    """Factor on the token's loss; the truncated importance correction."""
     keep: Bool[Tensor, "B T"] | None = None
     """Tokens of `mask` that enter the loss; all of them where absent."""
     stats: EntropyStats | None = None

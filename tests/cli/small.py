@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 REWARD = '''
-import os, signal
+import os, signal, time
 
 def parity(prompts, completions, trainer_state=None, **columns):
     """Training alone knows the state: $ACT says what happens in the rollout after optimiser step 2."""
@@ -17,13 +17,15 @@ def parity(prompts, completions, trainer_state=None, **columns):
             raise KeyError("gold")
         for _ in range(int(act)):
             os.kill(os.getpid(), signal.SIGINT)
-    return [float(len(c) % 2) for c in completions]
+            time.sleep(0.2)
+    return [float(sum(int(c) for c in text if c.isdigit()) % 2) for text in completions]
 '''
 
 OPTIONS = {
     "train_size": 32,
     "eval_size": 6,
     "num_generations": 4,
+    "max_num_gen_batches": 2,
     "per_device_train_batch_size": 8,
     "steps_per_generation": 2,
     "max_completion_length": 12,

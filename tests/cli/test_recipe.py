@@ -16,7 +16,7 @@ from hapo.trl import HAPOConfig
 
 KINDS = [TaskConfig, HAPOConfig, ModelConfig, TrainOptions]
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
-CPU = ["--use_cpu", "--bf16", "false"]
+CPU = ["--use_cpu", "--bf16", "false", "--activation_checkpointing", "false"]
 
 
 def parse(*argv: str) -> tuple:
@@ -45,7 +45,7 @@ def test_the_demo_is_the_recipe_where_neither_recipe_nor_model_is_named():
         (["--methd", "dapo"], "unknown flag --methd; did you mean --method?"),
         (["--method", "dappo"], "there is no method 'dappo'; did you mean 'dapo'?"),
         (["--method_options", '{"eps_hihg": 0.3}'], "no option 'eps_hihg'; did you mean 'eps_high'?"),
-        (["--method_options", '{"variant": "papr"}'], "variant must be one of 'paper', 'release', got 'papr'"),
+        (["--method_options", '{"components": "AX"}'], "components must be made of the letters A, B, C and D"),
         (["--method_options", '{"tau": 1.5}'], "tau must be in [0, 1)"),
         (["--epsilon", "0.3"], 'set method_options={"eps_low": ...}'),
         (["--max_steps", "many"], "invalid int value: 'many'"),
@@ -61,7 +61,10 @@ def test_a_wrong_flag_is_told_what_is_right(argv, message, capsys):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("model_name_or_path: tiny\nlerning_rate: 1\n", "unknown option 'lerning_rate'; did you mean learning_rate?"),
+        (
+            "model_name_or_path: tiny\nlerning_rate: 1\n",
+            "unknown option 'lerning_rate'; did you mean learning_rate?",
+        ),
         ("model_name_or_path: tiny\nmethod: [a\n", "recipe.yaml, line 3: malformed YAML"),
         ("- tiny\n", "a recipe is a mapping of options to values"),
         ("model_name_or_path: tiny\nrewards: []\n", "rewards is empty"),

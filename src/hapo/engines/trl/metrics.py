@@ -13,7 +13,7 @@ from ...method import LossOutput
 NAMES = {
     "clip/low": "clip_ratio/low_mean",
     "clip/high": "clip_ratio/high_mean",
-    "sampler_weight": "sampling/importance_sampling_ratio/mean",
+    "sampler_weight": "sampler_weight/mean",
     "ratio": "ratio/mean",
     "kl_old": "kl_old",
     "redistributed": "redistributed",
@@ -64,8 +64,9 @@ class MetricLog:
         metrics["groups/used"].append(used / batch.group.unique().numel())
         if batch.sampler_logp is not None and batch.mask.any():
             gap = (batch.old_logp - batch.sampler_logp)[batch.mask].abs()
-            metrics["sampling/sampling_logp_difference/mean"].append(gap.mean().item())
-            metrics["sampling/sampling_logp_difference/max"].append(gap.max().item())
+            if not trainer.use_vllm:  # with vLLM, TRL logs the same
+                metrics["sampling/sampling_logp_difference/mean"].append(gap.mean().item())
+                metrics["sampling/sampling_logp_difference/max"].append(gap.max().item())
             self._check_replay(gap.mean().item())
         if batch.stats is not None:
             for name in ("pivot", "sigma", "floored"):

@@ -1,4 +1,4 @@
-"""Run records of a `HAPOTrainer`: hands the trainer's values to `hapo.insight.records`."""
+"""Run records of a `HAPOTrainer`: hands the trainer's values to `hapo.engines.records`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ...batch import TokenBatch
-from ...insight.records import RunRecords, manifest, weights_hash
 from ...method import LossOutput
+from ..records import RunRecords, manifest, weights_hash
 
 NOT_TOLD = {"hub_token", "accelerator_config", "debug", "gradient_checkpointing", "method", "method_options"}
 """Secrets, what TRL fills in itself, deprecated twins of other options, and what is written apart."""

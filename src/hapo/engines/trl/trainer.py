@@ -17,12 +17,12 @@ from trl import GRPOTrainer
 
 import hapo
 
-from ...insight.records import check_writable
 from ...method import Method
 from ...methods import options_of
 from ...parts.shaping import soft_overlong_punishment
 from ...samplers.transformers import sampling
 from ...scoring import attach_scoring, score_tokens
+from ..records import check_writable
 from .checkpoint import check_checkpoint, load_state, save_state
 from .config import HAPOConfig
 from .metrics import MetricLog
