@@ -9,13 +9,16 @@ from typing import Any
 REWARD = '''
 import os, signal, time
 
+signals = int(os.environ.get("ACT", "0").replace("raise", "0"))
+
 def parity(prompts, completions, trainer_state=None, **columns):
     """Training alone knows the state: $ACT says what happens in the rollout after optimiser step 2."""
-    act = os.environ.get("ACT")
-    if act and trainer_state is not None and trainer_state.global_step == 2:
-        if act == "raise":
+    global signals
+    if trainer_state is not None and trainer_state.global_step == 2:
+        if os.environ.get("ACT") == "raise":
             raise KeyError("gold")
-        for _ in range(int(act)):
+        while signals:
+            signals -= 1
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.2)
     return [float(sum(int(c) for c in text if c.isdigit()) % 2) for text in completions]

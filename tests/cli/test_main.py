@@ -39,6 +39,7 @@ def test_a_card_has_stages_options_defaults_and_their_meaning(capsys, monkeypatc
     out = capsys.readouterr().out
     assert "https://arxiv.org/abs/2509.16591" in out
     assert "token-level group z-score" in out
+    assert "clamped to [t_min, t_max]" in out
     (rho,) = (line for line in out.splitlines() if line.strip().startswith("rho "))
     assert rho.rstrip().split(maxsplit=2) == ["rho", "0.8", "Quantile of log entropy that is the pivot (paper)."]
 

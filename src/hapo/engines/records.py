@@ -174,7 +174,7 @@ def check_writable(folder: Path, need: int = 0) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
+        probe = folder / f".writable-{os.getpid()}"  # several ranks look at once
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:

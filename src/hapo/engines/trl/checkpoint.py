@@ -97,7 +97,7 @@ def load_state(trainer: Any, folder: Path) -> None:
         trainer._dynamic.prompts.position = state["fresh_prompts"]
     if state["rollout"] is not None:
         file = folder / f"hapo_rollout-{trainer.accelerator.process_index}.safetensors"
-        tensors = load_file(file, device=str(trainer.accelerator.device))
+        tensors = {k: v.to(trainer.accelerator.device) for k, v in load_file(file).items()}
         trainer._buffered_inputs = _unpack(tensors, state["rollout"])
 
 

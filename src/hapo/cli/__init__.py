@@ -1,0 +1,79 @@
+"""The command line: `hapo train`, `hapo eval`, `hapo methods`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Iterable
+
+import hapo
+
+COMMANDS = {
+    "train": ("train", "train a model with verifiable rewards; alone, the embedded demo"),
+    "eval": ("evaluate", "accuracy of a model on held-out problems, greedy and sampled"),
+    "methods": ("methods", "list the methods; with a name, its stages, options and paper"),
+}
+"""Command -> (module of this package, one line of help)."""
+
+INTERRUPTED = 130
+
+
+class UsageError(ValueError):
+    """The command line, or the recipe that it names, cannot be honoured."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command and return its exit code.
+
+    0: done; 1: failed while running; 2: wrong flags or recipe; 130: interrupted. Errors are one message on
+    stderr; with HAPO_DEBUG=1 they are raised.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    if argv[0] == "--version":
+        print(f"hapo {hapo.__version__}")
+        return 0
+    try:
+        return _run(argv[0], argv[1:])
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if os.environ.get("HAPO_DEBUG") == "1":
+            raise
+        remedy = "" if isinstance(error, UsageError) else "\n(HAPO_DEBUG=1 shows where it was raised)"
+        print(f"hapo {argv[0]}: error: {error}{remedy}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint to append to a message: the known name nearest to the word, if any is near."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _run(command: str, argv: list[str]) -> int:
+    if command not in COMMANDS:
+        raise UsageError(f"there is no command {command!r}{nearest(command, COMMANDS)}; `hapo --help` lists them")
+    try:
+        module = importlib.import_module(f".{COMMANDS[command][0]}", __name__)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{error}; install what it needs with: pip install 'hapo[trl]'") from error
+    return module.main(argv)
+
+
+def _help() -> str:
+    lines = [f"  {name:<9} {line}" for name, (_, line) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: hapo COMMAND [options]   (hapo COMMAND --help; hapo --version)",
+            "",
+            "Token-level policy optimisation of language models.",
+            "",
+            *lines,
+        ]
+    )

@@ -1,0 +1,182 @@
+"""Held-out accuracy: answers to problems, their scores, and 95 % intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from scipy.stats import binomtest, norm
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How answers are drawn. Temperature 0 is greedy; the adaptive temperature of a method never acts here."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    samples: int = 1
+    """Answers to each problem."""
+    batch_size: int = 64
+    """Answers drawn at once."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer to a problem and its score, the weighted sum of the rewards."""
+
+    problem: int
+    sample: int
+    text: str
+    tokens: int
+    score: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Mean score over problems, with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+    problems: int
+    samples: int
+    binary: bool
+    """Every score is 0 or 1: the mean is an accuracy."""
+
+    def __str__(self) -> str:
+        if self.binary:
+            return f"{100 * self.mean:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def draw_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Dataset,
+    reward_funcs: list[Callable[..., list[float]]],
+    decoding: Decoding,
+    *,
+    weights: list[float] | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+    advance: Callable[[int], object] = lambda n: None,
+) -> list[Answer]:
+    """Answer the problems and score the answers; `advance` is told how many were done.
+
+    The state of the random generators and `model.training` are as before when it returns, so that training
+    does not depend on whether it was measured.
+    """
+    rows = [i for i in range(len(problems)) for _ in range(decoding.samples)]
+    weight = torch.tensor(weights or [1.0] * len(reward_funcs))
+    config = _generation_config(model, tokenizer, decoding)
+    training, answers = model.training, []
+    model.eval()
+    try:
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(decoding.seed)
+            for start in range(0, len(rows), decoding.batch_size):
+                index = rows[start : start + decoding.batch_size]
+                batch = problems.select(index).to_dict()
+                inputs = _encode(tokenizer, batch["prompt"], chat_template_kwargs or {}).to(model.device)
+                output = model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1] :]
+                ids = [_until_end(row, config.eos_token_id) for row in output.tolist()]
+                texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+                scores = _score(batch, texts, ids, reward_funcs, weight)
+                for k, row in enumerate(index):
+                    sample = (start + k) % decoding.samples
+                    answers.append(Answer(row, sample, texts[k], len(ids[k]), scores[k]))
+                advance(len(index))
+    finally:
+        model.train(training)
+    return answers
+
+
+def estimate(answers: list[Answer]) -> Estimate:
+    """Mean score with its 95 % interval over problems.
+
+    One 0/1 score a problem: Wilson's interval. Several answers a problem, or other scores: the normal interval
+    of the per-problem means, since answers to one problem are not independent.
+    """
+    by_problem: dict[int, list[float]] = {}
+    for answer in answers:
+        by_problem.setdefault(answer.problem, []).append(answer.score)
+    means = [math.fsum(scores) / len(scores) for scores in by_problem.values()]
+    n, samples = len(means), len(answers) // len(means)
+    mean = math.fsum(means) / n
+    binary = all(answer.score in (0.0, 1.0) for answer in answers)
+    if binary and samples == 1:
+        interval = binomtest(round(mean * n), n).proportion_ci(0.95, method="wilson")
+        return Estimate(mean, float(interval.low), float(interval.high), n, samples, binary)
+    variance = math.fsum((m - mean) ** 2 for m in means) / (n - 1) if n > 1 else math.inf
+    half = float(norm.ppf(0.975)) * math.sqrt(variance / n)
+    low, high = mean - half, mean + half
+    return Estimate(mean, max(low, 0.0) if binary else low, min(high, 1.0) if binary else high, n, samples, binary)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompts: list[Any], chat_template_kwargs: dict[str, Any]) -> Any:
+    padding = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+    if isinstance(prompts[0], str):
+        return tokenizer(text=prompts, return_token_type_ids=False, **padding)
+    return tokenizer.apply_chat_template(
+        prompts,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        tokenizer_kwargs={"return_token_type_ids": False},
+        **padding,
+        **chat_template_kwargs,
+    )
+
+
+def _generation_config(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoding: Decoding
+) -> GenerationConfig:
+    ends = model.generation_config.eos_token_id
+    ends = [ends] if isinstance(ends, int) else list(ends or [])
+    law: dict[str, Any] = {"do_sample": False}
+    if decoding.temperature > 0:
+        law = {"do_sample": True, **{k: getattr(decoding, k) for k in ("temperature", "top_p", "top_k")}}
+    return GenerationConfig(
+        max_new_tokens=decoding.max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=sorted({tokenizer.eos_token_id, *ends}),
+        repetition_penalty=1.0,
+        disable_compile=True,
+        **law,
+    )
+
+
+def _until_end(ids: list[int], ends: list[int]) -> list[int]:
+    """The ids up to and with the first end-of-sequence token."""
+    return ids[: next((t + 1 for t, token in enumerate(ids) if token in ends), len(ids))]
+
+
+def _score(
+    batch: dict[str, list[Any]],
+    texts: list[str],
+    ids: list[list[int]],
+    reward_funcs: list[Callable[..., list[float]]],
+    weight: torch.Tensor,
+) -> list[float]:
+    columns = {name: values for name, values in batch.items() if name != "prompt"}
+    completions: list[Any] = texts
+    if not isinstance(batch["prompt"][0], str):
+        completions = [[{"role": "assistant", "content": text}] for text in texts]
+    rewards = [
+        reward(prompts=batch["prompt"], completions=completions, completion_ids=ids, **columns)
+        for reward in reward_funcs
+    ]
+    by_answer = torch.tensor([[math.nan if r is None else r for r in column] for column in rewards]).T
+    return (by_answer * weight).nansum(1).tolist()

@@ -1,0 +1,164 @@
+"""`hapo train` and `hapo eval`: what a run leaves behind, what it repeats, and how it ends early."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from hapo.cli import main
+from tests.cli.small import flags, metrics, train
+
+WEIGHTS = "model/model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A run without interruption."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    assert main(train(folder)) == 0
+    return folder
+
+
+def test_a_run_leaves_records_checkpoints_accuracy_and_the_model(finished):
+    names = {"config.yaml", "manifest.json", "metrics.jsonl", "tokens", "checkpoints", "evaluation.json", "model"}
+    assert names <= {p.name for p in finished.iterdir()}
+    assert [m["step"] for m in metrics(finished)] == [1, 2, 3, 4, 5]
+    assert any(m["grad_norm"] > 0 for m in metrics(finished))
+    evaluation = json.loads((finished / "evaluation.json").read_text())
+    for when in ("before", "after"):
+        for how in ("greedy", "sampled"):
+            found = evaluation[when][how]
+            assert found["problems"] == 6
+            assert 0 <= found["low"] <= found["mean"] <= found["high"] <= 1
+
+
+def test_config_yaml_is_a_recipe_and_an_interrupted_run_resumes_to_the_same_weights(
+    finished, tmp_path, monkeypatch, capsys
+):
+    again = tmp_path / "again"
+    monkeypatch.setenv("ACT", "1")
+    argv = ["train", "--config", str(finished / "config.yaml"), "--output_dir", str(again)]
+    assert main(argv) == 130
+    out, err = capsys.readouterr()
+    assert "finishing this optimiser step" in out
+    assert f"checkpoint-3 is saved; resume with: hapo train --resume {again}" in err
+    assert [m["step"] for m in metrics(again)] == [1, 2, 3]
+    before = json.loads((again / "evaluation.json").read_text())["before"]
+
+    monkeypatch.delenv("ACT")
+    assert main(["train", "--resume", str(again)]) == 0
+    assert metrics(again) == metrics(finished)
+    assert (again / WEIGHTS).read_bytes() == (finished / WEIGHTS).read_bytes()
+    assert json.loads((again / "evaluation.json").read_text())["before"] == before
+
+
+def test_training_does_not_depend_on_whether_accuracy_is_measured(finished, tmp_path):
+    assert main([*train(tmp_path / "run"), "--no_evaluate"]) == 0
+    assert not (tmp_path / "run/evaluation.json").exists()
+    assert metrics(tmp_path / "run") == metrics(finished)
+
+
+def test_a_second_interrupt_stops_at_once_and_the_last_checkpoint_stays(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-m", "hapo.cli", *train(tmp_path / "run", evaluate=False)],
+        env={**os.environ, "ACT": "2"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 130, run.stderr
+    assert "Traceback" not in run.stderr
+    assert f"checkpoint-2 is saved; resume with: hapo train --resume {tmp_path / 'run'}" in run.stderr
+
+
+def test_a_reward_that_raises_ends_the_run_with_its_message_and_loses_nothing(
+    finished, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("ACT", "raise")
+    assert main(train(tmp_path / "run", evaluate=False)) == 1
+    err = capsys.readouterr().err
+    assert "checkpoint-2 is saved" in err
+    assert "reward 'parity' raised KeyError: 'gold' on sample 0 of 16" in err
+    monkeypatch.delenv("ACT")
+    assert main(["train", "--resume", str(tmp_path / "run/checkpoints/checkpoint-2")]) == 0
+    assert metrics(tmp_path / "run") == metrics(finished)
+
+
+def test_debugging_raises(tmp_path, monkeypatch):
+    monkeypatch.setenv("HAPO_DEBUG", "1")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        main(train(tmp_path / "run", dataset=tmp_path / "absent.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        ({"dataset": "absent.jsonl"}, 1, "data file 'absent.jsonl' does not exist"),
+        ({"rewards": "exakt"}, 1, "unknown reward 'exakt' (did you mean exact?)"),
+        ({"model": "no/such/model"}, 1, "no/such/model"),
+        ({"run_records": False}, 2, "run_records cannot be off"),
+        ({"resume_from_checkpoint": "x"}, 2, "resume with `hapo train --resume RUN`"),
+        ({"resume": "x"}, 2, "--resume RUN goes alone"),
+        ({"threads": 0}, 2, "threads must be at least 1, got 0"),
+    ],
+)
+def test_what_cannot_be_honoured_is_said(options, code, message, tmp_path, capsys):
+    if "model" in options:
+        options = {**options, "config": "demo"}
+    assert main(train(tmp_path / "run", **options)) == code
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run/manifest.json").exists()
+
+
+def test_a_run_folder_that_exists_or_cannot_be_written_is_refused_before_loading(finished, tmp_path, capsys):
+    assert main(train(finished)) == 2
+    assert f"the run folder {finished} exists" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert main([*train(tmp_path / "run"), "--output_dir", str(tmp_path / "file/run")]) == 1
+    assert "cannot be written to (Not a directory): choose another output_dir" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_run_is_not_resumed(tmp_path, capsys):
+    assert main(["train", "--resume", str(tmp_path)]) == 2
+    assert "is no run to resume" in capsys.readouterr().err
+
+
+def test_eval_measures_a_model_of_a_run_and_writes_every_answer(finished, tmp_path, capsys):
+    output = tmp_path / "figures.json"
+    argv = ["eval", "--config", str(finished / "config.yaml"), "--model", str(finished / "model")]
+    assert main([*argv, *flags(samples=3, output=output)]) == 0
+    figures = json.loads(output.read_text())
+    after = json.loads((finished / "evaluation.json").read_text())["after"]
+    assert {k: v for k, v in figures["greedy"].items() if k != "decoding"} == after["greedy"]
+    assert figures["sampled"]["samples"] == 3
+    rows = pq.read_table(output.with_suffix(".parquet")).to_pylist()
+    assert len(rows) == 6 + 6 * 3
+    scores = [row["score"] for row in rows if row["decoding"] == "sampled"]
+    assert figures["sampled"]["mean"] == pytest.approx(sum(scores) / 18)
+    assert capsys.readouterr().out.startswith("greedy: ")
+
+
+def test_lora_trains_an_adapter_that_eval_loads(tmp_path):
+    run = tmp_path / "run"
+    options = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear", "max_steps": 2, "beta": 0.01}
+    assert main(train(run, evaluate=False, **options)) == 0
+    assert (run / "model/adapter_config.json").is_file()
+    assert (
+        main(["eval", "--config", str(run / "config.yaml"), "--model", str(run / "model"), "--samples", "1"]) == 0
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_measure_every_problem_once(tmp_path):
+    folder = tmp_path / "run"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "hapo.cli"]
+    argv = train(folder, max_steps=2, per_device_train_batch_size=4, eval_size=7)
+    run = subprocess.run([*launcher, *argv], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert json.loads((folder / "evaluation.json").read_text())["after"]["greedy"]["problems"] == 7
+    assert run.stdout.count("problems, 95 % intervals") == 1
