@@ -47,6 +47,10 @@ def main() -> int:
     unequal = [name for name in weights if not torch.equal(weights[name], resumed[name])]
     lines = metrics(options.folder)
     different = [a["step"] for a, b in zip(reference, lines, strict=True) if a != b]
+    for step, key in sorted(
+        {(a["step"], k) for a, b in zip(reference, lines, strict=True) for k in a if a[k] != b.get(k)}
+    )[:5]:
+        print(f"step {step}: {key} differs")
     tokens = sorted(p.name for p in (options.reference / "tokens").iterdir())
     files = [n for n in tokens if not same(options.reference / "tokens" / n, options.folder / "tokens" / n)]
     print(

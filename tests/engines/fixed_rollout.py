@@ -88,4 +88,5 @@ if __name__ == "__main__":
     gradients, trainer = run(*map(int, numbers))
     if trainer.accelerator.is_main_process:
         save_file({f"{i}.{n}": g for i, step in enumerate(gradients.steps) for n, g in step.items()}, out)
+    trainer.accelerator.wait_for_everyone()  # gloo aborts a rank whose peer has gone
     torch.distributed.destroy_process_group()

@@ -407,18 +407,23 @@ def test_the_model_card_cites_the_method(tmp_path):
     assert "2503.14476" in card
 
 
-def test_dynamic_sampling_records_and_checkpoints_on_two_ranks(tmp_path):
+def test_two_ranks_sample_dynamically_record_and_resume_inside_a_rollout(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*torchrun, "tests/engines/two_ranks.py", str(tmp_path)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "TRL_EXPERIMENTAL_SILENCE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "kept 1.0" in done.stdout
+    checkpoint = tmp_path / "checkpoints" / "checkpoint-1"
+    seen = []
+    for resume in ([], [str(checkpoint)]):
+        done = subprocess.run(
+            [*torchrun, "tests/engines/two_ranks.py", str(tmp_path), *resume],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "TRL_EXPERIMENTAL_SILENCE": "1"},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        seen.append([line for line in metrics(tmp_path) if "loss" in line])
+        names = {p.name for p in checkpoint.iterdir()}
+        assert names >= {"hapo_state.json", "hapo_rollout-0.safetensors", "hapo_rollout-1.safetensors"}
+    assert len(seen[0]) == 3
+    assert seen[0] == seen[1]
     assert {p.name for p in (tmp_path / "tokens").iterdir()} >= {f"step-000002-{rank}.parquet" for rank in (0, 1)}
-    names = {p.name for p in (tmp_path / "checkpoints" / "checkpoint-1").iterdir()}
-    assert names >= {"hapo_state.json", "hapo_rollout-0.safetensors", "hapo_rollout-1.safetensors"}

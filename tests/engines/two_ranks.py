@@ -1,4 +1,7 @@
-"""One rank of a torchrun: dynamic sampling and records on several processes, with groups that straddle ranks."""
+"""One rank of a torchrun: two_ranks.py FOLDER [CHECKPOINT].
+
+Dynamic sampling, records and a resume inside a rollout on several processes, with groups that straddle ranks.
+"""
 
 import sys
 from pathlib import Path
@@ -27,12 +30,13 @@ if __name__ == "__main__":
         save_steps=1,
         max_steps=3,
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=sys.argv[2] if len(sys.argv) > 2 else None)
     used = trainer.accelerator.gather(torch.cat([b["hapo_group"] for b in trainer._buffered_inputs]))
     alive = trainer.accelerator.gather(torch.cat([b["hapo_mask"].any(1) for b in trainer._buffered_inputs]))
     if trainer.accelerator.is_main_process:
         assert used.unique(return_counts=True)[1].tolist() == [4] * 6, used
         assert alive.all()
         assert {b["hapo_totals"].sequences for b in trainer._buffered_inputs} == {12}
-        print("kept", trainer.state.log_history[0]["dynamic_sampling/kept"])
+        assert trainer.state.log_history[0]["dynamic_sampling/kept"] == 1
+    trainer.accelerator.wait_for_everyone()  # gloo aborts a rank whose peer has gone
     torch.distributed.destroy_process_group()

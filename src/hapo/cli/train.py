@@ -85,6 +85,7 @@ def main(argv: list[str]) -> int:
             evaluation.measure("after")
             evaluation.print()
         console.print(f"model: {Path(args.output_dir) / 'model'}", soft_wrap=True)
+    trainer.accelerator.wait_for_everyone()  # gloo aborts a rank whose peer has gone
     trainer.end()
     return 0 if finished else INTERRUPTED
 
