@@ -1,12 +1,9 @@
 import json
 import logging
-from pathlib import Path
 
 import pytest
 
 from hapo.tasks import TaskConfig, load_task
-
-MATH = Path(__file__).parents[3] / "shared" / "data" / "math"
 
 
 def jsonl(path, rows):
@@ -119,16 +116,19 @@ def test_a_constant_answer_that_wins_is_announced(tmp_path, caplog):
     assert "one constant answer is right on 75 % of the evaluation problems" in caplog.text
 
 
-def test_grade_school_mathematics_loads_and_its_gold_answers_verify():
-    task = load_task(TaskConfig(dataset=str(MATH / "svamp.jsonl"), eval_file=str(MATH / "gsm8k.jsonl")), seed=0)
-    assert (len(task.train), len(task.eval)) == (1000, 1319)
-    assert task.majority_share < 0.1
+def test_files_of_mathematics_load_and_their_gold_answers_verify(tmp_path):
+    golds = [72, "10", "-3.5", "1/2", "$18", "70,000", r"\frac{3}{4}", r"25\%", r"\sqrt{2}", "x^2+1"]
+    rows = [{"question": f"Problem {i}?", "answer": gold} for i, gold in enumerate(golds)]
+    file = jsonl(tmp_path / "problems.jsonl", rows)
+    others = jsonl(tmp_path / "others.jsonl", sums(range(20)))
+    task = load_task(TaskConfig(dataset=others, eval_file=file), seed=0)
+    assert (len(task.train), len(task.eval)) == (20, len(golds))
     (reward,) = task.reward_funcs
-    part = task.eval.select(range(200))
-    right = [f"so she has #### {gold}" for gold in part["answer"]]
-    wrong = [rf"\boxed{{{gold}1}}" for gold in part["answer"]]
-    assert reward(part["prompt"], right, answer=part["answer"]) == [1.0] * 200
-    assert reward(part["prompt"], wrong, answer=part["answer"]) == [0.0] * 200
+    prompts, answers = task.eval["prompt"], task.eval["answer"]
+    right = [rf"so she has \boxed{{{gold}}}" for gold in answers]
+    wrong = [rf"so she has \boxed{{{gold}}} or rather \boxed{{4{i}}}" for i, gold in enumerate(answers)]
+    assert reward(prompts, right, answer=answers) == [1.0] * len(golds)
+    assert reward(prompts, wrong, answer=answers)[1:] == [0.0] * (len(golds) - 1)
 
 
 def test_embedded_task_is_the_default():
