@@ -20,7 +20,8 @@ def main() -> int:
     logging.disable(logging.WARNING)
     failed = False
     for file in sorted(Path(sys.argv[1]).glob("*.jsonl")):
-        rows = sum(1 for line in file.read_text().splitlines() if line.strip())
+        with file.open() as lines:
+            rows = sum(1 for line in lines if line.strip())
         task = load_task(TaskConfig(dataset=str(file), eval_size=1, on_bad_gold="drop"), seed=0)
         (reward,) = task.reward_funcs
         problems = task.train
