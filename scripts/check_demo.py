@@ -1,6 +1,6 @@
 """Does a run of the demo keep its promise? Exit code 0 if held-out sampled accuracy rose by 20 points.
 
-    python scripts/check_demo.py RUN
+python scripts/check_demo.py RUN
 """
 
 from __future__ import annotations
