@@ -20,8 +20,6 @@ import torch
 from safetensors.torch import load_file
 
 CLOCKS = ("step_time", "wall_seconds", "train_runtime", "train_samples_per_second", "train_steps_per_second")
-SINCE_RESUME = ("train_loss", "total_flos")
-"""Of the last line: TRL's means over the steps since the resume."""
 
 
 def main() -> int:
@@ -64,7 +62,7 @@ def main() -> int:
 def metrics(run: Path) -> list[dict[str, float]]:
     """The lines of metrics.jsonl without what a clock decides."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in (*CLOCKS, *SINCE_RESUME)} for line in lines]
+    return [{k: v for k, v in line.items() if k not in CLOCKS} for line in lines]
 
 
 def last_step(run: Path) -> int:

@@ -18,9 +18,9 @@ import torch
 import hapo
 import hapo.parts
 from hapo.cli.methods import option_docs
+from hapo.engines.records import RunRecords
 from hapo.engines.trl.config import DECIDED_BY_METHOD
 from hapo.engines.trl.metrics import NAMES
-from hapo.engines.records import RunRecords
 from hapo.methods import options_of
 from tests.examples import worked_batch
 

@@ -54,6 +54,8 @@ def run(
     """A short run; what it gave the optimiser, and the trainer. `watch` sees each micro-batch's log-probs."""
     keep = Gradients()
     watch = options.pop("watch", None)
+    if options.get("method", "hapo") == "hapo":  # a rollout function samples by itself, without component A
+        options["method_options"] = {"components": "BCD", **(options.get("method_options") or {})}
     with tempfile.TemporaryDirectory() as folder:
         t = tiny.trainer(
             folder,

@@ -77,7 +77,7 @@ def test_engine_equals_core(method, options):
     run, trainer = fixed_rollout.run(
         8, 2, 4, 1, watch=watch, method=method, method_options=options, temperature=0.7
     )
-    core = hapo.method(method, **options, kl_coef=0.0)
+    core = hapo.method(method, **({"components": "BCD"} if method == "hapo" else {}) | options, kl_coef=0.0)
     rows = trainer._buffered_inputs
     ids = torch.cat([_column(rows, "prompt_ids"), _column(rows, "completion_ids")], 1)
     attention = torch.cat([_column(rows, "prompt_mask"), _column(rows, "completion_mask")], 1)

@@ -121,6 +121,10 @@ class RunRecords:
         drawn at.
         """
         rows = min(len(batch), most - self._rows)
+        mask = batch.mask[:rows].cpu()
+        if not mask.any():  # an empty table has columns without a type
+            self._rows += rows
+            return
         columns: dict[str, list[Any]] = {}
         per_token = {
             "id": ids,
@@ -140,7 +144,6 @@ class RunRecords:
             "bound_high": out.tokens["high"],
             "clipped": out.tokens["clipped"],
         }
-        mask = batch.mask[:rows].cpu()
         index = mask.nonzero()
         columns["response"] = (index[:, 0] + self._rows).tolist()
         columns["position"] = index[:, 1].tolist()

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import hapo
@@ -48,14 +49,17 @@ def check_checkpoint(trainer: Any, resume: bool | str | None) -> str | None:
             f"{path} has no {STATE}: it is no HAPO checkpoint, or its writing was cut short; "
             "resume from an earlier checkpoint-N folder of the run"
         )
-    saved = json.loads((path / STATE).read_text())["method"]
-    mine = _identity(trainer.method)
-    if saved != mine:
-        differing = sorted(k for k in {*saved, *mine} if saved.get(k) != mine.get(k))
-        details = ", ".join(f"{k}: {saved.get(k)!r} there, {mine.get(k)!r} here" for k in differing)
+    state = json.loads((path / STATE).read_text())
+    new = "start a new run from its weights with model_name_or_path"
+    if details := _differences(state["method"], _identity(trainer.method)):
         raise ValueError(
             f"{path} is a checkpoint of another method ({details}); resume with the method it was written with, "
-            "or start a new run from its weights with model_name_or_path"
+            f"or {new}"
+        )
+    if details := _differences(state["layout"], _layout(trainer)):
+        raise ValueError(
+            f"{path} was written under another schedule ({details}), and its rollout batch cannot be split anew; "
+            f"resume with the same one, or {new}"
         )
     return str(path)
 
@@ -67,6 +71,11 @@ def save_state(trainer: Any, folder: Path) -> None:
     if trainer._step % every and trainer._buffered_inputs is not None:
         tensors, rollout = _pack(trainer._buffered_inputs)
         save_file(tensors, folder / f"hapo_rollout-{trainer.accelerator.process_index}.safetensors")
+    loss = {
+        "since_log": trainer.accelerator.gather(trainer._tr_loss.detach()).mean().item(),
+        "last_log": trainer._globalstep_last_logged,
+        "total": trainer._total_loss_scalar,
+    }
     trainer.accelerator.wait_for_everyone()
     if not trainer.accelerator.is_main_process:
         return
@@ -74,11 +83,13 @@ def save_state(trainer: Any, folder: Path) -> None:
     state = {
         "version": hapo.__version__,
         "method": _identity(trainer.method),
+        "layout": _layout(trainer),
         "stats": _to_json(trainer.temperature_stats),
         "sampled_with": _to_json(trainer._sampled_with),
         "micro_step": trainer._step,
         "fresh_prompts": 0 if dynamic is None else dynamic.prompts.position,
         "metrics": trainer._metrics["train"],
+        "loss": loss,
         "rollout": rollout,
     }
     partial = folder / f"{STATE}.partial"
@@ -92,6 +103,7 @@ def load_state(trainer: Any, folder: Path) -> None:
     trainer.temperature_stats = _from_json(state["stats"])
     trainer._sampled_with = _from_json(state["sampled_with"])
     trainer._step = state["micro_step"]
+    trainer.add_callback(_RestoreLoss(trainer, state["loss"]))
     trainer._metrics["train"] = defaultdict(list, state["metrics"])
     if trainer._dynamic is not None:
         trainer._dynamic.prompts.position = state["fresh_prompts"]
@@ -99,6 +111,39 @@ def load_state(trainer: Any, folder: Path) -> None:
         file = folder / f"hapo_rollout-{trainer.accelerator.process_index}.safetensors"
         tensors = {k: v.to(trainer.accelerator.device) for k, v in load_file(file).items()}
         trainer._buffered_inputs = _unpack(tensors, state["rollout"])
+
+
+class _RestoreLoss(TrainerCallback):
+    """Once, after transformers has set its sums of the loss to 0: what they were at the checkpoint."""
+
+    def __init__(self, trainer: Any, loss: dict[str, Any]) -> None:
+        self.trainer = trainer
+        self.loss = loss
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Restore, and go."""
+        self.trainer._tr_loss.fill_(self.loss["since_log"])
+        self.trainer._globalstep_last_logged = self.loss["last_log"]
+        self.trainer._total_loss_scalar = self.loss["total"]
+        self.trainer._initial_global_step = 0  # the mean loss is of the whole run
+        self.trainer.remove_callback(self)
+
+
+def _differences(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """What differs, in words; empty where nothing does."""
+    differing = sorted(k for k in {*there, *here} if there.get(k) != here.get(k))
+    return ", ".join(f"{k}: {there.get(k)!r} there, {here.get(k)!r} here" for k in differing)
+
+
+def _layout(trainer: Any) -> dict[str, Any]:
+    """How a rollout batch is cut into micro-batches, optimiser steps and ranks."""
+    names = (
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "steps_per_generation",
+        "num_iterations",
+    )
+    return {"processes": trainer.accelerator.num_processes, **{n: getattr(trainer.args, n) for n in names}}
 
 
 def _identity(method: hapo.Method) -> dict[str, Any]:

@@ -27,6 +27,9 @@ DECIDED_BY_METHOD = {
     "use_adaptive_entropy": "no method has an entropy bonus",
     "use_bias_correction_kl": "the penalty is GRPO's k3",
     "vllm_importance_sampling_mode": "the correction is per token, truncated at method_options['sampler_cap']",
+    "vllm_importance_sampling_correction": "set method_options={'sampler_cap': null} for none",
+    "vllm_importance_sampling_clip_max": "set method_options={'sampler_cap': ...}",
+    "vllm_importance_sampling_clip_min": "the correction has no lower bound",
     "use_liger_kernel": "log-probs come from hapo.scoring",
     "cast_lm_head_to_fp32": "hapo.scoring sums in float32 whatever the dtype of the weights",
 }

@@ -86,13 +86,20 @@ class MetricLog:
         plain = trainer.top_p == 1.0 and not trainer.top_k and trainer.min_p is None
         plain = plain and trainer.repetition_penalty == 1.0 and not trainer.args.generation_kwargs
         ours = not trainer.use_vllm and trainer.rollout_func is None
-        if self._replayed or trainer._sampled_with is not None or not (plain and ours):
+        net = trainer.accelerator.unwrap_model(trainer.model)
+        if self._replayed or _drops_out(net) or trainer._sampled_with is not None or not (plain and ours):
             return
         self._replayed = True
         if gap > MOST_REPLAY_GAP:
-            model = type(trainer.accelerator.unwrap_model(trainer.model)).__name__
             raise RuntimeError(
                 f"generation and scoring disagree about the same policy by {gap:.3f} nats a token: the logits of "
-                f"{model} are not what hapo.scoring computes "
+                f"{type(net).__name__} are not what hapo.scoring computes "
                 "from its hidden states; please report the architecture"
             )
+
+
+def _drops_out(model: torch.nn.Module) -> bool:
+    """Whether two passes of the model in training mode differ by dropout."""
+    modules = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules())
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    return modules or getattr(config, "attention_dropout", 0.0) > 0

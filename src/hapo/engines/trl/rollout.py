@@ -64,8 +64,8 @@ class FreshPrompts:
 
 
 def prompt_key(row: dict[str, Any]) -> str:
-    """Identity of a prompt."""
-    return json.dumps(row.get("prompt"), sort_keys=True, default=str)
+    """Identity of a problem: its prompt and all its other columns."""
+    return json.dumps(row, sort_keys=True, default=str)
 
 
 def gather_rows(accelerator: Accelerator, tensors: TensorDict) -> TensorDict:
@@ -126,16 +126,17 @@ class DynamicSampling:
         self.trainer = trainer
         self.prompts = FreshPrompts(trainer.train_dataset, trainer.args.seed + 1)
 
-    def fill(self, rollout: dict[str, Any], inputs: list[dict[str, Any]]) -> dict[str, Any]:
+    def fill(self, rollout: dict[str, Any], problems: list[str]) -> dict[str, Any]:
         """The rollout with as many mixed groups as it has groups, or as many as the rounds gave.
 
-        Kept groups come first, in the order drawn; what is missing is filled with groups that prepare() drops.
+        `problems` are the `prompt_key`s of this rank's rows. Kept groups come first, in the order drawn; what
+        is missing is filled with groups that prepare() drops.
         """
         if "num_images" in rollout:
             raise ValueError("dynamic sampling moves rows between ranks, images cannot: set max_num_gen_batches=1")
         trainer, size = self.trainer, self.trainer.num_generations
         rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
-        used = set(gather_object([prompt_key(row) for row in inputs]))
+        used = set(gather_object(problems))
         pool = [self._gather(rollout)]
         mixed = self._mixed(pool[0])
         most = len(mixed)

@@ -7,12 +7,14 @@ the loss, the sampler's order (resume), checkpoints (statistics, rollout in prog
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.trainer_utils import rotate_checkpoints
 from trl import GRPOTrainer
 
 import hapo
@@ -27,7 +29,7 @@ from .checkpoint import check_checkpoint, load_state, save_state
 from .config import HAPOConfig
 from .metrics import MetricLog
 from .recorder import Recorder
-from .rollout import DynamicSampling, EpochSampler, gather_rows
+from .rollout import DynamicSampling, EpochSampler, gather_rows, prompt_key
 
 PREPARED = ("hapo_mask", "hapo_advantage", "hapo_signal", "hapo_weight", "hapo_keep")
 
@@ -70,11 +72,17 @@ class HAPOTrainer(GRPOTrainer):
             raise TypeError(
                 f"args must be a HAPOConfig, got {type(args).__name__}; from hapo.trl import HAPOConfig"
             )
+        args = copy.copy(args)  # the caller's stays as it is
         self.method = _resolve(method, args)
         if args.use_vllm and self.method.factor is not None:
             raise ValueError(
                 f"method {self.method.name!r} adapts the sampling temperature, which this version does in "
                 'transformers generation only: set use_vllm=False, or method_options={"components": "BCD"}'
+            )
+        if trl_kwargs.get("rollout_func") is not None and self.method.factor is not None:
+            raise ValueError(
+                f"method {self.method.name!r} adapts the sampling temperature, and a rollout_func samples by "
+                'itself: set method_options={"components": "BCD"}, or let the trainer generate'
             )
         if (args.generation_kwargs or {}).get("num_beams", 1) != 1:
             raise ValueError("generation_kwargs: num_beams must be 1, policies are sampled, not searched")
@@ -94,6 +102,13 @@ class HAPOTrainer(GRPOTrainer):
         attach_scoring(self.model)
         if self.ref_model is not None:
             attach_scoring(self.accelerator.unwrap_model(self.ref_model))
+        prompts = args.generation_batch_size // args.num_generations
+        if hasattr(self.train_dataset, "__len__") and len(self.train_dataset) < prompts:
+            raise ValueError(
+                f"{len(self.train_dataset)} training prompts do not fill one rollout batch of {prompts} "
+                f"({args.generation_batch_size} responses, {args.num_generations} a prompt): lower "
+                "steps_per_generation or per_device_train_batch_size, or raise num_generations"
+            )
         self._dynamic = None
         if self.method.filter_groups and args.max_num_gen_batches > 1:
             self._dynamic = DynamicSampling(self)
@@ -140,7 +155,7 @@ class HAPOTrainer(GRPOTrainer):
                 attention_mask,
                 logits_to_keep,
                 batch_size,
-                compute_entropy=True,
+                compute_entropy=model is not self.ref_model,  # TRL's head on the reference has none
                 compute_aux_loss=compute_aux_loss,
                 **multimodal,
             )
@@ -157,7 +172,7 @@ class HAPOTrainer(GRPOTrainer):
                     parts.append(score_tokens(model, ids, mask, response, t_base=self.temperature))
             logps = torch.cat([p.logp for p in parts])
             entropies = torch.cat([p.entropy for p in parts])
-        if self._rollout_scores is not None:
+        if self._rollout_scores is not None and entropies is not None:
             self._rollout_scores.append(entropies.detach())
         return logps, entropies, aux
 
@@ -168,9 +183,10 @@ class HAPOTrainer(GRPOTrainer):
         return self._rewards_per_func
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        problems = [prompt_key(row) for row in inputs] if self._dynamic is not None else []
         rollout = self._rollout(inputs)
         if self._dynamic is not None and self.model.training:
-            rollout = self._dynamic.fill(rollout, inputs)
+            rollout = self._dynamic.fill(rollout, problems)
         return self._prepare(rollout)
 
     def _rollout(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -317,6 +333,8 @@ class HAPOTrainer(GRPOTrainer):
         if aux_loss is not None:
             windows = self.current_gradient_accumulation_steps if self.model.training else 1
             loss = loss + self.router_aux_loss_coef * aux_loss / windows
+            mode = "train" if self.model.training else "eval"
+            self._metrics[mode]["aux_loss"].append(self.accelerator.gather_for_metrics(aux_loss).mean().item())
         return loss
 
     # -- order, checkpoints, records ------------------------------------------------------------------------
@@ -351,8 +369,16 @@ class HAPOTrainer(GRPOTrainer):
         return str(Path(folder) / "checkpoints") if self.args.run_records else folder
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        save_state(self, Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
+        folder = Path(self._get_output_dir(trial))
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        save_state(self, folder / f"checkpoint-{self.state.global_step}")
+        if self.args.should_save:  # older ones go only now that this one is complete
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(folder), limit, best_model_checkpoint=best, use_mtime=True)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
