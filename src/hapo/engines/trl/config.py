@@ -10,6 +10,9 @@ from trl import GRPOConfig
 
 import hapo
 
+from ...method import Method
+from ...methods import options_of
+
 UPDATES_PER_ROLLOUT = 4
 """Optimiser steps on one rollout batch where the user sets none; the paper takes 16."""
 
@@ -146,3 +149,30 @@ class HAPOConfig(GRPOConfig):
                 UserWarning,
                 stacklevel=4,
             )
+
+
+def cited(method: Method) -> tuple[str, dict[str, str]]:
+    """Name and paper of a method for TRL's model card."""
+    if method.name not in hapo.methods():
+        return method.name, {}
+    paper = options_of(method.name).paper
+    entry = (
+        f"@article{{{method.name}{paper.year},\n    title = {{{{{paper.title}}}}},\n    year = {paper.year},\n"
+        f"    eprint = {{arXiv:{paper.arxiv}}},\n}}"
+    )
+    return method.name.upper(), {"title": paper.title, "id": paper.arxiv, "citation": entry}
+
+
+def resolve_method(method: Method | str | None, args: HAPOConfig) -> Method:
+    """The method that a trainer was given, or that its config names; `args.beta` then holds its KL weight."""
+    if isinstance(method, Method):
+        if args.beta and args.beta != method.kl_coef:
+            raise ValueError(
+                f"beta={args.beta} and the method's kl_coef={method.kl_coef} disagree; set one of them"
+            )
+        args.beta = method.kl_coef
+        return method
+    if method is not None:
+        args.method = method
+    options = {**(args.method_options or {}), "kl_coef": args.beta}  # type: ignore[dict-item]
+    return hapo.method(args.method, **options)

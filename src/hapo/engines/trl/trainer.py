@@ -20,13 +20,12 @@ from trl import GRPOTrainer
 import hapo
 
 from ...method import Method
-from ...methods import options_of
 from ...parts.shaping import soft_overlong_punishment
 from ...samplers.transformers import sampling
 from ...scoring import attach_scoring, score_tokens
 from ..records import check_writable
 from .checkpoint import check_checkpoint, load_state, save_state
-from .config import HAPOConfig
+from .config import HAPOConfig, cited, resolve_method
 from .metrics import MetricLog
 from .recorder import Recorder
 from .rollout import DynamicSampling, EpochSampler, gather_rows, prompt_key
@@ -73,7 +72,7 @@ class HAPOTrainer(GRPOTrainer):
                 f"args must be a HAPOConfig, got {type(args).__name__}; from hapo.trl import HAPOConfig"
             )
         args = copy.copy(args)  # the caller's stays as it is
-        self.method = _resolve(method, args)
+        self.method = resolve_method(method, args)
         if args.use_vllm and self.method.factor is not None:
             raise ValueError(
                 f"method {self.method.name!r} adapts the sampling temperature, which this version does in "
@@ -88,7 +87,7 @@ class HAPOTrainer(GRPOTrainer):
             raise ValueError("generation_kwargs: num_beams must be 1, policies are sampled, not searched")
         if args.run_records:
             check_writable(Path(args.output_dir))
-        self._name, self._paper = _cited(self.method)
+        self._name, self._paper = cited(self.method)
         self._tag_names = ["trl", "hapo"]
         self.temperature_stats: hapo.EntropyStats | None = None
         self._sampled_with: hapo.EntropyStats | None = None
@@ -384,29 +383,3 @@ class HAPOTrainer(GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             load_state(self, Path(checkpoint))
-
-
-def _cited(method: Method) -> tuple[str, dict[str, str]]:
-    """Name and paper of a method for TRL's model card."""
-    if method.name not in hapo.methods():
-        return method.name, {}
-    paper = options_of(method.name).paper
-    entry = (
-        f"@article{{{method.name}{paper.year},\n    title = {{{{{paper.title}}}}},\n    year = {paper.year},\n"
-        f"    eprint = {{arXiv:{paper.arxiv}}},\n}}"
-    )
-    return method.name.upper(), {"title": paper.title, "id": paper.arxiv, "citation": entry}
-
-
-def _resolve(method: Method | str | None, args: HAPOConfig) -> Method:
-    if isinstance(method, Method):
-        if args.beta and args.beta != method.kl_coef:
-            raise ValueError(
-                f"beta={args.beta} and the method's kl_coef={method.kl_coef} disagree; set one of them"
-            )
-        args.beta = method.kl_coef
-        return method
-    if method is not None:
-        args.method = method
-    options = {**(args.method_options or {}), "kl_coef": args.beta}  # type: ignore[dict-item]
-    return hapo.method(args.method, **options)
