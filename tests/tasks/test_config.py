@@ -57,3 +57,8 @@ def test_is_parsed_from_yaml_with_flags_over_it(tmp_path):
 def test_impossible_values_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         TaskConfig(**options)
+
+
+def test_none_takes_back_what_a_recipe_says():
+    config = TaskConfig(dataset="a.jsonl", eval_file="b.jsonl", test_split="none", dataset_config="none")
+    assert (config.test_split, config.dataset_config) == (None, None)

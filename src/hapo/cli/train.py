@@ -121,10 +121,11 @@ def model_path(model_config: ModelConfig) -> str:
 
 
 def prepare_process(options: TrainOptions) -> None:
-    """Threads; bars of the libraries off, and a warning that transformers raises about its own code."""
+    """Threads; bars of the libraries off, and the warnings that TRL and transformers raise about their own code."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    own = "`(is_gradient_checkpointing|gradient_checkpointing_(en|dis)able)` is deprecated"
+    warnings.filterwarnings("ignore", own, FutureWarning)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()

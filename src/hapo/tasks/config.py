@@ -33,11 +33,16 @@ class TaskConfig:
             "or the id of a data set on the Hugging Face Hub"
         },
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "configuration of a Hub data set"})
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "configuration of a Hub data set; none takes back what a recipe says"}
+    )
     train_split: str = field(default="train", metadata={"help": "split of a Hub data set to train on"})
     test_split: str | None = field(
         default=None,
-        metadata={"help": "split of a Hub data set to evaluate on (default: hold out part of train_split)"},
+        metadata={
+            "help": "split of a Hub data set to evaluate on; none takes back what a recipe says "
+            "(default: hold out part of train_split)"
+        },
     )
     eval_file: str | None = field(
         default=None, metadata={"help": "local file to evaluate on (default: hold out part of the training data)"}
@@ -85,6 +90,9 @@ class TaskConfig:
     )
 
     def __post_init__(self) -> None:
+        for name in ("dataset_config", "test_split", "eval_file"):  # a flag over a recipe that sets them
+            if getattr(self, name) == "none":
+                setattr(self, name, None)
         if isinstance(self.rewards, str):  # a YAML scalar
             self.rewards = [self.rewards]
         if isinstance(self.extra_columns, str):
