@@ -121,7 +121,7 @@ def model_path(model_config: ModelConfig) -> str:
 
 
 def prepare_process(options: TrainOptions) -> None:
-    """Threads; bars of the libraries off, and the warnings that TRL and transformers raise about their own code."""
+    """Threads; bars of the libraries off, and the warnings that they raise about their own code."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     own = "`(is_gradient_checkpointing|gradient_checkpointing_(en|dis)able)` is deprecated"
