@@ -2,10 +2,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+# verl wants older transformers than ours.
+PARITY ?= .venv-parity
 # Tiny models are fastest on one thread a process.
 ONE = OMP_NUM_THREADS=1
 
-.PHONY: setup demo test lint format docs smollm2 clean
+.PHONY: setup demo test test-parity lint format docs smollm2 clean
 
 setup: $(VENV)/.ready
 
@@ -22,6 +24,16 @@ demo: setup  ## Train the embedded default: a tiny model learns three-digit addi
 
 test: setup  ## All tests, on two cores.
 	$(ONE) $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+test-parity: $(PARITY)/.ready  ## hapo's methods against the code of TRL and verl (docs/evidence/parity.md).
+	$(ONE) $(PARITY)/bin/python -m pytest tests_parity
+
+$(PARITY)/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(not (3, 11) <= v < (3, 13) and f"TRL 1.16 and verl 0.9.1 need Python 3.11 or 3.12, this is {v.major}.{v.minor}; set PYTHON=")'
+	$(PYTHON) -m venv $(PARITY)
+	$(PARITY)/bin/python -m pip install --quiet "torch==2.13.0"
+	$(PARITY)/bin/python -m pip install --quiet --editable . "verl==0.9.1" "trl==1.16.*" "pytest>=8"
+	touch $@
 
 lint: setup  ## Style and types.
 	$(BIN)/ruff check .
@@ -42,4 +54,4 @@ smollm2: setup  ## A real small model, offline: SmolLM2-135M-Instruct, and its w
 	$(BIN)/python scripts/warm_up_smollm2.py
 
 clean:
-	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PARITY) site .mypy_cache .pytest_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""Prints the two tables of docs/methods/index.md, made from the registered methods.
+"""Prints the tables of docs/methods/index.md, made from the registered methods.
 
     python scripts/method_table.py            # print
     python scripts/method_table.py --write    # put them into the page
@@ -14,28 +14,25 @@ import re
 from pathlib import Path
 
 import hapo
+from hapo.cli.methods import differences
 from hapo.methods import options_of
 
 PAGE = Path(__file__).parents[1] / "docs/methods/index.md"
 BEGIN, END = "<!-- made by scripts/method_table.py -->", "<!-- end -->"
-STAGES = (
-    "temperature",
-    "filter",
-    "advantage",
-    "signal",
-    "keep",
-    "ratio",
-    "reshape",
-    "bounds",
-    "surrogate",
-    "penalty",
-    "reduce",
-)
+BEFORE = {
+    "temperature": "T_base",
+    "filter": "all groups",
+    "advantage": "",
+    "signal": "none",
+    "keep": "all tokens",
+}
+LOSS = {"ratio": "of each token", "reshape": "none", "bounds": "", "surrogate": "", "penalty": "", "reduce": ""}
+"""Stages in their order, before the loss and in it, with what GRPO does where its own `stages` do not say."""
 EQUATION = re.compile(r"\beqs?\. (\d+(?:-\d+)?)")
 
 
 def row(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -43,45 +40,50 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def papers() -> str:
-    """Method, paper, equations (as the class docstring cites them), module, tests, and what it does."""
-    head = ["method", "paper", "year", "equations", "module", "worked example", "in one line", "paper and code"]
+    """Method, what it does, paper, equations (as the class docstring cites them), tests, deviations."""
+    head = ["method", "in one line", "paper", "equations", "in `tests/methods/`", "paper and code"]
     rows = []
     for name in hapo.methods():
         cls = options_of(name)
+        paper = cls.paper
         equations = dict.fromkeys(EQUATION.findall(inspect.getdoc(cls) or ""))
         rows.append(
             [
                 f"[{name}]({name}.md)",
-                f"{cls.paper.title}, [arXiv {cls.paper.arxiv}](https://arxiv.org/abs/{cls.paper.arxiv})",
-                str(cls.paper.year),
-                ", ".join(equations).replace("-", "–"),
-                f"`{cls.__module__}`",
-                f"`tests/methods/test_worked_examples.py -k {name}`",
                 cls.summary,
+                f"{paper.title}, {paper.year}, [arXiv {paper.arxiv}](https://arxiv.org/abs/{paper.arxiv})",
+                ", ".join(equations).replace("-", "–"),
+                f"`test_{name}.py`",
                 f"[deviations]({name}.md#paper-and-released-code)",
             ]
         )
     return table(head, rows)
 
 
-def stages() -> str:
-    """One row a method, one column a stage that some method sets; bold where it differs from GRPO."""
-    names = hapo.methods()
-    unknown = {stage for name in names for stage in options_of(name).stages} - set(STAGES)
+def stages(columns: dict[str, str]) -> str:
+    """One column a stage: GRPO's choices in full, then the methods that differ in one, with just that."""
+    rows = {"grpo": {**columns, **options_of("grpo").stages}}
+    rows |= {name: differences(options_of(name)) for name in hapo.methods() if name != "grpo"}
+    unknown = {stage for choices in rows.values() for stage in choices} - {*BEFORE, *LOSS}
     if unknown:
         raise ValueError(f"stages {sorted(unknown)} have no place in the order of {Path(__file__).name}: add them")
-    used = [stage for stage in STAGES if any(stage in options_of(name).stages for name in names)]
-    base = options_of("grpo").stages
-
-    def cell(name: str, stage: str) -> str:
-        text = options_of(name).stages.get(stage, "–")
-        return text if text == base.get(stage, "–") else f"**{text}**"
-
-    return table(["method", *used], [[name, *(cell(name, stage) for stage in used)] for name in names])
+    return table(
+        ["method", *columns],
+        [
+            [f"[{name}]({name}.md)", *(choices.get(stage, "") for stage in columns)]
+            for name, choices in rows.items()
+            if choices.keys() & columns
+        ],
+    )
 
 
 def tables() -> str:
-    return f"{BEGIN}\n\n## Papers\n\n{papers()}\n\n## Stages\n\n{stages()}\n\n{END}"
+    parts = {
+        "Papers": papers(),
+        "Stages of sampling, prepare and step": stages(BEFORE),
+        "Stages of the loss": stages(LOSS),
+    }
+    return "\n\n".join([BEGIN, *(f"## {title}\n\n{text}" for title, text in parts.items()), END])
 
 
 if __name__ == "__main__":

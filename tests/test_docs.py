@@ -5,6 +5,7 @@ import os
 import pkgutil
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"
 SNIPPET = re.compile(r"<!-- runs -->\n```python\n(.*?)```", re.DOTALL)
 SNIPPETS = [
     pytest.param(code, id=f"{page.stem}-{i}")
-    for page in (ROOT / "README.md", DOCS / "start.md")
+    for page in (ROOT / "README.md", DOCS / "start.md", DOCS / "adding_a_method.md")
     for i, code in enumerate(SNIPPET.findall(page.read_text()))
 ]
 
@@ -117,7 +118,7 @@ def test_the_trl_page_has_every_refused_option_and_every_metric():
 
 
 def test_the_records_page_has_every_column(tmp_path):
-    method = hapo.method("hapo", filter_groups=False)
+    method = hapo.method("hapo", filter_groups=False).replace(keep=lambda batch: batch.mask)
     batch = worked_batch()
     batch = method.prepare(batch.replace(sampler_logp=batch.old_logp, entropy=batch.old_entropy))
     ids = torch.zeros(batch.mask.shape, dtype=torch.long)
@@ -136,3 +137,26 @@ def test_snippets_run(code, tmp_path):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_template_of_a_method_runs_as_the_guide_says(tmp_path):
+    """The guide's steps on a copy of the package: the file, the name in the import, the test, the card."""
+    template, guide = DOCS / "method_template.py", (DOCS / "adding_a_method.md").read_text()
+    assert f"```python\n{template.read_text()}```" in guide
+    shutil.copytree(SOURCE, tmp_path / "hapo")
+    shutil.copy(template, tmp_path / "hapo/methods/my_method.py")
+    names = tmp_path / "hapo/methods/__init__.py"
+    names.write_text(names.read_text().replace("    hapo,\n", "    hapo,\n    my_method,\n", 1))
+    (its_test,) = re.findall(r"```python\n(import pytest\n.*?)```", guide, re.DOTALL)
+    (tmp_path / "test_my_method.py").write_text(its_test)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    two = "my_method and (test_mask or test_a_law_is_broken)"
+    laws = [str(ROOT / "tests/test_laws.py"), "-k", two, "--rootdir", str(ROOT)]
+    for arguments in (
+        ["pytest", "-q", "test_my_method.py"],
+        ["pytest", "-q", "-p", "no:cacheprovider", *laws],
+        ["hapo.cli", "methods", "my_method"],
+    ):
+        run = [sys.executable, "-m", *arguments]
+        done = subprocess.run(run, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -71,7 +71,7 @@ class TokenBatch:
 
     What stands at masked positions is never read. `logp` is the only tensor with a gradient (`entropy` may
     have one where a method says so). `advantage`, `signal`, `weight`, `keep`, `stats` and `totals` are made by
-    `Method.prepare` and are constants from then on.
+    `Method.prepare` and `Method.step` and are constants from then on.
 
     Raises:
         ValueError: a field has another shape, dtype or device than the contract says, named in the message.
@@ -156,11 +156,6 @@ class TokenBatch:
         return self.replace(
             **{f.name: value[index] for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
         )
-
-    def step(self, index: slice | Tensor | list[int]) -> TokenBatch:
-        """Some rows as an optimiser step of their own: the totals are counted anew."""
-        part = self.rows(index)
-        return part.replace(totals=part.count())
 
 
 def masked(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:

@@ -1,4 +1,4 @@
-"""Method: one choice a stage, and the two calls that a trainer makes, prepare() and loss()."""
+"""Method: one choice a stage, and the calls that a trainer makes: prepare(), step(), loss()."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class LossOutput:
     metrics: dict[str, Tensor]
     """Scalars, detached, shares like the loss: add them up over the slices of a step."""
     tokens: dict[str, Tensor]
-    """Per token (B,T), detached: ratio, advantage (as used), low and high bound, clipped."""
+    """Per token (B,T), detached: ratio, advantage (as used), low and high bound, clipped, and the signal where
+    the method has one."""
 
 
 def _no_reshape(advantage: Tensor, ratio: Tensor, signal: Tensor | None, bounds: Bounds) -> Float[Tensor, "B T"]:
@@ -44,38 +45,46 @@ def _symmetric_bounds(ratio: Tensor, signal: Tensor | None) -> Bounds:
 class Method:
     """A policy-optimisation method as one choice a stage; every stage is a pure function on tensors.
 
-    The prepare stages see a whole rollout batch, of all ranks; what they return is frozen. The loss stages see
-    whole rows of it. Inside a method every tensor is float32 (float64 stays) and zero outside the mask.
+    The prepare stages see a whole rollout batch, of all ranks; the step stage sees a whole optimiser step; what
+    they return is frozen. The loss stages see whole rows of a step. Inside a method every tensor is float32
+    (float64 stays) and zero outside the mask.
     """
 
     name: str
     advantage: Callable[[TokenBatch], Float[Tensor, "B T"]]
-    """Prepare. The advantage of every valid token."""
+    """Prepare. The advantage of every valid token; sees signal and statistics."""
     filter_groups: bool = False
     """Prepare. Drop the rows of groups whose verdicts are all equal (DAPO's dynamic sampling)."""
-    signal: Callable[[TokenBatch], tuple[Float[Tensor, "B T"], EntropyStats | None]] | None = None
-    """Prepare. A number per token that later stages read, and the statistics behind it."""
-    keep: Callable[[TokenBatch], Bool[Tensor, "B T"]] | None = None
-    """Prepare. Tokens that enter the loss; sees advantage and signal."""
+    stats: Callable[[TokenBatch], EntropyStats | None] | None = None
+    """Prepare. Entropy statistics of the rollout batch, for the signal and the next rollout's temperature."""
+    signal: Callable[[TokenBatch], Float[Tensor, "B T"]] | None = None
+    """Prepare, or with `live_signal` Loss. A number per token that later stages read."""
+    live_signal: bool = False
+    """Take the signal of the current policy's entropies, on whole rows, in loss()."""
     sampler_cap: float | None = 2.0
     """Prepare. Weight min(exp(old - sampler), cap) on tokens whose `sampler_logp` is known; None: no weight."""
+    keep: Callable[[TokenBatch], Bool[Tensor, "B T"]] | None = None
+    """Step. Tokens that enter the loss; sees advantage and signal."""
+    live_keep: bool = False
+    """`keep` reads the current policy: step() needs logp and entropy of all rows of the step."""
     factor: Callable[[Tensor, EntropyStats], Tensor] | None = None
     """Sampling. Factor on T_base as a function of the entropy; None: T = T_base."""
-    live_signal: Callable[[TokenBatch], Float[Tensor, "B T"]] | None = None
-    """Loss. Replaces the frozen signal by one of the current entropies; breaks law 1 where it takes
-    statistics of the slice."""
-    ratio: Callable[[Tensor, Tensor], Float[Tensor, "B T"]] = token_ratio
-    """Loss. (logp, old_logp) -> importance ratio, differentiable in logp."""
+    ratio: Callable[[Tensor, Tensor, Tensor], Float[Tensor, "B T"]] = token_ratio
+    """Loss. (logp, old_logp, mask) -> importance ratio, differentiable in logp."""
     bounds: Callable[[Tensor, Tensor | None], Bounds] = _symmetric_bounds
     """Loss. (ratio, signal) -> clip bounds."""
     reshape: Callable[[Tensor, Tensor, Tensor | None, Bounds], Float[Tensor, "B T"]] = _no_reshape
     """Loss. (advantage, ratio, signal, bounds) -> advantage as used; the ratio is a constant here."""
-    surrogate: Callable[[Tensor, Tensor, Bounds], Surrogate] = clipped_surrogate
-    """Loss. (ratio, advantage, bounds) -> per-token loss."""
-    kl_coef: float = 0.0
-    """Loss. Weight of the k3 penalty towards the reference policy; needs `ref_logp`."""
+    surrogate: Callable[[Tensor, Tensor, Tensor, Bounds], Surrogate] = clipped_surrogate
+    """Loss. (logp, ratio, advantage, bounds) -> per-token loss."""
+    kl_coef: float | Callable[[Tensor | None, Tensor], Float[Tensor, "B T"]] = 0.0
+    """Loss. Weight of the k3 penalty towards the reference policy, which needs `ref_logp`: a number, or
+    (signal, mask) -> a number per token."""
     reduce: Callable[[Tensor, Tensor, StepTotals], Float[Tensor, ""]] = token_mean
     """Loss. (loss, mask, totals) -> scalar, normalised by the totals of the optimiser step."""
+    breaks: frozenset[str] = frozenset()
+    """Laws that these choices break by their definition: "split", or "detach" where the loss holds
+    stop-gradients, so that its gradient is not the derivative of its value."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """The options it was built from, for records and checkpoints."""
 
@@ -83,11 +92,16 @@ class Method:
         options = ", ".join(f"{k}={v!r}" for k, v in self.options.items() if k != "method")
         return f"Method({self.name!r}{', ' if options else ''}{options})"
 
-    def prepare(self, batch: TokenBatch) -> TokenBatch:
-        """Advantage, signal, weight and keep mask of a rollout batch, frozen; statistics and totals.
+    def replace(self, **changes: Any) -> Method:
+        """A copy with other choices for some stages."""
+        return replace(self, **changes)
 
-        Call it once on the whole rollout batch, all ranks together: group means, quantiles and counts are taken
-        here and nowhere else.
+    def prepare(self, batch: TokenBatch) -> TokenBatch:
+        """Advantage, signal and weight of a rollout batch, frozen; statistics. Then step(), as one step.
+
+        Call it once on the whole rollout batch, all ranks together: group means, statistics and advantages are
+        taken here and nowhere else. Where the rollout batch is used for several optimiser steps, call `step` on
+        the rows of each. With `live_keep` and no `logp` yet, no step is made: `step` must be called.
 
         Raises:
             ValueError: a field that this method reads is missing.
@@ -97,78 +111,105 @@ class Method:
             verdict = batch.reward if batch.verdict is None else batch.verdict
             rows = mixed_groups(verdict, batch.group, batch.mask.any(-1))
             batch = _frozen(batch.replace(mask=batch.mask & rows.unsqueeze(1)))
-        if self.signal is not None:
-            if batch.old_entropy is None:
-                raise ValueError(
-                    f"method {self.name!r} reads the entropy at rollout: set TokenBatch.old_entropy "
-                    "(nats, taken in the same pass as old_logp)"
-                )
-            signal, stats = self.signal(batch)
-            batch = batch.replace(signal=masked(signal.detach(), batch.mask), stats=stats)
+        if self.stats is not None:
+            self._need(batch, "old_entropy")
+            batch = batch.replace(stats=self.stats(batch))
+        if self.signal is not None and not self.live_signal:
+            self._need(batch, "old_entropy")
+            batch = batch.replace(signal=masked(self.signal(batch).detach(), batch.mask))
         batch = batch.replace(advantage=masked(self.advantage(batch).detach(), batch.mask))
-        if self.keep is not None:
-            batch = batch.replace(keep=self.keep(batch) & batch.mask)
         if self.sampler_cap is not None and batch.sampler_logp is not None:
             weight = truncated_correction(batch.old_logp, batch.sampler_logp, self.sampler_cap)
             batch = batch.replace(weight=masked(weight.detach(), batch.mask))
-        return batch.replace(totals=batch.count())
+        if self.live_keep and batch.logp is None:
+            return batch.replace(keep=None, totals=None)
+        return self.step(batch)
+
+    def step(self, batch: TokenBatch) -> TokenBatch:
+        """These rows of a prepared batch as one optimiser step: the tokens that it keeps, and its totals, frozen.
+
+        Call it on all rows of the step, all ranks together. Where the method keeps tokens by the current policy
+        (`live_keep`), `logp` and `entropy` must be the current policy's.
+
+        Raises:
+            ValueError: the batch was not prepared, or a field that this method reads is missing.
+        """
+        if batch.advantage is None:
+            raise ValueError("step() got a batch without advantages: call method.prepare(batch) first")
+        keep = None
+        if self.keep is not None:
+            for name in ("logp", "entropy") if self.live_keep else ():
+                self._need(batch, name)
+            with torch.no_grad():
+                keep = self.keep(_clean(batch)) & batch.mask
+        return batch.replace(keep=keep, totals=batch.replace(keep=keep).count())
 
     def loss(self, batch: TokenBatch) -> LossOutput:
-        """Loss of a prepared batch, or of any slice of it (`batch.rows(...)`); see `LossOutput`.
+        """Loss of an optimiser step, or of any slice of it (`batch.rows(...)`); see `LossOutput`.
 
         Differentiable in `batch.logp` alone. An empty batch has loss 0 and gradient 0.
 
         Raises:
             ValueError: the batch was not prepared, or a field that this method reads is missing.
         """
-        if batch.advantage is None or batch.totals is None:
+        if batch.advantage is None:
             raise ValueError("loss() got a batch without advantages: call method.prepare(batch) first")
+        if batch.totals is None or (self.keep is not None and batch.keep is None):
+            raise ValueError(
+                f"method {self.name!r} keeps tokens by the current policy: call method.step(batch) on all rows of "
+                "the optimiser step, with its logp and entropy, before loss()"
+            )
         if batch.logp is None:
             raise ValueError("loss() needs TokenBatch.logp, the log-probs under the current policy")
-        if self.signal is not None and batch.signal is None:
+        if self.signal is not None and not self.live_signal and batch.signal is None:
             raise ValueError(f"this batch was not prepared by {self.name!r}: it has no signal")
         batch = _clean(batch)
         assert batch.logp is not None and batch.advantage is not None and batch.totals is not None
-        signal = batch.signal if self.live_signal is None else masked(self.live_signal(batch), batch.mask)
-        ratio = self.ratio(batch.logp, batch.old_logp)
+        signal = batch.signal
+        if self.signal is not None and self.live_signal:
+            signal = masked(self.signal(batch).detach(), batch.mask)
+        ratio = self.ratio(batch.logp, batch.old_logp, batch.mask)
         bounds = self.bounds(ratio.detach(), signal)
         advantage = self.reshape(batch.advantage, ratio.detach(), signal, bounds).detach()
-        surrogate = self.surrogate(ratio, advantage, bounds)
+        surrogate = self.surrogate(batch.logp, ratio, advantage, bounds)
         loss = surrogate.loss if batch.weight is None else surrogate.loss * batch.weight
         kept = batch.mask if batch.keep is None else batch.mask & batch.keep
         total = self.reduce(loss, kept, batch.totals)
         per_token = {
             "ratio": ratio,
-            "clip/low": surrogate.clipped_low,
-            "clip/high": surrogate.clipped_high,
-            "kl_old": (ratio - 1.0) - (batch.logp - batch.old_logp).clamp(-20, 20),
+            "clip/low": surrogate.clipped_low & kept,
+            "clip/high": surrogate.clipped_high & kept,
+            "kl_old": k3(batch.old_logp, batch.logp),
         }
         if batch.weight is not None:
             per_token["sampler_weight"] = batch.weight
-        if signal is not None:
+        if batch.keep is not None:
+            per_token["kept"] = kept
+        if self.reshape is not _no_reshape:
             per_token["redistributed"] = advantage != batch.advantage
         if self.kl_coef:
             if batch.ref_logp is None:
                 raise ValueError(
-                    f"kl_coef = {self.kl_coef} needs TokenBatch.ref_logp; set it, or kl_coef=0 for no penalty"
+                    f"method {self.name!r} has a KL penalty and needs TokenBatch.ref_logp, the log-probs under "
+                    "the reference policy; set it, or kl_coef=0 for no penalty"
                 )
             per_token["kl"] = k3(batch.logp, batch.ref_logp)
+            coefficient = self.kl_coef(signal, batch.mask) if callable(self.kl_coef) else self.kl_coef
             # The penalty acts on every valid token, also on those that `keep` takes out of the surrogate.
             everywhere = replace(batch.totals, kept=batch.totals.tokens)
-            total = total + self.kl_coef * self.reduce(per_token["kl"], batch.mask, everywhere)
+            total = total + self.reduce(coefficient * per_token["kl"], batch.mask, everywhere)
         n = max(batch.totals.tokens, 1)
         metrics = {k: (v.detach().float() * batch.mask).sum() / n for k, v in per_token.items()}
-        return LossOutput(
-            loss=total,
-            metrics={"loss": total.detach(), **metrics},
-            tokens={
-                "ratio": ratio.detach(),
-                "advantage": advantage,
-                "low": bounds.low,
-                "high": bounds.high,
-                "clipped": surrogate.clipped_low | surrogate.clipped_high,
-            },
-        )
+        tokens = {
+            "ratio": ratio.detach(),
+            "advantage": advantage,
+            "low": bounds.low,
+            "high": bounds.high,
+            "clipped": surrogate.clipped_low | surrogate.clipped_high,
+        }
+        if signal is not None:
+            tokens["signal"] = signal
+        return LossOutput(loss=total, metrics={"loss": total.detach(), **metrics}, tokens=tokens)
 
     def temperature(
         self, logits: Float[Tensor, "*shape V"], stats: EntropyStats | None, t_base: float = 1.0
@@ -183,6 +224,16 @@ class Method:
             return torch.full(shape, t_base, device=device)
         return t_base * self.factor(entropy_from_logits(logits, t_base), stats)
 
+    def _need(self, batch: TokenBatch, name: str) -> None:
+        if getattr(batch, name) is None:
+            raise ValueError(f"method {self.name!r} reads TokenBatch.{name}, and it is missing: {_FIELD[name]}")
+
+
+_FIELD = {
+    "old_entropy": "the policy's entropy at rollout, nats, taken in the same pass as old_logp",
+    "entropy": "the current policy's entropy, nats, taken in the same pass as logp",
+    "logp": "the log-prob of each token under the current policy",
+}
 
 _CURRENT = ("logp", "entropy")
 

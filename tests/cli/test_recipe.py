@@ -25,9 +25,11 @@ def parse(*argv: str) -> tuple:
 
 def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("model_name_or_path: tiny\nlearning_rate: 2e-6\nmax_steps: 7\nmethod_options: {tau: 0.05}\n")
+    recipe.write_text(
+        "model_name_or_path: tiny\nlearning_rate: 2e-6\nmax_steps: 7\nmethod_options: {temperature: {tau: 0.05}}\n"
+    )
     _, args, model, _, _ = parse("--config", str(recipe), "--max_steps", "9")
-    assert (args.learning_rate, args.max_steps, args.method_options) == (2e-6, 9, {"tau": 0.05})
+    assert (args.learning_rate, args.max_steps, args.method_options) == (2e-6, 9, {"temperature": {"tau": 0.05}})
     assert (model.model_name_or_path, args.num_generations) == ("tiny", 8)
 
 
@@ -46,7 +48,7 @@ def test_the_demo_is_the_recipe_where_neither_recipe_nor_model_is_named():
         (["--method", "dappo"], "there is no method 'dappo'; did you mean 'dapo'?"),
         (["--method_options", '{"eps_hihg": 0.3}'], "no option 'eps_hihg'; did you mean 'eps_high'?"),
         (["--method_options", '{"components": "AX"}'], "components must be made of the letters A, B, C and D"),
-        (["--method_options", '{"tau": 1.5}'], "tau must be in [0, 1)"),
+        (["--method_options", '{"temperature": {"tau": 1.5}}'], "tau must be in [0, 1)"),
         (["--epsilon", "0.3"], 'set method_options={"eps_low": ...}'),
         (["--max_steps", "many"], "invalid int value: 'many'"),
         (["demo"], "unexpected argument 'demo'"),

@@ -1,11 +1,12 @@
 """One training run on fixed completions; the gradients of each optimiser step go to a safetensors file.
 
-Run as a script it is one rank of a torchrun: fixed_rollout.py OUT PER_DEVICE ACCUMULATION STEPS_PER_GENERATION
-ITERATIONS.
+Run as a script it is one rank of a torchrun: fixed_rollout.py OUT OPTIONS PER_DEVICE ACCUMULATION
+STEPS_PER_GENERATION ITERATIONS, the options as JSON.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from typing import Any
@@ -85,9 +86,9 @@ def run(
 
 
 if __name__ == "__main__":
-    out, *numbers = sys.argv[1:]
+    out, options, *numbers = sys.argv[1:]
     torch.set_num_threads(1)
-    gradients, trainer = run(*map(int, numbers))
+    gradients, trainer = run(*map(int, numbers), **json.loads(options))
     if trainer.accelerator.is_main_process:
         save_file({f"{i}.{n}": g for i, step in enumerate(gradients.steps) for n, g in step.items()}, out)
     trainer.accelerator.wait_for_everyone()  # gloo aborts a rank whose peer has gone

@@ -1,21 +1,39 @@
-"""Each part on hand-worked arrays: the checks that the specs list, and the borders."""
+"""Each part on hand-worked arrays, and at its borders."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
-import hapo
-from hapo.parts.advantage import group_advantage, token_group_advantage
-from hapo.parts.bounds import asymmetric_bounds, constant_bounds
-from hapo.parts.entropy import entropy_from_logits, entropy_signal, entropy_stats
-from hapo.parts.keep import mixed_groups
+from hapo.batch import StepTotals
+from hapo.parts.advantage import (
+    group_advantage,
+    leave_one_out_advantage,
+    signed_advantage,
+    token_group_advantage,
+)
+from hapo.parts.bounds import asymmetric_bounds, constant_bounds, gated_bounds
+from hapo.parts.entropy import entropy_from_logits, entropy_signal, entropy_stats, masked_quantile, mean_entropy
+from hapo.parts.keep import mixed_groups, most_uncertain, not_spurious
 from hapo.parts.penalty import k3
-from hapo.parts.ratio import token_ratio, truncated_correction
-from hapo.parts.shaping import redistribute, soft_overlong_punishment
-from hapo.parts.surrogate import clipped_surrogate
+from hapo.parts.ratio import mean_ratio, sequence_ratio, token_ratio, truncated_correction
+from hapo.parts.reduce import sequence_mean, sequence_sum, token_mean, valid_token_mean
+from hapo.parts.shaping import (
+    entropy_shaped_reward,
+    redistribute,
+    relative_entropy,
+    soft_overlong_punishment,
+)
+from hapo.parts.surrogate import (
+    asymmetric_ratio,
+    clipped_surrogate,
+    clipped_weight,
+    gradient_preserving,
+    unclipped_surrogate,
+)
 from hapo.parts.temperature import bounded_factor, zscore_factor
-from tests.examples import ENTROPY, padded
+from tests.examples import ENTROPY, close, padded
 
 T = torch.tensor
 
@@ -153,7 +171,7 @@ def test_asymmetric_bounds_widen_one_side():
 def test_a_ratio_on_the_bound_is_unclipped():
     ratio = T([[1.25, 1.26, 0.75, 0.74, 1.26, 0.74]]).requires_grad_()
     advantage = T([[1.0, 1.0, -1.0, -1.0, -1.0, 1.0]])
-    out = clipped_surrogate(ratio, advantage, constant_bounds(ratio.detach(), 0.25, 0.25))
+    out = clipped_surrogate(ratio.log(), ratio, advantage, constant_bounds(ratio.detach(), 0.25, 0.25))
     assert out.loss.tolist()[0] == pytest.approx([-1.25, -1.25, 0.75, 0.75, 1.26, -0.74])
     (grad,) = torch.autograd.grad(out.loss.sum(), ratio)
     assert grad.tolist() == [[-1.0, 0.0, 1.0, 0.0, 1.0, -1.0]]
@@ -163,7 +181,8 @@ def test_a_ratio_on_the_bound_is_unclipped():
 
 def test_dual_clip_caps_negative_advantages():
     ratio = T([[3.0, 3.5]]).requires_grad_()
-    out = clipped_surrogate(ratio, T([[-2.0, -2.0]]), constant_bounds(ratio.detach(), 0.2, 0.2), dual_clip=3.0)
+    bounds = constant_bounds(ratio.detach(), 0.2, 0.2)
+    out = clipped_surrogate(ratio.log(), ratio, T([[-2.0, -2.0]]), bounds, dual_clip=3.0)
     assert out.loss.tolist() == [[6.0, 6.0]]
     (grad,) = torch.autograd.grad(out.loss.sum(), ratio)
     assert grad.tolist() == [[2.0, 0.0]]
@@ -189,43 +208,143 @@ def test_overlong_punishment_refuses_a_buffer_that_does_not_fit():
         soft_overlong_punishment(T([3]), 8, 9)
 
 
+def test_masked_quantile():
+    """Linear between order statistics, and that order statistic itself where the level falls on one."""
+    x = padded([[3.0, 1.0, 2.0, 5.0], [7.0], []])
+    mask = ~x.isnan()
+    for level, expected in ((0.0, [1.0, 7.0]), (0.5, [2.5, 7.0]), (0.75, [3.5, 7.0]), (1.0, [5.0, 7.0])):
+        out = masked_quantile(x, mask, level)[:, 0]
+        assert out[:2].tolist() == expected
+        assert out[2].isnan()
+    assert masked_quantile(torch.zeros(2, 0), torch.zeros(2, 0, dtype=torch.bool), 0.5).isnan().all()
+    h = torch.arange(26.0).unsqueeze(0) / 26
+    assert masked_quantile(h, h >= 0, 0.28).item() == h[0, 7].double()  # 0.28 x 25 = 7.000000000000001
+
+
+def test_mean_entropy_of_a_response_without_tokens_is_zero():
+    h = padded([[0.5, 1.5], []])
+    assert mean_entropy(h, ~h.isnan()).tolist() == [1.0, 0.0]
+
+
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("advantage", "expected"),
     [
-        ({"tau": 1.0}, "tau must be in .0, 1."),
-        ({"tau": float("nan")}, "tau is NaN"),
-        ({"t_min": 0.0}, "t_min must be"),
-        ({"components": "ABE"}, "components must be made of the letters"),
-        ({"eps_low": 1.2}, "eps_low must be"),
-        ({"alpha": 4.0}, "alpha must be below 4"),
-        ({"beta": 1.5}, "beta must be"),
-        ({"dual_clip": 0.5}, "dual_clip must be > 1"),
-        ({"eps_hihg": 0.3}, "did you mean 'eps_high'"),
+        (leave_one_out_advantage, [1.0, -1.0, 0.0]),
+        (partial(group_advantage, scale=False), [0.5, -0.5, 0.0]),
+        (partial(group_advantage, std_eps=0.0), [math.sqrt(0.5), -math.sqrt(0.5), 0.0]),
+        (partial(token_group_advantage, std_eps=0.0), [1.0, -1.0, 0.0]),
+    ],
+    ids=["leave one out", "centred", "z-score", "token z-score"],
+)
+@pytest.mark.parametrize(("singleton", "alone"), [("zero", 0.0), ("reward", 3.0)])
+def test_advantage_of_a_group_of_one_and_of_two_with_an_empty_row(advantage, expected, singleton, alone):
+    reward, group, mask = T([3.0, 1.0, 0.0, 9.0]), T([7, -2, -2, -2]), T([[True], [True], [True], [False]])
+    assert advantage(reward, group, mask, singleton=singleton)[:, 0].tolist() == pytest.approx([alone, *expected])
+
+
+@pytest.mark.parametrize(
+    ("normalisation", "expected"),
+    [
+        ("padded", [1.154701, 0.218218, -1.091089]),
+        ("own", [0.0, 0.707107, -0.707107]),
+        ("joint", [1.059626, -0.132453, -0.927173]),
     ],
 )
-def test_options_that_cannot_work_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        hapo.method("hapo", **options)
+def test_signed_advantage(normalisation, expected):
+    """A group of one right and two wrong responses, and a group of equal rewards, which has advantage 0."""
+    shaped = T([[2.0], [-1.0], [-3.0], [1.1], [1.1 + 1e-6]], dtype=torch.float64)
+    correct, group, mask = (
+        T([True, False, False, True, True]),
+        T([0, 0, 0, 1, 1]),
+        torch.ones(5, 1, dtype=torch.bool),
+    )
+    out = signed_advantage(shaped, correct, group, mask, normalisation, std_eps=0.0)
+    close(out.T, [[*expected, 0.0, 0.0]])
 
 
-def test_unknown_method_gets_the_nearest_name():
-    with pytest.raises(ValueError, match="there is no method 'hap0'; did you mean 'hapo'"):
-        hapo.method("hap0")
+def test_gated_bounds_are_symmetric():
+    low, high = gated_bounds(T([[0.0, 1.0]]), inside=0.5, outside=0.2)
+    assert torch.equal(low, high)
+    assert low.tolist() == [[pytest.approx(0.2), 0.5]]
 
 
-def test_the_contract_is_checked_at_the_door():
-    ok = {
-        "mask": torch.ones(2, 3, dtype=torch.bool),
-        "old_logp": torch.zeros(2, 3),
-        "reward": torch.zeros(2),
-        "group": torch.zeros(2, dtype=torch.long),
-    }
-    batch = hapo.TokenBatch(**ok)
-    with pytest.raises(ValueError, match="call method.prepare"):
-        hapo.method("dapo").loss(batch)
-    with pytest.raises(ValueError, match="set TokenBatch.old_entropy"):
-        hapo.method("hapo").prepare(batch)
-    with pytest.raises(ValueError, match="needs TokenBatch.logp"):
-        hapo.method("dapo").loss(hapo.method("dapo").prepare(batch))
-    with pytest.raises(ValueError, match="needs TokenBatch.ref_logp"):
-        hapo.method("grpo").loss(hapo.method("grpo").prepare(batch.replace(logp=torch.zeros(2, 3))))
+@pytest.mark.parametrize(
+    ("surrogate", "inside", "outside"),
+    [
+        (clipped_surrogate, [-1.25, 0.75], [0.0, 0.0]),
+        (unclipped_surrogate, [-1.25, 0.75], [-1.5, 0.5]),
+        (clipped_weight, [-1.25, 0.75], [-1.25, 0.75]),
+        (partial(clipped_weight, trust_region=(0.25, 0.25)), [-1.25, 0.75], [0.0, 0.0]),
+        (partial(gradient_preserving, beta1=0.5, beta2=2.0), [-1.25, 0.75], [-2.5, 0.375]),
+        (partial(asymmetric_ratio, c_neg=3.0, c_pos=3.0), [-0.8, 0.75], [0.0, 0.0]),
+    ],
+    ids=["clipped", "unclipped", "weight", "trust region", "gradient-preserving", "asymmetric"],
+)
+def test_gradient_on_the_bounds_and_beyond(surrogate, inside, outside):
+    """d loss / d logp at r = 1 + high with A = 1 and r = 1 - low with A = -1, where the ratio still counts."""
+    bounds = constant_bounds(torch.zeros(1, 2), 0.25, 0.25)
+    for ratio, expected in (([1.25, 0.75], inside), ([1.5, 0.5], outside)):
+        logp = T([ratio], dtype=torch.float64).log().requires_grad_()
+        # Exactly this ratio, with the gradient of exp(logp)
+        r = T([ratio], dtype=torch.float64) * (logp - logp.detach()).exp()
+        (grad,) = torch.autograd.grad(surrogate(logp, r, T([[1.0, -1.0]]).double(), bounds).loss.sum(), logp)
+        assert grad[0].tolist() == pytest.approx(expected)
+
+
+def test_asymmetric_caps_count_as_inside_at_the_cap_itself():
+    ratio = T([[0.25, 4.0]])
+    bounds = constant_bounds(ratio, 0.2, 0.2)
+    on = asymmetric_ratio(ratio.log(), ratio, T([[1.0, -1.0]]), bounds, c_neg=4.0, c_pos=4.0)
+    assert on.loss.tolist() == [[-4.0, 4.0]]
+
+
+def test_sequence_ratios_of_padding_of_nothing_and_of_the_guard():
+    logp = padded([[0.5, -0.1], [-0.4], [], [15.0, 15.0]], fill=3.0).requires_grad_()
+    mask = T([[True, True], [True, False], [False, False], [True, True]])
+    zero = torch.zeros_like(logp)
+    geometric = sequence_ratio(logp, zero, mask)
+    expected = [math.exp(0.2), math.exp(-0.4), 1.0, math.exp(10)]
+    close(geometric / T(expected).unsqueeze(1), [[1.0, 1.0]] * 4)
+    (grad,) = torch.autograd.grad(geometric[:, 0].sum(), logp)
+    close(grad, [[math.exp(0.2) / 2] * 2, [math.exp(-0.4)], [0.0], [0.0]])
+    (grad,) = torch.autograd.grad(sequence_ratio(logp, zero, mask, "token")[0, 0], logp)
+    close(grad, [[math.exp(0.2), 0.0], [0.0], [0.0], [0.0]])
+    arithmetic = mean_ratio(logp, zero, mask)[:, 0]
+    assert arithmetic[:3].tolist() == pytest.approx([(math.exp(0.5) + math.exp(-0.1)) / 2, math.exp(-0.4), 0.0])
+    (grad,) = torch.autograd.grad(arithmetic[:3].sum(), logp)
+    close(grad, [[math.exp(0.5) / 2, math.exp(-0.1) / 2], [math.exp(-0.4)], [0.0], [0.0]])
+
+
+def test_reductions():
+    """Two responses and an empty one; a token of the first is valid and not kept."""
+    loss = T([[1.0, 2.0, 6.0], [5.0, 9.0, 9.0], [9.0, 9.0, 9.0]])
+    kept = T([[True, True, False], [True, False, False], [False, False, False]])
+    totals = StepTotals(sequences=2, tokens=4, kept=3)
+    assert token_mean(loss, kept, totals) == pytest.approx(8 / 3)
+    assert valid_token_mean(loss, kept, totals) == 2
+    assert sequence_mean(loss, kept, totals) == 3.25
+    assert sequence_sum(loss, kept, totals, constant=8.0) == 0.5
+    nothing = StepTotals(sequences=0, tokens=0, kept=0)
+    for reduce in (token_mean, valid_token_mean, sequence_mean, sequence_sum):
+        assert reduce(loss, torch.zeros_like(kept), nothing) == 0
+
+
+def test_shaped_rewards_of_lone_tokens_and_of_certain_ones():
+    h = padded([[0.7, 0.0, 0.0], [0.0, 0.0], [0.0, 1e-9, 0.3], [0.3]])
+    correct, group = T([True, True, False, False]), torch.zeros(4, dtype=torch.long)
+    shaped = entropy_shaped_reward(h, correct, group, ~h.isnan(), base=1.0, bonus=0.5)
+    # All right ones certain: no bonus, also for a lone one; the certain wrong token takes the whole penalty
+    close(shaped, [[2.0, 1.0, 1.0], [1.0, 1.0], [-2.0, -1.5, -1.5], [-1.0]])
+
+
+def test_relative_entropy_counts_rows_with_tokens_only():
+    h = padded([[0.2, 0.4], [0.9], []])
+    relative = relative_entropy(h, torch.zeros(3, dtype=torch.long), ~h.isnan())
+    close(relative[:2], [[0.5], [1.5]])
+
+
+def test_choices_of_tokens_from_an_empty_batch():
+    nothing = torch.zeros(2, 3, dtype=torch.bool)
+    x = torch.full((2, 3), -9.0)
+    assert not most_uncertain(x, nothing, 0.2).any()
+    assert not not_spurious(x, x, -x, nothing, tau_p=0.002, q=0.75).any()

@@ -7,14 +7,16 @@ import ast
 import inspect
 import textwrap
 from dataclasses import fields
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 import hapo
 
-from ..methods import Options, options_of
+from ..methods import AdaptiveTemperature, ClippedOptions, Options, options_of
 from . import UsageError
 
 
@@ -52,28 +54,68 @@ def option_docs(cls: type) -> dict[str, str]:
     return docs
 
 
+def differences(cls: type[Options]) -> dict[str, str]:
+    """The stages in which a method differs from GRPO, with its choice: "none" where it leaves GRPO's out."""
+    base = options_of("grpo").stages
+    stages = {**cls.stages, **{stage: "none" for stage in base if stage not in cls.stages}}
+    return {stage: choice for stage, choice in stages.items() if choice != base.get(stage)}
+
+
+def defaults(cls: type[Options]) -> dict[str, Any]:
+    """The options of a method with their defaults: first those that set it apart, then the shared ones."""
+    built = cls()
+    values = {f.name: getattr(built, f.name) for f in fields(cls)}
+    return {**_own(values), **values}
+
+
+def _own(values: dict[str, Any]) -> dict[str, Any]:
+    """Without the options of every method, or of every clipped one, that stand at their common default."""
+    shared = {f.name: f.default for f in fields(ClippedOptions)}
+    return {name: value for name, value in values.items() if name not in shared or value != shared[name]}
+
+
+def _text(value: Any) -> str:
+    """A default as one writes it in Python; a temperature law by its strength, the rest being its defaults."""
+    return repr({"tau": value.tau} if isinstance(value, AdaptiveTemperature) else value)
+
+
 def _print_list(console: Console) -> None:
-    table = Table(box=box.SIMPLE)
+    table = Table(box=box.SIMPLE, leading=1)
     for column in ("method", "year", "arXiv", "what it is"):
         table.add_column(column, no_wrap=column != "what it is")
     for name in hapo.methods():
         cls = options_of(name)
-        table.add_row(name, str(cls.paper.year), cls.paper.arxiv, cls.summary)
+        stages = [f"no {stage}" if how == "none" else stage for stage, how in differences(cls).items()]
+        own = [f"{option}={_text(value)}" for option, value in _own(defaults(cls)).items()]
+        what = Text(cls.summary)
+        what.append(f"\nstages: {', '.join(stages) or 'the reference of this list'}", style="cyan")
+        what.append(f"\n{', '.join(own)}", style="dim")
+        table.add_row(name, str(cls.paper.year), cls.paper.arxiv, what)
     console.print(table)
-    console.print("hapo methods NAME: stages, options and paper")
+    console.print("stages: where it differs from GRPO; below them, its own options at their defaults")
+    console.print("hapo methods NAME: stages, all options and their meaning, paper")
 
 
 def _print_card(console: Console, name: str, cls: type[Options]) -> None:
     console.print(f"{name}: {cls.summary}", style="bold")
-    console.print(f"{cls.paper.title} ({cls.paper.year}), https://arxiv.org/abs/{cls.paper.arxiv}")
-    stages = Table(box=box.SIMPLE, title="stages", title_justify="left", show_header=False)
-    for stage, choice in cls.stages.items():
-        stages.add_row(stage, choice)
+    console.print(f"{cls.paper.title} ({cls.paper.year})")
+    console.print(f"https://arxiv.org/abs/{cls.paper.arxiv}")
+    for broken in sorted(hapo.method(name).breaks):
+        console.print(f"breaks the {broken} law by its definition (docs/laws.md)")
+    stages = Table(box=box.SIMPLE, title="stages (* differs from GRPO)", title_justify="left", show_header=False)
+    differs = differences(cls)
+    for stage, choice in {**cls.stages, **differs}.items():
+        stages.add_row(f"{stage} *" if stage in differs else stage, choice)
     console.print(stages)
-    options = Table(box=box.SIMPLE, title="options (method_options)", title_justify="left")
+    _print_options(console, "options (method_options), its own first", defaults(cls), option_docs(cls))
+    law = {f.name: f.default for f in fields(AdaptiveTemperature)}
+    _print_options(console, "keys of the option temperature", law, option_docs(AdaptiveTemperature))
+
+
+def _print_options(console: Console, title: str, values: dict[str, Any], docs: dict[str, str]) -> None:
+    table = Table(box=box.SIMPLE, title=title, title_justify="left")
     for column in ("option", "default", "meaning"):
-        options.add_column(column, no_wrap=column != "meaning")
-    docs = option_docs(cls)
-    for f in fields(cls):
-        options.add_row(f.name, repr(f.default), docs.get(f.name, ""))
-    console.print(options)
+        table.add_column(column, no_wrap=column != "meaning")
+    for option, value in values.items():
+        table.add_row(option, _text(value), docs[option])
+    console.print(table)

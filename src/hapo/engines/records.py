@@ -130,7 +130,7 @@ class RunRecords:
             "id": ids,
             "entropy": batch.old_entropy,
             "entropy_new": batch.entropy,
-            "signal": batch.signal,
+            "signal": out.tokens.get("signal"),
             "temperature": temperature,
             "logp_old": batch.old_logp,
             "logp_new": batch.logp,
@@ -143,6 +143,7 @@ class RunRecords:
             "bound_low": out.tokens["low"],
             "bound_high": out.tokens["high"],
             "clipped": out.tokens["clipped"],
+            "kept": batch.keep,
         }
         index = mask.nonzero()
         columns["response"] = (index[:, 0] + self._rows).tolist()

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from ..batch import TokenBatch
 from ..method import Method
 from ..parts.advantage import group_advantage
-from ..parts.bounds import Bounds, constant_bounds
-from ..parts.reduce import sequence_mean
-from ..parts.surrogate import clipped_surrogate
-from ._registry import Options, Paper, register, require
+from ..parts.reduce import sequence_mean, sequence_sum, token_mean
+from ._options import ClippedOptions, Paper, one_of, require
+from ._registry import register
 
 
 @register("grpo")
 @dataclass(frozen=True, kw_only=True)
-class GRPO(Options):
+class GRPO(ClippedOptions):
     """GRPO: the reward's z-score in its group, the clipped surrogate, a mean of means, and a KL penalty.
 
     L = (1/S) sum_i (1/n_i) sum_t [ -min(r A, clip(r, 1 - eps, 1 + eps) A) + beta D ], eq. 3, with the k3
@@ -38,31 +37,30 @@ class GRPO(Options):
         "reduce": "sequence mean of token means",
     }
 
-    eps: float = 0.2
-    """Clip range on both sides; not stated in the paper, default of verl and TRL."""
     kl_coef: float = 0.04
     """beta of the paper."""
+    scale: bool = True
+    """Divide advantages by the group's standard deviation (paper; off in Dr. GRPO)."""
+    reduction: Literal["sequence_mean", "token_mean", "sequence_sum"] = "sequence_mean"
+    """Mean of per-response means (paper), one mean over all tokens (DAPO), or per-response sums over a constant
+    (Dr. GRPO)."""
+    length_limit: int = 3000
+    """The constant of "sequence_sum": the limit of generation, in tokens (3000 in Dr. GRPO's main run)."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
-        require(0 < self.eps < 1, "eps", self.eps, "in (0, 1)")
+        one_of("reduction", self.reduction, ("sequence_mean", "token_mean", "sequence_sum"))
+        require(self.length_limit >= 1, "length_limit", self.length_limit, ">= 1")
 
     def build(self) -> Method:
         """The method with these options."""
+        reduce = {
+            "sequence_mean": sequence_mean,
+            "token_mean": token_mean,
+            "sequence_sum": partial(sequence_sum, constant=float(self.length_limit)),
+        }
+        return super().build().replace(reduce=reduce[self.reduction])
 
-        def advantage(batch: TokenBatch) -> Tensor:
-            return group_advantage(batch.reward, batch.group, batch.mask, singleton=self.singleton)
-
-        def bounds(ratio: Tensor, signal: Tensor | None) -> Bounds:
-            return constant_bounds(ratio, self.eps, self.eps)
-
-        return Method(
-            name="grpo",
-            advantage=advantage,
-            sampler_cap=self.sampler_cap,
-            bounds=bounds,
-            surrogate=partial(clipped_surrogate, dual_clip=self.dual_clip),
-            kl_coef=self.kl_coef,
-            reduce=sequence_mean,
-        )
+    def _advantage(self, batch: TokenBatch) -> Tensor:
+        return group_advantage(batch.reward, batch.group, batch.mask, singleton=self.singleton, scale=self.scale)

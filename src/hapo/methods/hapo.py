@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from ..batch import EntropyStats, TokenBatch
@@ -13,8 +15,8 @@ from ..parts.advantage import token_group_advantage
 from ..parts.bounds import Bounds, asymmetric_bounds
 from ..parts.entropy import entropy_signal, entropy_stats
 from ..parts.shaping import redistribute
-from ..parts.temperature import bounded_factor, zscore_factor
-from ._registry import Paper, one_of, register, require
+from ._options import AdaptiveTemperature, EntropySource, Paper, entropy_of, one_of, require
+from ._registry import register
 from .dapo import DAPO
 
 
@@ -58,14 +60,9 @@ class HAPO(DAPO):
     """The paper's definitions, or what the authors' code computes."""
     rho: float = 0.8
     """Quantile of log entropy that is the pivot (paper)."""
-    tau: float | None = None
-    """Strength of the temperature law: 0.1 (paper), 0.05 (release)."""
-    law: Literal["bounded", "zscore"] = "bounded"
-    """Temperature law: 1 + tau clip(h, -1, 1), or the paper's eq. 8 clamped to [t_min, t_max]."""
-    t_min: float = 0.1
-    """Lower clamp of the z-score law, as a factor on T_base (ours; the paper states none)."""
-    t_max: float = 2.0
-    """Upper clamp of the z-score law, as a factor on T_base (ours)."""
+    temperature: AdaptiveTemperature | Mapping[str, Any] | None = None
+    """Component A: tau 0.1 (paper) or 0.05 (release), with rho and variant as here; keys: tau, law, t_min,
+    t_max."""
     alpha: float = 1.0
     """Strength of the clip adaptation (the paper has no symbol: 1)."""
     beta: float = 1.0
@@ -76,7 +73,7 @@ class HAPO(DAPO):
     """Off (paper), 10 (release)."""
     fallback_threshold: float | None = None
     """|A| from which a group takes the group advantage: off (paper), 5 (release)."""
-    entropy_source: Literal["old", "current"] = "old"
+    entropy_source: EntropySource = "old"
     """Entropies that make the signal: at rollout, or of the current policy (release)."""
     stats_scope: Literal["batch", "micro_batch"] = "batch"
     """What the statistics are taken over; "micro_batch" (release) makes the gradient depend on the split."""
@@ -84,14 +81,25 @@ class HAPO(DAPO):
     def __post_init__(self) -> None:
         """Fill in what the variant decides, and check the ranges."""
         release = self.variant == "release"
-        defaults = {"tau": (0.1, 0.05), "eps_high": (0.28, 0.2), "dual_clip": (None, 10.0)}
+        defaults: dict[str, tuple[float | None, float | None]] = {
+            "eps_high": (0.28, 0.2),
+            "dual_clip": (None, 10.0),
+        }
         defaults["fallback_threshold"] = (None, 5.0)
         for name, pair in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, pair[release])
-        super().__post_init__()
         one_of("variant", self.variant, ("paper", "release"))
-        one_of("law", self.law, ("bounded", "zscore"))
+        require(0 <= self.rho <= 1, "rho", self.rho, "in [0, 1]")
+        if "A" in self.components:
+            shared = {"tau": 0.05 if release else 0.1, "rho": self.rho, "variant": self.variant}
+            law = AdaptiveTemperature.of(self.temperature or {}, **shared)
+            require(law.rho == self.rho, "temperature rho", law.rho, f"rho = {self.rho}: HAPO has one pivot")
+            require(law.variant == self.variant, "temperature variant", law.variant, f"variant = {self.variant!r}")
+            object.__setattr__(self, "temperature", law)
+        else:
+            require(not self.temperature, "temperature", self.temperature, "None where component A is off")
+        super().__post_init__()
         one_of("entropy_source", self.entropy_source, ("old", "current"))
         one_of("stats_scope", self.stats_scope, ("batch", "micro_batch"))
         require(
@@ -100,14 +108,6 @@ class HAPO(DAPO):
             self.components,
             'made of the letters A, B, C and D, each at most once, e.g. "AB"',
         )
-        require(0 <= self.rho <= 1, "rho", self.rho, "in [0, 1]")
-        assert self.tau is not None
-        safe = "in [0, 1): from 1 on, the temperature 1 + tau h of the most certain token is 0 or negative"
-        if self.law == "bounded":
-            require(0 <= self.tau < 1, "tau", self.tau, safe)
-        require(self.tau >= 0, "tau", self.tau, ">= 0")
-        require(0 < self.t_min <= 1, "t_min", self.t_min, "in (0, 1]: a temperature must stay positive")
-        require(self.t_max >= 1, "t_max", self.t_max, ">= 1")
         require(self.alpha >= 0, "alpha", self.alpha, ">= 0")
         if "D" in self.components:
             require(
@@ -121,48 +121,33 @@ class HAPO(DAPO):
 
     def build(self) -> Method:
         """The method with these options."""
-        base = replace(super().build(), name="hapo")
+        method = super().build()
         on = set(self.components)
-        changes: dict[str, object] = {}
         if on:
-            changes["signal"] = self._signal
+            method = method.replace(stats=self._stats, signal=self._signal)
         if on & set("CD") and (self.entropy_source, self.stats_scope) != ("old", "batch"):
-            changes["live_signal"] = self._live_signal
-        if "A" in on and self.tau:
-            changes["factor"] = self._factor
-        if "B" in on:
-            changes["advantage"] = self._advantage
+            breaks = frozenset({"split"} if self.stats_scope == "micro_batch" else ())
+            method = method.replace(live_signal=True, breaks=breaks)
         if "C" in on:
-            changes["reshape"] = self._redistribute
+            method = method.replace(reshape=self._redistribute)
         if "D" in on:
-            changes["bounds"] = self._bounds
-        return replace(base, **changes)  # type: ignore[arg-type]
+            method = method.replace(bounds=self._adaptive_bounds)
+        return method
 
-    def _signal(self, batch: TokenBatch) -> tuple[Tensor, EntropyStats | None]:
-        assert batch.old_entropy is not None
-        stats = entropy_stats(batch.old_entropy, batch.mask, self.rho)
-        if stats is None:
-            return batch.old_entropy.new_zeros(batch.mask.shape), None
-        return entropy_signal(batch.old_entropy, stats, self.variant), stats
+    def _stats(self, batch: TokenBatch) -> EntropyStats | None:
+        return entropy_stats(entropy_of(batch, "old"), batch.mask, self.rho)
 
-    def _live_signal(self, batch: TokenBatch) -> Tensor:
-        entropy = batch.old_entropy if self.entropy_source == "old" else batch.entropy
-        if entropy is None:
-            raise ValueError('entropy_source="current" needs TokenBatch.entropy, the current policy\'s entropies')
-        stats = batch.stats
+    def _signal(self, batch: TokenBatch) -> Tensor:
+        entropy, stats = entropy_of(batch, self.entropy_source), batch.stats
         if self.stats_scope == "micro_batch":
             stats = entropy_stats(entropy, batch.mask, self.rho)
         if stats is None:
-            return entropy.new_zeros(batch.mask.shape)
+            return torch.zeros_like(entropy)
         return entropy_signal(entropy, stats, self.variant).clamp(-1.0, 1.0)
 
-    def _factor(self, entropy: Tensor, stats: EntropyStats) -> Tensor:
-        assert self.tau is not None
-        if self.law == "zscore":
-            return zscore_factor(entropy, stats, self.tau, self.t_min, self.t_max)
-        return bounded_factor(entropy, stats, self.tau, self.variant)
-
     def _advantage(self, batch: TokenBatch) -> Tensor:
+        if "B" not in self.components:
+            return super()._advantage(batch)
         return token_group_advantage(
             batch.reward,
             batch.group,
@@ -179,6 +164,6 @@ class HAPO(DAPO):
             low, high = bounds
         return redistribute(advantage, ratio, signal, low, high, self.beta, closed=self.variant == "paper")
 
-    def _bounds(self, ratio: Tensor, signal: Tensor | None) -> Bounds:
+    def _adaptive_bounds(self, ratio: Tensor, signal: Tensor | None) -> Bounds:
         assert signal is not None and self.eps_high is not None
         return asymmetric_bounds(signal, self.eps_low, self.eps_high, self.alpha)

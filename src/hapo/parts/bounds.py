@@ -31,3 +31,9 @@ def asymmetric_bounds(signal: Float[Tensor, "B T"], low: float, high: float, alp
     return Bounds(
         torch.where(s <= 0, low * (1.0 - alpha * s), low), torch.where(s > 0, high * (1.0 + alpha * s), high)
     )
+
+
+def gated_bounds(gate: Float[Tensor, "B T"], inside: float, outside: float) -> Bounds:
+    """Symmetric range `inside` where the gate is positive, `outside` elsewhere (Archer, arXiv 2507.15778)."""
+    width = torch.where(gate.detach() > 0, inside, outside)
+    return Bounds(width, width)

@@ -34,6 +34,31 @@ def entropy_from_logits(logits: Float[Tensor, "*shape V"], t_base: float = 1.0) 
     return (total.log() - torch.linalg.vecdot(e, z) / total).clamp_min(0.0)
 
 
+def masked_quantile(x: Float[Tensor, "*b n"], mask: Bool[Tensor, "*b n"], level: float) -> Float[Tensor, "*b 1"]:
+    """Quantile of the valid entries of each row, linear between order statistics; float64, NaN for none.
+
+    Where level (n - 1) is an integer the result is that order statistic itself.
+    """
+    n = mask.sum(-1, keepdim=True)
+    ordered = torch.where(mask, x.double(), torch.inf).sort(-1).values
+    position = level * (n - 1).clamp_min(0).double()
+    nearest = position.round()
+    position = torch.where((position - nearest).abs() < 1e-9, nearest, position)
+    if x.shape[-1] == 0:
+        return torch.full_like(position, torch.nan)
+    below, above = position.floor().long(), position.ceil().long()
+    low, high = ordered.gather(-1, below), ordered.gather(-1, above)
+    fraction = position - position.floor()
+    value = torch.where(fraction > 0, low + fraction * (high - low), low)
+    return torch.where(n > 0, value, torch.nan)
+
+
+def mean_entropy(entropy: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, " B"]:
+    """Mean entropy of the valid tokens of each response, nats, float64; 0 for a row without valid tokens."""
+    total = torch.where(mask, entropy.detach().double(), 0.0).sum(-1)
+    return total / mask.sum(-1).clamp_min(1)
+
+
 def log_entropy(entropy: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """log(max(H, 1e-8)), float32."""
     return entropy.float().clamp_min(LOG_FLOOR).log()

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from typing import Literal
+
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .advantage import equal_rewards
+from .entropy import masked_quantile
+from .groups import equal_rewards
 
 
 def mixed_groups(
@@ -17,3 +22,38 @@ def mixed_groups(
     group has some spread. `rows` are the responses that count. A group of one is never kept.
     """
     return ~equal_rewards(verdict, group, rows) & rows
+
+
+def most_uncertain(entropy: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], rho: float) -> Bool[Tensor, "B T"]:
+    """The ceil(rho N) valid tokens of highest entropy, and all that tie with the last (80/20, arXiv 2506.01939).
+
+    1e-9 is taken off rho N before rounding up, so that an exact product stays what it is; at least one token.
+    """
+    n = int(mask.sum())
+    if n == 0:
+        return mask
+    k = max(1, math.ceil(rho * n - 1e-9))
+    h = torch.where(mask, entropy.detach(), -torch.inf)
+    return mask & (h >= h.flatten().topk(k).values[-1])
+
+
+def not_spurious(
+    logp: Float[Tensor, "B T"],
+    entropy: Float[Tensor, "B T"],
+    advantage: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    tau_p: float,
+    q: float,
+    scope: Literal["candidates", "all"] = "candidates",
+) -> Bool[Tensor, "B T"]:
+    """The S2T mask: False for rare, confident tokens of positive advantage (STAPO, arXiv 2602.15620).
+
+    Candidates are the valid tokens with A > 0 and exp(logp) < tau_p; dropped are those of them whose entropy is
+    below the q-quantile (linear) of the candidates' entropies, or with `scope="all"` of all valid tokens'.
+    Comparisons are strict, so a lone candidate stays. Constants for autograd.
+    """
+    candidate = mask & (advantage > 0) & (logp.detach().exp() < tau_p)
+    h = entropy.detach().double()
+    pool = candidate if scope == "candidates" else mask
+    threshold = masked_quantile(h.flatten(), pool.flatten(), q)
+    return mask & ~(candidate & (h < threshold))

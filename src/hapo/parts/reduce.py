@@ -23,7 +23,14 @@ def sequence_mean(loss: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], totals:
 
 
 def sequence_sum(
-    loss: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], totals: StepTotals, constant: float
+    loss: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], totals: StepTotals, constant: float = 1.0
 ) -> Float[Tensor, ""]:
     """(1/S) sum_i sum_t m L / C with a fixed constant C (Dr. GRPO, arXiv 2503.20783)."""
     return (loss * mask).sum() / (max(totals.sequences, 1) * constant)
+
+
+def valid_token_mean(
+    loss: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], totals: StepTotals
+) -> Float[Tensor, ""]:
+    """sum_it m L_it / N, N all valid tokens of the step, kept or not (TRL's top_entropy_quantile)."""
+    return (loss * mask).sum() / max(totals.tokens, 1)

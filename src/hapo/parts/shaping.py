@@ -5,9 +5,20 @@ Everything here is a constant for autograd.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from .entropy import mean_entropy
+from .groups import group_index, group_sum
+
+SHARE_FLOOR = 1e-8
+"""Floor of entropies and of their sums where they are divided by (ours; the paper says "a small constant")."""
+
+RELATIVE_FLOOR = 1e-6
+"""Floor of a group's mean entropy and of a response's entropy relative to it (ours; the paper has none)."""
 
 
 def soft_overlong_punishment(
@@ -46,3 +57,62 @@ def redistribute(
     inside = (r >= lower) & (r <= upper) if closed else (r > lower) & (r < upper)
     applies: Bool[Tensor, "B T"] = torch.where(signal > 0, ~inside, inside)
     return torch.where(applies, advantage * (1.0 + beta * signal), advantage)
+
+
+def entropy_shaped_reward(
+    entropy: Float[Tensor, "B T"],
+    correct: Bool[Tensor, " B"],
+    group: Int[Tensor, " B"],
+    mask: Bool[Tensor, "B T"],
+    base: float = 1.0,
+    bonus: float = 0.1,
+) -> Float[Tensor, "B T"]:
+    """Reward per token, by its share of the entropy at its position (GTPO, arXiv 2508.04349).
+
+    Right responses: base + bonus d_t H_it / sum_k H_kt over the d_t right responses of the group that are alive
+    at t. Wrong ones: -base - bonus h_t u_jt / sum_k u_kt with u = 1 / H. Entropies and sums are floored at
+    1e-8 where they are divided by. 0 at masked positions. T = 1, with mean entropies, makes it GRPO-S.
+    """
+    index, k = group_index(group)
+    key = 2 * index + correct.long()
+    h = entropy.detach().double()
+    share = torch.where(correct.unsqueeze(1), h, 1.0 / h.clamp_min(SHARE_FLOOR))
+    share = torch.where(mask, share, 0.0)
+    alive = group_sum(mask.double(), key, 2 * k)[key]
+    total = group_sum(share, key, 2 * k)[key].clamp_min(SHARE_FLOOR)
+    magnitude = base + bonus * alive * share / total
+    signed = torch.where(correct.unsqueeze(1), magnitude, -magnitude)
+    return torch.where(mask, signed, 0.0).to(entropy.dtype)
+
+
+def entropy_bonus(
+    advantage: Float[Tensor, "B T"], entropy: Float[Tensor, "B T"], alpha: float, kappa: float
+) -> Float[Tensor, "B T"]:
+    """A + min(alpha H, |A| / kappa): a bonus that never flips the sign (Entropy-Adv, arXiv 2506.14758).
+
+    H in nats, floored at 0.
+    """
+    return advantage + torch.minimum(alpha * entropy.detach().clamp_min(0.0), advantage.abs() / kappa)
+
+
+def relative_entropy(
+    entropy: Float[Tensor, "B T"],
+    group: Int[Tensor, " B"],
+    mask: Bool[Tensor, "B T"],
+    variant: Literal["paper", "release"] = "paper",
+) -> Float[Tensor, "B 1"]:
+    """Mean entropy of a response over the mean of these in its group (EDGE-GRPO, arXiv 2507.21848), float64.
+
+    Its mean over a group is 1. Floors at 1e-6, for the group's mean and for the result. `variant="release"`
+    computes what the authors' code does: means over the padded width, and one mean over the whole batch.
+    """
+    mean = mean_entropy(entropy, mask)
+    rows = mask.any(-1)
+    if variant == "release":
+        mean = mean * mask.sum(-1)  # the padded width, the same for all rows, cancels
+        reference = mean.sum() / max(len(mean), 1)
+    else:
+        index, k = group_index(group)
+        n = group_sum(rows.double(), index, k).clamp_min(1)
+        reference = (group_sum(mean, index, k) / n)[index]
+    return (mean / reference.clamp_min(RELATIVE_FLOOR)).clamp_min(RELATIVE_FLOOR).unsqueeze(1)

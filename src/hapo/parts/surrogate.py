@@ -1,7 +1,12 @@
-"""Surrogates: the per-token loss as a function of ratio, advantage and bounds."""
+"""Surrogates: the per-token loss as a function of log-prob, ratio, advantage and bounds.
+
+A surrogate with a stop-gradient, sg(...), has a gradient that is not the derivative of its value: read its
+gradient, not its value. Shapes: B sequences, T tokens.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,7 +17,7 @@ from .bounds import Bounds
 
 
 class Surrogate(NamedTuple):
-    """Per-token loss, and where it has no gradient because a bound holds it."""
+    """Per-token loss, and where a bound took the place of the ratio."""
 
     loss: Float[Tensor, "B T"]
     clipped_low: Bool[Tensor, "B T"]
@@ -20,6 +25,7 @@ class Surrogate(NamedTuple):
 
 
 def clipped_surrogate(
+    logp: Float[Tensor, "B T"],
     ratio: Float[Tensor, "B T"],
     advantage: Float[Tensor, "B T"],
     bounds: Bounds,
@@ -29,7 +35,7 @@ def clipped_surrogate(
 
     The gradient with respect to logp is -A r, and 0 where A > 0 and r > 1 + high, or A < 0 and r < 1 - low; a
     ratio exactly on a bound is unclipped. `dual_clip` c > 1 caps the loss of negative advantages at -c A (no
-    gradient where r > c; arXiv 1912.09729, eq. 5), counted as clipped on the high side.
+    gradient where r > c; arXiv 1912.09729, eq. 5), counted as clipped on the high side. `logp` is not read.
     """
     lower, upper = 1.0 - bounds.low, 1.0 + bounds.high
     clipped_low = (advantage < 0) & (ratio < lower)
@@ -40,3 +46,100 @@ def clipped_surrogate(
         effective = torch.where(beyond, dual_clip, effective)
         clipped_high = clipped_high | beyond
     return Surrogate(-effective * advantage, clipped_low, clipped_high)
+
+
+def unclipped_surrogate(
+    logp: Float[Tensor, "B T"], ratio: Float[Tensor, "B T"], advantage: Float[Tensor, "B T"], bounds: Bounds
+) -> Surrogate:
+    """-r A: the importance-weighted policy gradient; d/dlogp = -A r. `logp` and `bounds` are not read."""
+    nowhere = torch.zeros_like(ratio, dtype=torch.bool)
+    return Surrogate(-ratio * advantage, nowhere, nowhere)
+
+
+def clipped_weight(
+    logp: Float[Tensor, "B T"],
+    ratio: Float[Tensor, "B T"],
+    advantage: Float[Tensor, "B T"],
+    bounds: Bounds,
+    trust_region: Sequence[float] | None = None,
+) -> Surrogate:
+    """-sg(w) A logp with w = clip(r, 1 - low, 1 + high) (CISPO, arXiv 2506.13585).
+
+    d/dlogp = -w A: a token outside the bounds keeps a bounded gradient. With `trust_region` (eps_low, eps_high)
+    the weight is 0 where PPO would clip: A > 0 and r > 1 + eps_high, or A < 0 and r < 1 - eps_low.
+    """
+    r = ratio.detach()
+    lower, upper = 1.0 - bounds.low, 1.0 + bounds.high
+    weight = r.clamp(min=lower, max=upper)
+    if trust_region is not None:
+        outside = (advantage > 0) & (r > 1 + trust_region[1]) | (advantage < 0) & (r < 1 - trust_region[0])
+        weight = torch.where(outside, 0.0, weight)
+    return Surrogate(-weight * advantage * logp, r < lower, r > upper)
+
+
+def gradient_preserving(
+    logp: Float[Tensor, "B T"],
+    ratio: Float[Tensor, "B T"],
+    advantage: Float[Tensor, "B T"],
+    bounds: Bounds,
+    beta1: float,
+    beta2: float,
+    dual_clip: float | None = None,
+) -> Surrogate:
+    """-F A exp(logp - sg(logp)): what PPO would clip keeps a bounded gradient (CE-GPPO, arXiv 2509.20712, eq. 8).
+
+    F = beta1 (1 - low) where r < 1 - low and A < 0; beta2 (1 + high) where r > 1 + high and A > 0; r elsewhere.
+    Value and d/dlogp are both -F A. F is a constant for autograd. `dual_clip` as in `clipped_surrogate`.
+    """
+    r = ratio.detach()
+    lower, upper = 1.0 - bounds.low, 1.0 + bounds.high
+    low = (advantage < 0) & (r < lower)
+    high = (advantage > 0) & (r > upper)
+    weight = torch.where(low, beta1 * lower, torch.where(high, beta2 * upper, r))
+    loss = -weight * advantage * (logp - logp.detach()).exp()
+    if dual_clip is not None:
+        beyond = (advantage < 0) & (r > dual_clip)
+        loss = torch.where(beyond, -dual_clip * advantage, loss)
+        high = high | beyond
+    return Surrogate(loss, low, high)
+
+
+def asymmetric_ratio(
+    logp: Float[Tensor, "B T"],
+    ratio: Float[Tensor, "B T"],
+    advantage: Float[Tensor, "B T"],
+    bounds: Bounds,
+    c_neg: float,
+    c_pos: float,
+    dual_clip: float | None = None,
+) -> Surrogate:
+    """The clip of PPO decides which tokens learn; where A >= 0 the weight is 1/r, not r (ASPO, arXiv 2510.06062).
+
+    ===================================  ===================  =========
+    where                                loss                 d/dlogp
+    ===================================  ===================  =========
+    A < 0, r < 1 - low                   -A (1 - low)         0
+    A < 0, 1 - low <= r <= c_neg         -A r                 -A r
+    A < 0, r > c_neg                     -A c_neg logp        -A c_neg
+    A >= 0, r > 1 + high                 -A / (1 + high)      0
+    A >= 0, 1/c_pos <= r <= 1 + high     -A r / sg(r)^2       -A / r
+    A >= 0, r < 1/c_pos                  -A c_pos logp        -A c_pos
+    ===================================  ===================  =========
+
+    Values jump between the rows; gradients are what counts. `dual_clip` c caps the loss of negative advantages
+    at -c A without a gradient where r > c, as in `clipped_surrogate`.
+    """
+    r = ratio.detach()
+    lower, upper = 1.0 - bounds.low, 1.0 + bounds.high
+    negative = advantage < 0
+    low, high = negative & (r < lower), ~negative & (r > upper)
+    capped = torch.where(negative, r > c_neg, r * c_pos < 1.0)
+    cap = torch.where(negative, c_neg, c_pos)
+    flipped = torch.where(negative, ratio, ratio / r.square())
+    loss = -advantage * torch.where(capped, cap * logp, flipped)
+    loss = torch.where(low, -advantage * lower, torch.where(high, -advantage / upper, loss))
+    if dual_clip is not None:
+        beyond = negative & (r > dual_clip)
+        loss = torch.where(beyond, -dual_clip * advantage, loss)
+        high = high | beyond
+    return Surrogate(loss, low, high)

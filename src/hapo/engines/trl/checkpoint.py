@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -165,17 +164,17 @@ def _pack(batches: list[dict[str, Any]]) -> tuple[dict[str, torch.Tensor], list[
     for i, batch in enumerate(batches):
         rest.append({})
         for name, value in batch.items():
+            if name in ("hapo_totals", "hapo_keep"):
+                continue  # made anew at the beginning of each optimiser step
             if isinstance(value, torch.Tensor):
                 tensors[f"{i}.{name}"] = value.detach().contiguous().clone()
-            elif name == "hapo_totals":
-                rest[-1][name] = asdict(value)
             else:
                 rest[-1][name] = value
     return tensors, rest
 
 
 def _unpack(tensors: dict[str, torch.Tensor], rest: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    batches = [dict(r, hapo_totals=hapo.StepTotals(**r["hapo_totals"])) for r in rest]
+    batches = [dict(r) for r in rest]
     for key, value in tensors.items():
         i, name = key.split(".", 1)
         batches[int(i)][name] = value

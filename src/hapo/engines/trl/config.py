@@ -18,7 +18,7 @@ UPDATES_PER_ROLLOUT = 4
 
 DECIDED_BY_METHOD = {
     "loss_type": "choose method=",
-    "epsilon": 'set method_options={"eps_low": ...} (GRPO: {"eps": ...})',
+    "epsilon": 'set method_options={"eps_low": ...}',
     "epsilon_high": 'set method_options={"eps_high": ...}',
     "delta": 'set method_options={"dual_clip": ...}',
     "importance_sampling_level": "choose method=",
@@ -166,13 +166,21 @@ def cited(method: Method) -> tuple[str, dict[str, str]]:
 def resolve_method(method: Method | str | None, args: HAPOConfig) -> Method:
     """The method that a trainer was given, or that its config names; `args.beta` then holds its KL weight."""
     if isinstance(method, Method):
-        if args.beta and args.beta != method.kl_coef:
-            raise ValueError(
-                f"beta={args.beta} and the method's kl_coef={method.kl_coef} disagree; set one of them"
-            )
-        args.beta = method.kl_coef
-        return method
+        weight = method.options.get("kl_coef", 1.0 if callable(method.kl_coef) else method.kl_coef)
+        if args.beta and args.beta != weight:
+            raise ValueError(f"beta={args.beta} and the method's kl_coef={weight} disagree; set one of them")
+        args.beta = weight  # TRL loads a reference model where this is not 0
+        return _with_reference(method, args)
     if method is not None:
         args.method = method
     options = {**(args.method_options or {}), "kl_coef": args.beta}  # type: ignore[dict-item]
-    return hapo.method(args.method, **options)
+    return _with_reference(hapo.method(args.method, **options), args)
+
+
+def _with_reference(method: Method, args: HAPOConfig) -> Method:
+    if method.kl_coef and not args.beta:
+        raise ValueError(
+            f"method {method.name!r} has a KL penalty, and TRL loads a reference model only with beta > 0: "
+            "set it, or switch the penalty off"
+        )
+    return method

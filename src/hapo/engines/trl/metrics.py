@@ -16,6 +16,7 @@ NAMES = {
     "sampler_weight": "sampler_weight/mean",
     "ratio": "ratio/mean",
     "kl_old": "kl_old",
+    "kept": "kept",
     "redistributed": "redistributed",
     "kl": "kl",
 }

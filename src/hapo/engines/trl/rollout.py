@@ -1,4 +1,4 @@
-"""Rollout batches across ranks: gathering, padding, and dynamic sampling. Plumbing only."""
+"""Rollout batches and optimiser steps across ranks: gathering, padding, dynamic sampling. Plumbing only."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import IterableDataset
 from trl.trainer.utils import RepeatSampler
+
+import hapo
 
 from ...parts.keep import mixed_groups
 
@@ -173,6 +175,44 @@ class DynamicSampling:
         group = torch.arange(len(verdict), device=verdict.device) // self.trainer.num_generations
         scored = ~verdict.isnan() & tensors["completion_mask"].any(1)
         return mixed_groups(verdict, group, scored).view(-1, self.trainer.num_generations).any(1)
+
+
+def begin_step(trainer: Any, micro_batches: list[dict[str, Any]]) -> None:
+    """Method.step over the optimiser step of all ranks: exact totals, and the tokens that it keeps."""
+    if trainer.method.keep is None:
+        masks = [inputs["hapo_mask"] for inputs in micro_batches]
+        local = torch.stack([torch.stack([m.any(1).sum(), m.sum(), m.sum()]) for m in masks]).sum(0)
+        totals = hapo.StepTotals(*trainer.accelerator.reduce(local, "sum").tolist())
+        for inputs in micro_batches:
+            inputs["hapo_totals"] = totals
+        return
+    local_rows = concat_rows([_step_fields(trainer, inputs) for inputs in micro_batches])
+    everyone: dict[str, Any] = gather_rows(trainer.accelerator, local_rows)
+    batch = trainer.method.step(hapo.TokenBatch(**everyone))
+    assert batch.keep is not None
+    first = trainer.accelerator.process_index * len(local_rows["mask"])
+    for inputs in micro_batches:
+        rows, width = inputs["hapo_mask"].shape
+        inputs["hapo_keep"] = batch.keep[first : first + rows, :width]
+        inputs["hapo_totals"] = batch.totals
+        first += rows
+
+
+def _step_fields(trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """What Method.step reads of a micro-batch; the current policy's scores only where the method asks."""
+    fields = {
+        "mask": inputs["hapo_mask"],
+        "old_logp": inputs["old_per_token_logps"],
+        "old_entropy": inputs["old_entropies"],
+        "advantage": inputs["hapo_advantage"],
+        "signal": inputs.get("hapo_signal"),
+        "reward": inputs["hapo_reward"],
+        "group": inputs["hapo_group"],
+    }
+    if trainer.method.live_keep:
+        with torch.no_grad():
+            fields["logp"], fields["entropy"], _ = trainer._score(trainer.model, inputs)
+    return {name: x for name, x in fields.items() if x is not None}
 
 
 def _unit(size: int, world: int) -> int:

@@ -28,9 +28,14 @@ from .checkpoint import check_checkpoint, load_state, save_state
 from .config import HAPOConfig, cited, resolve_method
 from .metrics import MetricLog
 from .recorder import Recorder
-from .rollout import DynamicSampling, EpochSampler, gather_rows, prompt_key
+from .rollout import DynamicSampling, EpochSampler, begin_step, gather_rows, prompt_key
 
-PREPARED = ("hapo_mask", "hapo_advantage", "hapo_signal", "hapo_weight", "hapo_keep")
+PREPARED = ("mask", "advantage", "signal", "weight")
+"""What Method.prepare makes of a rollout batch, kept with its rows as hapo_mask, ..."""
+
+NO_TEMPERATURE = (
+    'switch that off: method_options={"components": "BCD"} for hapo, no "temperature" for other methods'
+)
 
 
 class HAPOTrainer(GRPOTrainer):
@@ -76,12 +81,12 @@ class HAPOTrainer(GRPOTrainer):
         if args.use_vllm and self.method.factor is not None:
             raise ValueError(
                 f"method {self.method.name!r} adapts the sampling temperature, which this version does in "
-                'transformers generation only: set use_vllm=False, or method_options={"components": "BCD"}'
+                f"transformers generation only: set use_vllm=False, or {NO_TEMPERATURE}"
             )
         if trl_kwargs.get("rollout_func") is not None and self.method.factor is not None:
             raise ValueError(
                 f"method {self.method.name!r} adapts the sampling temperature, and a rollout_func samples by "
-                'itself: set method_options={"components": "BCD"}, or let the trainer generate'
+                f"itself: let the trainer generate, or {NO_TEMPERATURE}"
             )
         if (args.generation_kwargs or {}).get("num_beams", 1) != 1:
             raise ValueError("generation_kwargs: num_beams must be 1, policies are sampled, not searched")
@@ -252,6 +257,10 @@ class HAPOTrainer(GRPOTrainer):
             "old_entropy": rollout["old_entropies"],
             "verdict": rollout["verdict"].nan_to_num(),
         }
+        if "ref_per_token_logps" in rollout:
+            local["ref_logp"] = rollout["ref_per_token_logps"]
+        if not train:  # an evaluated batch is one step, of the policy that drew it
+            local["logp"], local["entropy"] = local["old_logp"], local["old_entropy"]
         if "sampling_per_token_logps" in rollout:
             # Where vLLM has no log-prob for a token, it counts as drawn from the old policy.
             sampler = rollout["sampling_per_token_logps"]
@@ -268,10 +277,10 @@ class HAPOTrainer(GRPOTrainer):
         batch = self.method.prepare(hapo.TokenBatch(reward=reward, group=group, **everyone))
         rows = slice(self.accelerator.process_index * len(mask), (self.accelerator.process_index + 1) * len(mask))
         width = mask.shape[1]
-        prepared = (batch.mask, batch.advantage, batch.signal, batch.weight, batch.keep)
-        for name, x in zip(PREPARED, prepared, strict=True):
+        for name in PREPARED:
+            x = getattr(batch, name)
             if x is not None:
-                rollout[name] = x[rows, :width]
+                rollout[f"hapo_{name}"] = x[rows, :width]
         rollout["hapo_reward"], rollout["hapo_group"] = reward[rows], group[rows]
         rollout["advantages"] = rollout["hapo_advantage"]
         if train:
@@ -279,35 +288,25 @@ class HAPOTrainer(GRPOTrainer):
             self.temperature_stats = batch.stats
         else:
             rollout["hapo_totals"] = batch.totals
+            if batch.keep is not None:
+                rollout["hapo_keep"] = batch.keep[rows, :width]
         return rollout
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
-        buffered = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
-        if self.model.training and self._buffered_inputs is not buffered:
-            self._count_steps()
+        if self.model.training:
+            first, per_step = self._step % self.args.steps_per_generation, self.args.gradient_accumulation_steps
+            if first % per_step == 0:
+                begin_step(self, self._buffered_inputs[first : first + per_step])
         return inputs
-
-    def _count_steps(self) -> None:
-        """Exact totals of every optimiser step of this rollout, over its micro-batches and all ranks."""
-        per_step = self.args.gradient_accumulation_steps
-        counts = []
-        for inputs in self._buffered_inputs:
-            mask = inputs["hapo_mask"]
-            kept = mask if inputs.get("hapo_keep") is None else mask & inputs["hapo_keep"]
-            counts.append(torch.stack([mask.any(1).sum(), mask.sum(), kept.sum()]))
-        local = torch.stack(counts).view(-1, per_step, 3).sum(1)
-        for i, total in enumerate(self.accelerator.reduce(local, "sum").tolist()):
-            for inputs in self._buffered_inputs[i * per_step : (i + 1) * per_step]:
-                inputs["hapo_totals"] = hapo.StepTotals(*total)
 
     # -- loss -----------------------------------------------------------------------------------------------
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         logps, entropies, aux_loss = self._score(model, inputs)
-        advantage, signal, weight, keep = (inputs.get(name) for name in PREPARED[1:])
+        prepared: dict[str, Any] = {name: inputs.get(f"hapo_{name}") for name in (*PREPARED, "keep")}
         batch = hapo.TokenBatch(
-            mask=inputs["hapo_mask"],
+            **prepared,
             logp=logps,
             old_logp=inputs["old_per_token_logps"],
             ref_logp=inputs.get("ref_per_token_logps"),
@@ -316,10 +315,6 @@ class HAPOTrainer(GRPOTrainer):
             old_entropy=inputs["old_entropies"],
             reward=inputs["hapo_reward"],
             group=inputs["hapo_group"],
-            advantage=advantage,
-            signal=signal,
-            weight=weight,
-            keep=keep,
             totals=inputs["hapo_totals"],
             stats=self.temperature_stats,
         )

@@ -1,92 +1,11 @@
-"""The worked examples of the specs, through the public face, to 1e-6."""
+"""HAPO: worked example of the paper's and the release's form, temperatures, options."""
 
 import pytest
 import torch
 
 import hapo
-from hapo.parts.shaping import soft_overlong_punishment
-from tests.examples import ENTROPY, GROUP, REWARD, loss_and_grad, padded, worked_batch
-
-
-def close(actual: torch.Tensor, rows: list[list[float]], mask: torch.Tensor | None = None) -> None:
-    """The printed figures have six decimals, so half a unit of the last is theirs."""
-    expected = padded(rows, fill=0.0)
-    actual = actual if mask is None else torch.where(mask, actual, 0.0)
-    torch.testing.assert_close(actual.float(), expected, rtol=0, atol=1e-6)
-
-
-def test_grpo():
-    batch = worked_batch()
-    method = hapo.method("grpo", eps=0.2, kl_coef=0.04)
-    close(method.prepare(batch).advantage[:, :1], [[0.866024], [-0.866024], [-0.866024], [0.866024], [0.0], [0.0]])
-    loss, grad, out = loss_and_grad(method, batch)
-    assert loss == pytest.approx(0.012374, abs=1e-6)
-    close(
-        grad,
-        [
-            [0.000159, -0.031328, -0.037776, 0.000432],
-            [-0.002162, 0.080363],
-            [0.049128, -0.001629, 0.072778],
-            [-0.072340, -0.060253],
-            [0.000211, -0.000161, 0.000066],
-            [0.000984, -0.002444],
-        ],
-    )
-    close(
-        out.tokens["ratio"],
-        [
-            [1.221403, 0.860708, 1.051271, 1.419068],
-            [0.740818, 1.105171],
-            [1.020201, 0.778801, 1.491825],
-            [1.000000, 0.818731],
-            [1.105171, 0.951229, 1.000000],
-            [1.284025, 0.670320],
-        ],
-        batch.mask,
-    )
-    policy, _, _ = loss_and_grad(hapo.method("grpo", kl_coef=0.0), batch)
-    assert policy == pytest.approx(0.009993, abs=1e-6)
-    assert (loss - policy) / 0.04 == pytest.approx(0.059532, abs=5e-5)
-
-
-def test_dapo():
-    batch = worked_batch()
-    method = hapo.method("dapo", eps_low=0.2, eps_high=0.28)
-    prepared = method.prepare(batch)
-    assert prepared.totals == hapo.StepTotals(sequences=4, tokens=11, kept=11)
-    close(prepared.advantage[:, :1], [[0.866024], [-0.866024], [-0.866024], [0.866024], [0.0], [0.0]])
-    loss, grad, _ = loss_and_grad(method, batch)
-    assert loss == pytest.approx(-0.079904, abs=1e-6)
-    close(
-        grad,
-        [
-            [-0.096160, -0.067763, -0.082766, 0.0],
-            [0.0, 0.087009],
-            [0.080320, 0.0, 0.117451],
-            [-0.078729, -0.064458],
-            [0.0],
-            [0.0],
-        ],
-    )
-
-
-def test_dapo_overlong_punishment():
-    length = torch.tensor([10000, 16384, 17000, 20480, 20481])
-    expected = torch.tensor([0.0, 0.0, -0.150391, -1.0, -1.0])
-    torch.testing.assert_close(soft_overlong_punishment(length, 20480, 4096), expected, rtol=0, atol=1e-6)
-    shaped = torch.tensor([1.0, -1, -1, 1]) + soft_overlong_punishment(torch.tensor([4, 2, 3, 2]), 4, 2)
-    torch.testing.assert_close(shaped, torch.tensor([0.0, -1.0, -1.5, 1.0]))
-    batch = worked_batch(reward=torch.cat([shaped, REWARD[4:]]))
-    advantage = hapo.method("dapo").prepare(batch).advantage
-    close(advantage[:4, :1], [[0.338240], [-0.563734], [-1.014721], [1.240215]])
-
-
-def test_dapo_filters_on_the_verdict_not_on_the_shaped_reward():
-    shaped = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 0.5])  # group 1: all correct, one too long
-    prepared = hapo.method("dapo").prepare(worked_batch(reward=shaped, verdict=REWARD))
-    assert not prepared.mask[GROUP == 1].any()
-    assert hapo.method("dapo").prepare(worked_batch(reward=shaped)).mask[GROUP == 1].any()
-
+from hapo.parts.shaping import redistribute
+from tests.examples import ENTROPY, OLD, close, loss_and_grad, on_tokens, worked_batch
 
 HAPO_H = [
     [0.360275, -0.642332, -0.090107, -0.845961],
@@ -110,7 +29,7 @@ def test_hapo_paper():
     close(prepared.signal, HAPO_H)
     close(
         prepared.advantage,
-        [[0.912869] * 4, [-1.095443] * 2, [-1.095443] * 3, [0.912869] * 2, [0.0], [0.0]],
+        on_tokens([0.912869, -1.095443, -1.095443, 0.912869, 0.0, 0.0], OLD),
     )
     loss, grad, out = loss_and_grad(method, batch)
     assert loss == pytest.approx(-0.028906, abs=1e-6)
@@ -160,6 +79,9 @@ def test_hapo_paper():
         ],
         batch.mask,
     )
+    # C, read off an advantage of 1 everywhere: it has no meaning where h = 0
+    changed = redistribute(batch.mask.float(), out.tokens["ratio"], prepared.signal, 0.2, 0.28) != batch.mask
+    close(changed, [[1, 0, 1, 0], [0, 1], [1, 1, 0], [1, 0], [1, 1, 1], [0, 1]])
     on_policy, _, _ = loss_and_grad(method, batch.replace(logp=batch.old_logp.clone().requires_grad_()))
     assert on_policy == pytest.approx(0.031495, abs=1e-6)
 
@@ -209,8 +131,8 @@ def test_hapo_release():
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"law": "bounded", "tau": 0.1}, [0.900000, 0.915404, 0.960181, 1.0, 1.036027, 1.100000]),
-        ({"law": "zscore", "tau": 0.1}, [0.1, 0.757725, 0.885963, 1.0, 1.018310, 1.050821]),
+        ({"temperature": {"law": "bounded", "tau": 0.1}}, [0.900000, 0.915404, 0.960181, 1.0, 1.036027, 1.100000]),
+        ({"temperature": {"law": "zscore", "tau": 0.1}}, [0.1, 0.757725, 0.885963, 1.0, 1.018310, 1.050821]),
         ({"variant": "release"}, [1.050000, 1.042298, 1.019909, 1.0, 1.018014, 1.050000]),
     ],
 )
@@ -225,6 +147,18 @@ def test_hapo_temperature(options, expected):
     half = method.temperature(0.5 * logits, stats, t_base=0.5)
     torch.testing.assert_close(half, 0.5 * torch.tensor(expected), rtol=0, atol=2e-5)
     assert (method.temperature(logits, None, t_base=0.7) == 0.7).all()
+
+
+@pytest.mark.parametrize("name", ["dapo", "gspo", "stapo"])
+def test_hapo_temperature_with_another_loss(name):
+    """Statistics and temperatures are HAPO's, whatever the loss."""
+    batch, logits = worked_batch(), torch.stack([_logits_of_entropy(h) for h in (0.02, 0.9, 2.0)])
+    hapos = hapo.method("hapo", filter_groups=False)
+    theirs = hapo.method(name, filter_groups=False, temperature={"tau": 0.1})
+    stats = hapos.prepare(batch).stats
+    assert theirs.prepare(batch).stats == stats
+    assert torch.equal(theirs.temperature(logits, stats), hapos.temperature(logits, stats))
+    assert (hapo.method(name).temperature(logits, stats) == 1).all()
 
 
 def _logits_of_entropy(entropy: float, vocabulary: int = 16) -> torch.Tensor:
