@@ -69,6 +69,7 @@ def run(
             learning_rate=0.005,
             lr_scheduler_type="constant",
             max_grad_norm=0.0,
+            beta=0.0,
             **{"max_steps": 2, **options},
         )
         t.add_callback(keep)

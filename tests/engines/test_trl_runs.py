@@ -229,6 +229,20 @@ def test_evaluation_completion_logs_and_continuous_batching(tmp_path, capsys):
     assert (tmp_path / "completions" / "completions_00005.parquet").is_file()
 
 
+def test_beta_is_the_method_s_own_unless_it_is_set(tmp_path):
+    tiny.model().save_pretrained(tmp_path / "model")
+    saved = str(tmp_path / "model")
+    for method, beta in (("archer", 0.001), ("grpo", 0.04), ("dapo", 0.0)):
+        assert tiny.trainer(tmp_path, saved, method=method).beta == beta
+    assert tiny.trainer(tmp_path, method="grpo", beta=0.0).ref_model is None
+    with pytest.raises(ValueError, match=r"beta=0.04 needs a reference model"):
+        tiny.trainer(tmp_path, method="grpo")
+    with pytest.raises(ValueError, match="TRL loads a reference model only with beta > 0"):
+        tiny.trainer(tmp_path, method="archer", beta=0.0, method_options={"kl_reasoning": 0.1})
+    with pytest.raises(ValueError, match=r"beta=0.0 and the method's kl_coef=0.04 disagree"):
+        tiny.trainer(tmp_path, method_object=hapo.method("grpo"), beta=0.0)
+
+
 def test_any_method_object_trains(tmp_path):
     from hapo.parts.advantage import group_advantage
 
@@ -531,4 +545,4 @@ def test_the_callers_config_stays_as_it_is(tmp_path):
         method=hapo.method("hapo", kl_coef=0.0, temperature={"tau": 0.2}),
     )
     assert config.method_options is None
-    assert config.beta == 0
+    assert config.beta is None

@@ -39,7 +39,7 @@ class Archer(Options):
     stages: ClassVar = {
         "advantage": "group z-score",
         "signal": "entropy above its response's quantile",
-        "bounds": "1 ± eps by signal",
+        "bounds": "0.8 to 1.2, or 0.5 to 1.5 by signal",
         "surrogate": "clipped",
         "penalty": "k3 by signal",
         "reduce": "token mean",

@@ -38,7 +38,7 @@ class ASPO(ClippedOptions):
     summary: ClassVar = "tokens of positive advantage weigh 1/ratio, with a soft cap"
     stages: ClassVar = {
         "advantage": "group z-score",
-        "bounds": "1 ± eps",
+        "bounds": "0.8 to 1.2",
         "surrogate": "1/r where A > 0, soft cap on both sides",
         "penalty": "k3",
         "reduce": "sequence mean of token means",

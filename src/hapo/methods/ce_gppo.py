@@ -30,7 +30,7 @@ class CEGPPO(ClippedOptions):
     summary: ClassVar = "clipped tokens keep the gradient of the bound, times beta1 (low) or beta2 (high)"
     stages: ClassVar = {
         "advantage": "group z-score",
-        "bounds": "1 ± eps",
+        "bounds": "0.8 to 1.2",
         "surrogate": "gradient-preserving",
         "reduce": "token mean",
     }

@@ -32,7 +32,7 @@ class CISPO(Options):
     stages: ClassVar = {
         "filter": "mixed groups",
         "advantage": "group z-score",
-        "bounds": "0, is_weight_cap",
+        "bounds": "0 to 1.28, both signs",
         "surrogate": "sg(clipped ratio) log-prob",
         "reduce": "token mean",
     }

@@ -24,7 +24,7 @@ class DAPO(ClippedOptions):
     stages: ClassVar = {
         "filter": "mixed groups",
         "advantage": "group z-score",
-        "bounds": "1 - eps_low, 1 + eps_high",
+        "bounds": "0.8 to 1.28",
         "surrogate": "clipped",
         "reduce": "token mean",
     }

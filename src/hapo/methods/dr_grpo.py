@@ -24,7 +24,7 @@ class DrGRPO(GRPO):
     summary: ClassVar = "GRPO without the division by length and by standard deviation, no KL"
     stages: ClassVar = {
         "advantage": "reward minus group mean",
-        "bounds": "1 ± eps",
+        "bounds": "0.8 to 1.2",
         "surrogate": "clipped",
         "reduce": "sequence mean of token sums / C",
     }

@@ -36,7 +36,7 @@ class EDGEGRPO(ClippedOptions):
     summary: ClassVar = "group advantage divided by the response's relative entropy"
     stages: ClassVar = {
         "advantage": "group z-score / relative entropy of the response",
-        "bounds": "1 ± eps",
+        "bounds": "0.8 to 1.2",
         "surrogate": "clipped",
         "reduce": "sequence mean of token means",
     }

@@ -30,7 +30,7 @@ class EntropyAdv(ClippedOptions):
         "advantage": "group z-score",
         "signal": "entropy",
         "reshape": "A + min(alpha H, |A| / kappa)",
-        "bounds": "1 - eps_low, 1 + eps_high",
+        "bounds": "0.8 to 1.28",
         "surrogate": "clipped",
         "reduce": "token mean",
     }

@@ -31,7 +31,7 @@ class GRPO(ClippedOptions):
     summary: ClassVar = "group z-score, mean of per-response means, KL to a reference"
     stages: ClassVar = {
         "advantage": "group z-score",
-        "bounds": "1 ± eps",
+        "bounds": "0.8 to 1.2",
         "surrogate": "clipped",
         "penalty": "k3",
         "reduce": "sequence mean of token means",

@@ -34,7 +34,7 @@ class GRPOS(EntropyShaped):
     stages: ClassVar = {
         "advantage": "z-score of entropy-shaped response rewards, per sign",
         "ratio": "arithmetic mean over the response",
-        "bounds": "1 - eps_low, 1 + eps_high",
+        "bounds": "0.8 to 1.28",
         "surrogate": "clipped",
         "reduce": "sequence mean of token means",
     }

@@ -28,7 +28,7 @@ class GSPO(ClippedOptions):
     stages: ClassVar = {
         "advantage": "group z-score",
         "ratio": "geometric mean over the response",
-        "bounds": "1 - eps_low, 1 + eps_high",
+        "bounds": "0.9997 to 1.0004",
         "surrogate": "clipped",
         "reduce": "sequence mean of token means",
     }

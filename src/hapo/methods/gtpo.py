@@ -83,7 +83,7 @@ class GTPO(EntropyShaped):
     summary: ClassVar = "token rewards by the share of entropy at each position (arXiv 2508.04349, not 2508.03772)"
     stages: ClassVar = {
         "advantage": "z-score of entropy-shaped token rewards, per sign",
-        "bounds": "1 - eps_low, 1 + eps_high",
+        "bounds": "0.8 to 1.28",
         "surrogate": "clipped",
         "reduce": "token mean",
     }

@@ -49,7 +49,7 @@ class HAPO(DAPO):
         "advantage": "token-level group z-score",
         "signal": "signed log-entropy rank h",
         "reshape": "A (1 + beta h) by entropy and ratio",
-        "bounds": "widened by h, one side a token",
+        "bounds": "0.8 to 1.28, one side widened by h",
         "surrogate": "clipped",
         "reduce": "token mean",
     }

@@ -29,7 +29,7 @@ class STAPO(ClippedOptions):
     stages: ClassVar = {
         "advantage": "group z-score",
         "keep": "all but rare low-entropy tokens with A > 0",
-        "bounds": "1 - eps_low, 1 + eps_high",
+        "bounds": "0.8 to 1.28",
         "surrogate": "clipped",
         "reduce": "mean of kept tokens",
     }

@@ -44,8 +44,9 @@ class HAPOConfig(GRPOConfig):
     """`GRPOConfig` plus a method. All TRL options keep their meaning, except those that the method decides
     (`loss_type`, `epsilon`, `scale_rewards`, ...), which are refused when set.
 
-    One default differs from TRL: without `steps_per_generation` or `generation_batch_size`, a rollout batch is
-    used for four optimiser steps. With one, the policy never leaves the rollout policy: every ratio is 1.
+    Two defaults differ from TRL: without `steps_per_generation` or `generation_batch_size`, a rollout batch is
+    used for four optimiser steps (with one, the policy never leaves the rollout policy: every ratio is 1); and
+    without `beta` the weight of the KL penalty is the method's own.
 
     Raises:
         ValueError: unknown method or option, an option that the method decides, or a schedule in which an
@@ -63,6 +64,13 @@ class HAPOConfig(GRPOConfig):
     )
     method_options: dict[str, Any] | str | None = field(
         default=None, metadata={"help": 'Options of the method, e.g. {"eps_high": 0.28}; `hapo methods NAME`.'}
+    )
+    beta: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the method's KL penalty; above 0 a reference model is loaded. Default: the "
+            "method's own (grpo 0.04, archer and aspo 0.001, others 0)."
+        },
     )
     max_num_gen_batches: int = field(
         default=1,
@@ -167,12 +175,14 @@ def resolve_method(method: Method | str | None, args: HAPOConfig) -> Method:
     """The method that a trainer was given, or that its config names; `args.beta` then holds its KL weight."""
     if isinstance(method, Method):
         weight = method.options.get("kl_coef", 1.0 if callable(method.kl_coef) else method.kl_coef)
-        if args.beta and args.beta != weight:
+        if args.beta is not None and args.beta != weight:
             raise ValueError(f"beta={args.beta} and the method's kl_coef={weight} disagree; set one of them")
         args.beta = weight  # TRL loads a reference model where this is not 0
         return _with_reference(method, args)
     if method is not None:
         args.method = method
+    if args.beta is None:
+        args.beta = options_of(args.method).kl_coef
     options = {**(args.method_options or {}), "kl_coef": args.beta}  # type: ignore[dict-item]
     return _with_reference(hapo.method(args.method, **options), args)
 

@@ -88,6 +88,12 @@ class HAPOTrainer(GRPOTrainer):
                 f"method {self.method.name!r} adapts the sampling temperature, and a rollout_func samples by "
                 f"itself: let the trainer generate, or {NO_TEMPERATURE}"
             )
+        peft = trl_kwargs.get("peft_config") is not None or hasattr(model, "peft_config")
+        if args.beta and not (isinstance(model, str) or model.config._name_or_path or peft):
+            raise ValueError(
+                f"beta={args.beta} needs a reference model, which TRL loads by the model's path, and this one has "
+                "none: save it and hand over the folder, or set beta=0"
+            )
         if (args.generation_kwargs or {}).get("num_beams", 1) != 1:
             raise ValueError("generation_kwargs: num_beams must be 1, policies are sampled, not searched")
         if args.run_records:
