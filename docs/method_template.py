@@ -60,4 +60,4 @@ class MyMethod(Options):  # EDIT: ClippedOptions adds eps_low, eps_high, dual_cl
         return super().build().replace(bounds=self._bounds, surrogate=capped_surrogate)
 
     def _bounds(self, ratio: Tensor, signal: Tensor | None) -> Bounds:
-        return constant_bounds(ratio, 1.0, self.cap - 1.0)  # [1 - low, 1 + high]; no bounds at all: 1.0, torch.inf
+        return constant_bounds(ratio, 1.0, self.cap - 1.0)  # [1 - low, 1 + high]; no bounds at all: no_bounds

@@ -98,11 +98,16 @@ def shares_batch() -> hapo.TokenBatch:
     return example(old=logs(old), new=logs(new), entropy=SHARES_H, reward=[1.0, 1.0, 0.0, 0.0])
 
 
+def one_step(method: hapo.Method, batch: hapo.TokenBatch) -> hapo.TokenBatch:
+    """The whole batch, prepared, as one optimiser step."""
+    return method.step(method.prepare(batch))
+
+
 def loss_and_grad(
     method: hapo.Method, batch: hapo.TokenBatch, advantage: torch.Tensor | None = None
 ) -> tuple[float, torch.Tensor, hapo.LossOutput]:
     """prepare, loss, backward: the loss, d loss / d logp, and the output. `advantage` overrides prepare()'s."""
-    prepared = method.prepare(batch)
+    prepared = one_step(method, batch)
     if advantage is not None:
         prepared = method.step(prepared.replace(advantage=advantage))
     out = method.loss(prepared)

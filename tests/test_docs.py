@@ -24,6 +24,7 @@ from hapo.engines.trl.config import DECIDED_BY_METHOD
 from hapo.engines.trl.metrics import NAMES
 from hapo.methods import options_of
 from tests.examples import worked_batch
+from tests.test_laws import GRADIENT_LIMITS, LIMITS
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src/hapo"
@@ -80,14 +81,24 @@ def test_the_api_page_has_every_part_and_every_name_of_the_package():
 @pytest.mark.parametrize("name", hapo.methods())
 def test_every_method_has_a_page(name):
     page = (DOCS / "methods" / f"{name}.md").read_text()
-    assert "## What differs from GRPO" in page
-    assert "## Paper and released code" in page
+    headings = [line[3:] for line in page.splitlines() if line.startswith("## ")]
+    sections = ["Equations", "What differs from GRPO", "Options", "When to use it", "Paper and released code"]
+    assert [h for h in headings if h in sections] == sections
+    options = options_of(name)
+    assert f"::: {options.__module__}.{options.__name__}\n" in (DOCS / "api.md").read_text()
     assert f"methods/{name}.md" in (ROOT / "mkdocs.yml").read_text()
 
 
 def test_the_method_tables_are_those_of_the_code():
     tables = runpy.run_path(str(ROOT / "scripts/method_table.py"))["tables"]()
     assert tables in (DOCS / "methods/index.md").read_text(), "run python scripts/method_table.py --write"
+
+
+def test_the_tables_of_limits_are_those_of_the_tests():
+    page = (DOCS / "laws.md").read_text().partition("## Limits")[2].partition("\n## ")[0]
+    first = [re.match(r"`(\w+)`", cells).group(1) for cells in re.findall(r"^\| (`.*?) \|", page, re.MULTILINE)]
+    tested = [one for (one, _), *_ in [*LIMITS, *GRADIENT_LIMITS]]
+    assert sorted(first) == sorted([*tested, "rloo"])
 
 
 def test_cited_tests_exist():

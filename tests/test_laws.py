@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 import hapo
 from hapo.batch import TOKEN_FIELDS
+from hapo.methods import options_of
+from tests.examples import one_step
 
 VARIANTS: list[tuple[str, dict]] = [
     ("archer", {"variant": "release", "entropy_source": "old", "filter_groups": True, "dual_clip": 10.0}),
@@ -29,7 +31,7 @@ VARIANTS: list[tuple[str, dict]] = [
     ("grpo", {"kl_coef": 0.0, "dual_clip": 3.0, "singleton": "reward"}),
     ("grpo_s", {"normalisation": "own", "scope": "batch", "entropy_clip": (0.2, 0.28)}),
     ("grpo_s", {"normalisation": "joint", "weight": "geometric", "singleton": "reward"}),
-    ("gspo", {"form": "token", "eps_low": 0.2, "eps_high": 0.28, "sampler_cap": None}),
+    ("gspo", {"form": "token", "eps_low": 0.2, "eps_high": 0.28}),
     ("gtpo", {"normalisation": "own", "scope": "batch", "filter_groups": True, "singleton": "reward"}),
     ("hapo", {"filter_groups": False}),
     ("hapo", {"variant": "release"}),
@@ -38,6 +40,7 @@ VARIANTS: list[tuple[str, dict]] = [
     ("hapo", {"components": "CA", "temperature": {"law": "zscore"}}),
     ("hapo", {"components": "AD", "entropy_source": "current"}),
     ("rloo", {"clip": (0.2, 0.2), "kl_coef": 0.05, "singleton": "reward"}),
+    ("sapo", {"tau_pos": 3.0, "tau_neg": 0.5, "kl_coef": 0.01, "sampler_cap": None}),
     ("stapo", {"tau_p": 0.5, "quantile_scope": "all", "kl_coef": 0.01}),
     ("stapo", {"tau_p": 0.5, "entropy_source": "old", "filter_groups": True}),
 ]
@@ -106,7 +109,7 @@ def batches(draw, dtype=torch.float32) -> hapo.TokenBatch:
 
 def gradient(method: hapo.Method, batch: hapo.TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss and d loss / d logp of the whole batch as one step."""
-    loss = method.loss(method.prepare(batch)).loss
+    loss = method.loss(one_step(method, batch)).loss
     (grad,) = torch.autograd.grad(loss, batch.logp)
     return loss.detach(), grad
 
@@ -118,7 +121,7 @@ def same(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-6) -> None:
 
 @law("split")
 def test_split(method, batch, data):
-    prepared = method.prepare(batch)
+    prepared = one_step(method, batch)
     whole = method.loss(prepared)
     (grad,) = torch.autograd.grad(whole.loss, batch.logp)
     order = torch.tensor(data.draw(st.permutations(range(len(batch)))), dtype=torch.long)
@@ -140,7 +143,7 @@ def test_split(method, batch, data):
 
 @law("")
 def test_an_optimiser_step_of_its_own_counts_its_own_rows(method, batch, data):
-    prepared = method.prepare(batch)
+    prepared = one_step(method, batch)
     cut = data.draw(st.integers(0, len(batch)))
     first, rest = (method.step(prepared.rows(rows)) for rows in (slice(0, cut), slice(cut, None)))
     assert first.totals == first.count()
@@ -197,14 +200,14 @@ def test_detach(method, batch, data):
         if getattr(batch, name) is not None
     }
     batch = batch.replace(**alive)
-    loss = method.loss(method.prepare(batch)).loss
+    loss = method.loss(one_step(method, batch)).loss
     grads = torch.autograd.grad(loss, list(alive.values()), allow_unused=True)
     for name, grad in zip(alive, grads, strict=True):
         if name != "logp":
             assert grad is None or (grad == 0).all(), name
     if "detach" in method.breaks:
         return
-    prepared, step = method.prepare(batch), 1e-6
+    prepared, step = one_step(method, batch), 1e-6
     analytic = grads[list(alive).index("logp")]
     ratio = method.loss(prepared).tokens["ratio"]
     for i, j in prepared.mask.nonzero()[:6].tolist():
@@ -247,7 +250,7 @@ def test_equal_rewards_and_groups_of_one(method, examples):
         reward=torch.tensor([0.1, 0.1, 0.7]),
         group=torch.tensor([0, 0, 1]),
     )
-    prepared = method.prepare(batch)
+    prepared = one_step(method, batch)
     assert (prepared.advantage[:2] == 0).all()
     alone = 0.7 if method.options.get("singleton") == "reward" and not method.filter_groups else 0.0
     assert prepared.advantage[2].tolist() == pytest.approx([alone, alone])
@@ -304,6 +307,7 @@ def unclamped(batch: hapo.TokenBatch) -> hapo.TokenBatch:
 
 DAPO = ("dapo", {"filter_groups": False})
 GRPO = ("grpo", {"kl_coef": 0.0})
+UNBOUNDED = {"eps_low": 1 - 1e-5, "eps_high": 1e9}
 LIMITS = [
     (
         ("archer", {"kl_coef": 0.04, "kl_reasoning": 0.04, "eps_reasoning": 0.2}),
@@ -330,7 +334,7 @@ LIMITS = [
 @given(batch=batches())
 def test_limits(one, other, batch):
     a, b = hapo.method(one[0], **one[1]), hapo.method(other[0], **other[1])
-    p, q = a.prepare(batch), b.prepare(batch)
+    p, q = one_step(a, batch), one_step(b, batch)
     assert torch.equal(p.advantage, q.advantage)
     assert (a.factor is None, p.stats) == (b.factor is None, q.stats) or one[1].get("components") == ""
     out, reference = a.loss(p), b.loss(q)
@@ -353,6 +357,8 @@ GRADIENT_LIMITS = [
     (("gspo", {"eps_low": 0.2, "eps_high": 0.2}), GRPO, one_token),
     (("gtpo", {}), ("grpo_s", {}), one_token),
     (("rloo", {}), ("rloo", {"clip": (0.2, 0.2)}), on_policy),
+    (("sapo", {}), GRPO, on_policy),
+    (("sapo", {"tau_pos": 1e-7, "tau_neg": 2e-7}), ("grpo", {"kl_coef": 0.0, **UNBOUNDED}), unclamped),
 ]
 """The same up to rounding, and for the gradient alone: values differ where a surrogate holds a stop-gradient."""
 
@@ -377,6 +383,14 @@ def test_rloo_is_dr_grpo_times_n_over_n_minus_one(batch):
         assert torch.equal(x, y)
 
 
+@every_method
+def test_bounds_are_recorded_where_the_method_has_any(method, examples):
+    batch = ordinary()
+    high = method.loss(one_step(method, batch)).tokens["high"]
+    bounded = "bounds" in options_of(method.name).stages or method.options.get("clip")
+    assert (high < torch.inf).all() if bounded else (high == torch.inf).all()
+
+
 def test_every_method_has_a_limit():
     pairs = [*LIMITS, *GRADIENT_LIMITS, (("rloo", {}), ("dr_grpo", {}))]
     assert {name for pair in pairs for name, _ in pair[:2]} == {*hapo.methods()}
@@ -395,6 +409,7 @@ def ordinary() -> hapo.TokenBatch:
         old_logp=old,
         logp=(old + rand(0.7) - 0.35).requires_grad_(),
         ref_logp=old - rand(0.5),
+        sampler_logp=old + rand(0.6) - 0.3,
         old_entropy=rand(2),
         entropy=rand(2),
         reward=torch.tensor([1.0, 0, 1, 0, 0, 1, 1, 0], dtype=torch.float64),
@@ -406,7 +421,7 @@ def breach_of_split(method: hapo.Method) -> float:
     """Relative change of the gradient when the batch is cut in two, or padded."""
     batch = ordinary()
     _, whole = gradient(method, batch)
-    prepared = method.prepare(batch)
+    prepared = one_step(method, batch)
     halves = sum(method.loss(prepared.rows(rows)).loss for rows in (slice(0, 4), slice(4, 8)))
     (split,) = torch.autograd.grad(halves, batch.logp)
     pad = {
@@ -423,7 +438,7 @@ def breach_of_split(method: hapo.Method) -> float:
 def breach_of_detach(method: hapo.Method) -> float:
     """Largest distance of the gradient from the derivative of the loss, relative to the largest entry."""
     batch, step = ordinary(), 1e-6
-    prepared = method.prepare(batch)
+    prepared = one_step(method, batch)
     _, analytic = gradient(method, batch)
     numeric = torch.zeros_like(analytic)
     for i, j in prepared.mask.nonzero().tolist():

@@ -47,6 +47,7 @@ LOSSES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({**DAPO, **TRUNCATE}, "dapo", {**ALL, "sampler_cap": 2.0}),
     ({"loss_type": "cispo", "epsilon_high": 1.28}, "cispo", ALL),
     ({"loss_type": "cispo", "epsilon_high": 5.0, **KL}, "cispo", {**ALL, "is_weight_cap": 5.0, "kl_coef": 0.04}),
+    ({"loss_type": "sapo"}, "sapo", {}),
     (SEQUENCE, "gspo", WIDE),
     ({**SEQUENCE, **KL}, "gspo", {**WIDE, "kl_coef": 0.04}),
     (TOP, "forking_tokens", {**ALL, "normaliser": "valid"}),
@@ -62,7 +63,7 @@ def test_losses(config, name, options, record):
     def measure(batch: hapo.TokenBatch) -> tuple[float, float]:
         if trainer.use_vllm:
             batch = batch.replace(sampler_logp=batch.ref_logp)  # any other log-probs will do
-        prepared = method.prepare(batch)
+        prepared = method.step(method.prepare(batch))
         weight = trainer.rollout(prepared).get("importance_sampling_ratio")
         theirs = trainer.loss(prepared, importance_sampling_ratio=weight)
         return differences(theirs, ours(method, prepared), batch.logp)
@@ -85,7 +86,7 @@ def test_advantages(trainer, config, name, options, record):
     method, trl = hapo.method(name, **options), trainer(**config)
 
     def measure(batch: hapo.TokenBatch) -> tuple[float]:
-        prepared = method.prepare(batch)
+        prepared = method.step(method.prepare(batch))
         theirs = trl.rollout(prepared)["advantages"].unsqueeze(1) * batch.mask
         return ((theirs - prepared.advantage).abs().max().item(),)
 
@@ -116,7 +117,7 @@ def test_rloo_on_policy(record):
     trl, method = trl_code.rloo(beta=0.0), hapo.method("rloo")
 
     def measure(batch: hapo.TokenBatch) -> tuple[float]:
-        prepared = method.prepare(batch)
+        prepared = method.step(method.prepare(batch))
         theirs = trl.loss(prepared, advantages=prepared.advantage[:, 0])
         return differences(theirs, ours(method, prepared), batch.old_logp)[1:]
 
@@ -128,7 +129,7 @@ def test_rloo_on_policy(record):
 def test_rloo_off_policy_differs():
     """TRL clips the ratio of the whole response, a product over its tokens; we clip token ratios."""
     trl, method = trl_code.rloo(beta=0.0), hapo.method("rloo", clip=(0.2, 0.2))
-    prepared = method.prepare(random_batch(0, groups="even"))
+    prepared = method.step(method.prepare(random_batch(0, groups="even")))
     theirs = trl.loss(prepared, advantages=prepared.advantage[:, 0])
     product = method.replace(
         ratio=lambda logp, old, mask: ((logp - old) * mask).sum(-1, keepdim=True).exp() + 0 * logp
@@ -141,7 +142,7 @@ def test_rloo_off_policy_differs():
 def test_kl_is_weighted_by_the_ratio_by_default():
     """TRL multiplies k3 by the importance ratio, gradient included, unless use_bias_correction_kl=False."""
     method = hapo.method("grpo", kl_coef=0.04)
-    prepared = method.prepare(random_batch(0))
+    prepared = method.step(method.prepare(random_batch(0)))
     theirs = trl_code.grpo(loss_type="grpo", beta=0.04).loss(prepared)
     assert min(differences(theirs, ours(method, prepared), prepared.logp)) > 1e-4
 
@@ -159,7 +160,7 @@ def test_rows_without_tokens_are_counted(loss_type, name):
     batch = random_batch(0)
     batch = batch.replace(mask=batch.mask & (torch.arange(16) % 4 > 0).unsqueeze(1))
     method = hapo.method(name, kl_coef=0.0, length_limit=64)
-    prepared = method.prepare(batch)
+    prepared = method.step(method.prepare(batch))
     theirs = trl_code.grpo(loss_type=loss_type, max_completion_length=64).loss(prepared)
     assert differences(theirs, ours(method, prepared), batch.logp)[1] > 0.3
     assert max(differences(lambda x: theirs(x) * 16 / 12, ours(method, prepared), batch.logp)) <= TOLERANCE
@@ -170,7 +171,7 @@ def test_log_ratios_are_not_clamped():
     method = hapo.method("grpo", kl_coef=0.0)
     batch = random_batch(0)
     far = batch.replace(logp=batch.old_logp + 25.0)
-    prepared = method.prepare(far)
+    prepared = method.step(method.prepare(far))
     prepared = prepared.replace(advantage=-prepared.mask.double())
     theirs = trl_code.grpo(loss_type="grpo").loss(prepared)
     value, grad = gradient(theirs, far.logp)
@@ -182,7 +183,7 @@ def test_log_ratios_are_not_clamped():
 def test_delta_below_the_clip_bound():
     """TRL's delta is a dual clip only above 1 + eps_high. Below, the two change places."""
     method = hapo.method("grpo", kl_coef=0.0, dual_clip=1.1)
-    prepared = method.prepare(random_batch(0))
+    prepared = method.step(method.prepare(random_batch(0)))
     theirs = trl_code.grpo(loss_type="grpo", delta=1.1).loss(prepared)
     assert min(differences(theirs, ours(method, prepared), prepared.logp)) > 1e-3
     swapped = hapo.method("grpo", kl_coef=0.0, eps_high=0.1, dual_clip=1.2)
@@ -192,7 +193,7 @@ def test_delta_below_the_clip_bound():
 def test_token_means_are_taken_over_the_rollout_batch():
     """With two optimiser steps a rollout batch, dapo divides each by half of all tokens, we by the step's own."""
     method = hapo.method("dapo", eps_high=0.2, filter_groups=False)
-    prepared = method.prepare(random_batch(0))
+    prepared = method.step(method.prepare(random_batch(0)))
     trainer = trl_code.grpo(rows=8, loss_type="dapo", steps_per_generation=2)
     for rows in (slice(0, 8), slice(8, 16)):
         step = method.step(prepared.rows(rows))

@@ -74,6 +74,7 @@ LOSSES: list[tuple[str, str, str, dict[str, Any], str, dict[str, Any]]] = [
     ("grpo", "gspo", MEAN, {}, "gspo", GSPO),
     ("grpo", "gspo", MEAN, {"rollout_is": "token"}, "gspo", {**GSPO, "form": "token"}),
     ("grpo", "cispo", TOKENS, {}, "cispo", CISPO),
+    ("grpo", "sapo", MEAN, {}, "sapo", REWARD),
     ("grpo", "cispo", TOKENS, {"rollout_is": "token", "kl_loss_coef": 0.04}, "cispo", {**CISPO, "kl_coef": 0.04}),
     ("rloo", "vanilla", SUM, OFF, "rloo", {**REWARD, "clip": (0.2, 0.2)}),
     ("rloo_vectorized", "vanilla", SUM, OFF, "rloo", {"clip": (0.2, 0.2)}),

@@ -128,6 +128,8 @@ class TokenBatch:
             if value.device != self.mask.device:
                 raise ValueError(f"{f.name} is on {value.device}, mask on {self.mask.device}; move them together")
             if f.name == "keep":
+                if value.dtype != torch.bool:
+                    raise ValueError(f"keep must be a bool tensor, got {value.dtype}")
                 continue
             if f.name == "group":
                 if value.is_floating_point() or value.is_complex():

@@ -64,7 +64,7 @@ class Method:
     sampler_cap: float | None = 2.0
     """Prepare. Weight min(exp(old - sampler), cap) on tokens whose `sampler_logp` is known; None: no weight."""
     keep: Callable[[TokenBatch], Bool[Tensor, "B T"]] | None = None
-    """Step. Tokens that enter the loss; sees advantage and signal."""
+    """Step. Tokens that enter the loss; sees what prepare made, so no live signal."""
     live_keep: bool = False
     """`keep` reads the current policy: step() needs logp and entropy of all rows of the step."""
     factor: Callable[[Tensor, EntropyStats], Tensor] | None = None
@@ -93,7 +93,10 @@ class Method:
         return f"Method({self.name!r}{', ' if options else ''}{options})"
 
     def replace(self, **changes: Any) -> Method:
-        """A copy with other choices for some stages."""
+        """A copy with other choices for some stages; its options say which, so that records and checkpoints do."""
+        if self.options and "options" not in changes:
+            kept = {k: v for k, v in self.options.items() if k not in changes}
+            changes["options"] = {**kept, "replaced": sorted({*kept.get("replaced", ()), *changes})}
         return replace(self, **changes)
 
     def prepare(self, batch: TokenBatch) -> TokenBatch:
@@ -101,12 +104,12 @@ class Method:
 
         Call it once on the whole rollout batch, all ranks together: group means, statistics and advantages are
         taken here and nowhere else. Where the rollout batch is used for several optimiser steps, call `step` on
-        the rows of each. With `live_keep` and no `logp` yet, no step is made: `step` must be called.
+        the rows of each. With `live_keep` no step is made here: `step` must be called in any case.
 
         Raises:
             ValueError: a field that this method reads is missing.
         """
-        batch = _frozen(batch)
+        batch = _frozen(batch).replace(**dict.fromkeys(("signal", "weight", "keep", "stats", "totals")))
         if self.filter_groups:
             verdict = batch.reward if batch.verdict is None else batch.verdict
             rows = mixed_groups(verdict, batch.group, batch.mask.any(-1))
@@ -121,9 +124,7 @@ class Method:
         if self.sampler_cap is not None and batch.sampler_logp is not None:
             weight = truncated_correction(batch.old_logp, batch.sampler_logp, self.sampler_cap)
             batch = batch.replace(weight=masked(weight.detach(), batch.mask))
-        if self.live_keep and batch.logp is None:
-            return batch.replace(keep=None, totals=None)
-        return self.step(batch)
+        return batch if self.live_keep else self.step(batch)
 
     def step(self, batch: TokenBatch) -> TokenBatch:
         """These rows of a prepared batch as one optimiser step: the tokens that it keeps, and its totals, frozen.
@@ -155,9 +156,10 @@ class Method:
         if batch.advantage is None:
             raise ValueError("loss() got a batch without advantages: call method.prepare(batch) first")
         if batch.totals is None or (self.keep is not None and batch.keep is None):
+            what = "keeps tokens by the current policy" if self.live_keep else "did not prepare this batch"
             raise ValueError(
-                f"method {self.name!r} keeps tokens by the current policy: call method.step(batch) on all rows of "
-                "the optimiser step, with its logp and entropy, before loss()"
+                f"method {self.name!r} {what}: call method.step(batch) on all rows of the optimiser step, after "
+                "prepare() and before loss()"
             )
         if batch.logp is None:
             raise ValueError("loss() needs TokenBatch.logp, the log-probs under the current policy")
@@ -186,14 +188,15 @@ class Method:
         if batch.keep is not None:
             per_token["kept"] = kept
         if self.reshape is not _no_reshape:
-            per_token["redistributed"] = advantage != batch.advantage
+            per_token["reshaped"] = advantage != batch.advantage
+        if batch.ref_logp is not None:
+            per_token["kl"] = k3(batch.logp, batch.ref_logp)
         if self.kl_coef:
             if batch.ref_logp is None:
                 raise ValueError(
                     f"method {self.name!r} has a KL penalty and needs TokenBatch.ref_logp, the log-probs under "
                     "the reference policy; set it, or kl_coef=0 for no penalty"
                 )
-            per_token["kl"] = k3(batch.logp, batch.ref_logp)
             coefficient = self.kl_coef(signal, batch.mask) if callable(self.kl_coef) else self.kl_coef
             # The penalty acts on every valid token, also on those that `keep` takes out of the surrogate.
             everywhere = replace(batch.totals, kept=batch.totals.tokens)

@@ -243,6 +243,31 @@ def test_beta_is_the_method_s_own_unless_it_is_set(tmp_path):
         tiny.trainer(tmp_path, method_object=hapo.method("grpo"), beta=0.0)
 
 
+def test_a_choice_of_tokens_of_the_user_sees_what_prepare_made(tmp_path):
+    seen = []
+
+    def keep(batch):
+        seen.append((batch.weight, batch.sampler_logp, batch.verdict, batch.totals))
+        return batch.weight < 1.5
+
+    mine = hapo.method("dapo", filter_groups=False).replace(name="mine", keep=keep, kl_coef=0.0)
+    trainer = tiny.trainer(tmp_path, method_object=mine, method="dapo", gradient_accumulation_steps=2, max_steps=2)
+    trainer.train()
+    assert all(None not in fields[:3] for fields in seen)
+    assert 0 < trainer.state.log_history[-2]["kept"] <= 1
+    with pytest.raises(TypeError, match="a name goes into HAPOConfig"):
+        tiny.trainer(tmp_path, method_object="dapo")
+
+
+def test_a_replaced_penalty_trains(tmp_path):
+    tiny.model().save_pretrained(tmp_path / "model")
+    mine = hapo.method("dapo").replace(name="mine", kl_coef=0.1)
+    trainer = tiny.trainer(tmp_path / "run", str(tmp_path / "model"), method_object=mine, max_steps=2)
+    trainer.train()
+    assert trainer.beta == 0.1
+    assert "kl" in trainer.state.log_history[0]
+
+
 def test_any_method_object_trains(tmp_path):
     from hapo.parts.advantage import group_advantage
 
@@ -277,7 +302,7 @@ def test_the_default_schedule_takes_four_updates(tmp_path):
         ({"epsilon": 0.3}, 'set method_options={"eps_low"'),
         ({"scale_rewards": "batch"}, "scale_rewards='batch'"),
         ({"top_entropy_quantile": 0.2}, "top_entropy_quantile=0.2"),
-        ({"entropy_coef": 0.01}, "no method has an entropy bonus"),
+        ({"entropy_coef": 0.01}, "no method has an entropy term"),
         ({"importance_sampling_level": "sequence"}, "choose method="),
         ({"vllm_importance_sampling_mode": "sequence_mask"}, "per token, truncated"),
         ({"vllm_importance_sampling_correction": False}, "sampler_cap"),

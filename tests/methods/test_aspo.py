@@ -79,3 +79,10 @@ def test_aspo_dual_clip_and_wider_bounds_of_uncertain_tokens():
     close(grad, [[0.0, 0.0, -1 / 1.3 / 3]])
     close(out.tokens["low"], [[0.2, 0.2, 0.4]])
     close(out.tokens["high"], [[0.2, 0.2, 0.4]])
+
+
+def test_aspo_without_caps():
+    """A cap may be infinite: then the weight is 1/r, or r, alone."""
+    batch = example(old=logs([[0.5, 0.5]]), new=logs([[0.05, 0.5]]), entropy=[[1.0, 1.0]], reward=[1.0])
+    _, grad, _ = loss_and_grad(hapo.method("aspo", kl_coef=0.0, c_pos=math.inf), batch, torch.ones(1, 2))
+    close(grad, [[-10 / 2, -1 / 2]], atol=1e-5)

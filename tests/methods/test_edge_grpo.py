@@ -56,3 +56,16 @@ def test_edge_grpo_borders():
     clamped = hapo.method("edge_grpo", clamp=(0.1, 10.0)).prepare(certain).advantage[:, 0]
     assert clamped[0].item() == pytest.approx(base[0, 0].item() / 0.1)
     assert clamped[1].item() == pytest.approx(base[1, 0].item() * 0.75)
+
+
+@pytest.mark.parametrize("variant", ["paper", "release"])
+def test_edge_grpo_leaves_certain_groups_alone_and_counts_no_empty_row(variant):
+    method = hapo.method("edge_grpo", variant=variant)
+    batch = worked_batch()
+    certain = method.prepare(batch.replace(old_entropy=torch.zeros_like(batch.old_entropy)))
+    torch.testing.assert_close(certain.advantage, hapo.method("grpo").prepare(batch).advantage)
+    empty = batch.mask.clone()
+    empty[1] = False
+    rows = [0, 2, 3, 4, 5]
+    dropped = method.prepare(batch.replace(mask=empty)).advantage[rows]
+    torch.testing.assert_close(dropped, method.prepare(batch.rows(rows)).advantage)

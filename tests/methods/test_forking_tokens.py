@@ -5,7 +5,7 @@ import torch
 
 import hapo
 from hapo.parts.keep import most_uncertain
-from tests.examples import ENTROPY, OLD, close, loss_and_grad, on_tokens, padded, worked_batch
+from tests.examples import ENTROPY, OLD, close, loss_and_grad, on_tokens, one_step, padded, worked_batch
 
 
 @pytest.mark.parametrize(
@@ -15,7 +15,7 @@ from tests.examples import ENTROPY, OLD, close, loss_and_grad, on_tokens, padded
 def test_forking_tokens(normaliser, loss, grad):
     batch = worked_batch()
     method = hapo.method("forking_tokens", rho=0.2, filter_groups=False, normaliser=normaliser)
-    prepared = method.prepare(batch)
+    prepared = one_step(method, batch)
     close(prepared.keep, [[1, 0, 0, 0], [1, 0], [0, 1, 0], [0, 0], [0, 0, 0], [0, 1]])
     assert batch.entropy[prepared.keep].min().item() == pytest.approx(0.9, abs=1e-6)
     assert prepared.totals == hapo.StepTotals(sequences=6, tokens=16, kept=4)
@@ -52,6 +52,6 @@ def test_forking_tokens_goes_by_the_order_of_entropies():
     h, mask = padded(ENTROPY), ~padded(ENTROPY).isnan()
     assert torch.equal(most_uncertain(h, mask, 0.4), most_uncertain((3 * h).exp(), mask, 0.4))
     batch = worked_batch(old_entropy=-padded(ENTROPY) + 3)
-    current = hapo.method("forking_tokens").prepare(batch).keep
-    at_rollout = hapo.method("forking_tokens", entropy_source="old").prepare(batch).keep
+    current = one_step(hapo.method("forking_tokens"), batch).keep
+    at_rollout = one_step(hapo.method("forking_tokens", entropy_source="old"), batch).keep
     assert not (current & at_rollout).any()

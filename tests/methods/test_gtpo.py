@@ -83,3 +83,19 @@ def test_gtpo_padded_keeps_the_sign_and_own_balances_each_sign():
     assert own[CORRECT].sum().item() == pytest.approx(0, abs=1e-6)
     alone = hapo.method("gtpo").prepare(batch.replace(group=torch.arange(4))).advantage
     assert (alone == 0).all()
+
+
+@pytest.mark.parametrize("name", ["gtpo", "grpo_s"])
+def test_entropies_that_hardly_differ_are_compared_in_float64(name):
+    """ "own" divides by their small spread: float32 shares would lose three digits there."""
+    batch = shares_batch()
+    similar = 1.0 + 1e-3 * batch.old_entropy
+    results = [
+        hapo.method(name, normalisation="own")
+        .prepare(
+            batch.replace(old_entropy=h, old_logp=batch.old_logp.to(h.dtype), reward=batch.reward.to(h.dtype))
+        )
+        .advantage
+        for h in (similar, similar.double())
+    ]
+    torch.testing.assert_close(results[0].double(), results[1], rtol=1e-5, atol=1e-5)

@@ -8,8 +8,14 @@ import pytest
 import torch
 
 import hapo
+from hapo.parts.reduce import token_mean
+from tests.examples import OLD, one_step, padded, worked_batch
 
 OPTIONS = [
+    ("gspo", {"eps_low": "3e-4"}, "eps_low must be a number, got '3e-4' (YAML takes 3e-4 for a word"),
+    ("cispo", {"trust_region": (0.2, float("nan"))}, "trust_region is NaN"),
+    ("hapo", {"components": "BCD", "temperature": {}}, "temperature must be None where component A is off"),
+    ("stapo", {"variant": "release"}, "method 'stapo' has no option 'variant'"),
     ("hapo", {"temperature": {"tau": 1.0}}, "tau must be in [0, 1)"),
     ("hapo", {"temperature": {"tau": float("nan")}}, "tau is NaN"),
     ("hapo", {"temperature": {"t_min": 0.0}}, "t_min must be"),
@@ -103,13 +109,13 @@ def test_the_contract_is_checked_at_the_door():
     with pytest.raises(ValueError, match="needs TokenBatch.ref_logp"):
         hapo.method("grpo").loss(hapo.method("grpo").prepare(current))
     with pytest.raises(ValueError, match="reads TokenBatch.entropy, and it is missing"):
-        hapo.method("forking_tokens").prepare(current)
+        one_step(hapo.method("forking_tokens"), current)
     with pytest.raises(ValueError, match="reads TokenBatch.entropy"):
         hapo.method("entropy_adv").loss(hapo.method("entropy_adv").prepare(current))
 
 
 def test_a_choice_by_the_current_policy_needs_a_step():
-    """Without `logp` prepare() leaves it to step(), and loss() says so."""
+    """prepare() leaves it to step(), and loss() says so."""
     method = hapo.method("forking_tokens")
     batch = hapo.TokenBatch(
         mask=torch.ones(2, 3, dtype=torch.bool),
@@ -121,3 +127,18 @@ def test_a_choice_by_the_current_policy_needs_a_step():
     with pytest.raises(ValueError, match="call method.step"):
         method.loss(prepared)
     assert method.step(prepared).totals == hapo.StepTotals(sequences=2, tokens=6, kept=2)
+
+
+def test_a_batch_is_prepared_anew():
+    """Nothing of an earlier preparation, by another method, stays."""
+    batch = worked_batch(sampler_logp=padded(OLD) + 0.1)
+    first = hapo.method("hapo").prepare(batch)
+    again = hapo.method("dapo", sampler_cap=None).prepare(first)
+    assert (again.signal, again.weight, again.stats, again.keep) == (None, None, None, None)
+
+
+def test_a_replaced_stage_is_in_the_options():
+    method = hapo.method("grpo").replace(kl_coef=0.1, name="mine").replace(reduce=token_mean)
+    assert method.options["replaced"] == ["kl_coef", "name", "reduce"]
+    assert "kl_coef" not in method.options
+    assert "reduce" in repr(method)

@@ -8,7 +8,7 @@ import torch
 import hapo
 from hapo.parts.entropy import masked_quantile
 from hapo.parts.keep import not_spurious
-from tests.examples import close, example, logs, loss_and_grad, on_tokens
+from tests.examples import close, example, logs, loss_and_grad, on_tokens, one_step
 
 T = torch.tensor
 
@@ -37,7 +37,7 @@ def stapo_batch() -> hapo.TokenBatch:
 )
 def test_stapo(options, dropped, loss):
     batch, method = stapo_batch(), hapo.method("stapo", **options)
-    prepared = method.prepare(batch)
+    prepared = one_step(method, batch)
     close(prepared.advantage, on_tokens([0.866024, -0.866024, 0.866024, -0.866024], P))
     assert (batch.mask & ~prepared.keep).nonzero().tolist() == [list(at) for at in dropped]
     assert prepared.totals == hapo.StepTotals(sequences=4, tokens=14, kept=14 - len(dropped))
@@ -59,14 +59,14 @@ def test_stapo_thresholds_and_gradient():
 
 def test_stapo_silences_the_dropped_and_rescales_the_others():
     batch = stapo_batch()
-    keep = hapo.method("stapo").prepare(batch).keep
+    keep = one_step(hapo.method("stapo"), batch).keep
     _, grad, _ = loss_and_grad(hapo.method("stapo"), batch)
     _, unmasked, _ = loss_and_grad(hapo.method("dapo", filter_groups=False), batch)
     torch.testing.assert_close(grad, torch.where(keep, unmasked * 14 / 11, 0.0))
 
 
 def test_stapo_drops_more_as_q_rises_and_never_the_most_uncertain_candidate():
-    kept = [hapo.method("stapo", q=q).prepare(stapo_batch()).keep for q in (0.0, 0.3, 0.6, 0.9, 1.0)]
+    kept = [one_step(hapo.method("stapo", q=q), stapo_batch()).keep for q in (0.0, 0.3, 0.6, 0.9, 1.0)]
     assert all((later <= earlier).all() for earlier, later in pairwise(kept))
     assert kept[0].sum() == 14
     assert kept[-1].sum() == 11

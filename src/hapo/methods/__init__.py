@@ -16,6 +16,7 @@ from . import (  # noqa: F401 - importing a method registers it
     gtpo,
     hapo,
     rloo,
+    sapo,
     stapo,
 )
 from ._options import AdaptiveTemperature, ClippedOptions, Options, Paper

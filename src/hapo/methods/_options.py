@@ -55,7 +55,7 @@ class AdaptiveTemperature:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        refuse_nan(self)
+        check_numbers(self)
         one_of("law", self.law, ("bounded", "zscore"))
         one_of("variant", self.variant, ("paper", "release"))
         if self.law == "bounded":
@@ -110,7 +110,7 @@ class Options(ABC):
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        refuse_nan(self)
+        check_numbers(self)
         require(self.kl_coef >= 0, "kl_coef", self.kl_coef, ">= 0")
         require(self.sampler_cap is None or self.sampler_cap > 0, "sampler_cap", self.sampler_cap, "> 0, or None")
         one_of("singleton", self.singleton, ("zero", "reward"))
@@ -144,11 +144,11 @@ class ClippedOptions(Options):
     """Options of the methods that hold the ratio between bounds."""
 
     eps_low: float = 0.2
-    """Lower clip range (default of verl and TRL)."""
+    """Lower clip range: 0.2 where a paper states one (but GSPO's), and in verl and TRL."""
     eps_high: float = 0.2
-    """Upper clip range (default of verl and TRL)."""
+    """Upper clip range: 0.2 in GRPO's successors without clip-higher, and in verl and TRL."""
     dual_clip: float | None = None
-    """Cap c > 1 on the ratio of negative advantages; off in the papers (verl: always on, 3)."""
+    """Cap c > 1 on the ratio of negative advantages, without a gradient beyond; off here (verl: always on, 3)."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -199,15 +199,26 @@ def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
 def pair(name: str, value: Any, condition: str) -> tuple[float, float]:
     """A pair of numbers, as it comes from Python, YAML or the command line."""
     require(isinstance(value, (tuple, list)) and len(value) == 2, name, value, condition)
+    for x in value:
+        check_number(name, x)
     return float(value[0]), float(value[1])
 
 
-def refuse_nan(options: Any) -> None:
-    """Raise a ValueError where an option is NaN."""
+def check_number(name: str, value: Any) -> None:
+    """Raise a ValueError unless the value is a number, and not NaN."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        hint = " (YAML takes 3e-4 for a word: write 3.0e-4)" if isinstance(value, str) else ""
+        raise ValueError(f"{name} must be a number, got {value!r}{hint}")
+    if math.isnan(value):
+        raise ValueError(f"{name} is NaN")
+
+
+def check_numbers(options: Any) -> None:
+    """`check_number` on every option that is declared as one."""
     for f in fields(options):
         value = getattr(options, f.name)
-        if isinstance(value, float) and math.isnan(value):
-            raise ValueError(f"{f.name} is NaN")
+        if str(f.type).removesuffix(" | None") in ("float", "int") and value is not None:
+            check_number(f.name, value)
 
 
 def check_names(what: str, given: Iterable[str], known: list[str]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict, fields
 from typing import Any, TypeVar
 
 from ..method import Method
-from ._options import AdaptiveTemperature, Options, check_names, nearest
+from ._options import Options, check_names, nearest
 
 REGISTRY: dict[str, type[Options]] = {}
 
@@ -33,8 +33,8 @@ def method(name: str, **options: Any) -> Method:
     """
     cls = options_of(name)
     known = [f.name for f in fields(cls)]
-    for key in {f.name for f in fields(AdaptiveTemperature)} - {*known}:
-        if key in options:
+    for key in ("tau", "law", "t_min", "t_max"):
+        if key in options and key not in known:
             raise ValueError(f"{key} belongs to the temperature: temperature={{{key!r}: {options[key]!r}}}")
     check_names(f"method {name!r}", options, known)
     built = cls(**options)

@@ -102,9 +102,8 @@ class Archer(Options):
     def _kl_weight(self, signal: Tensor | None, mask: Tensor) -> Tensor:
         assert signal is not None
         gate = signal > 0
-        knowledge, reasoning = torch.as_tensor(self.kl_coef), torch.as_tensor(self.kl_reasoning)
+        weight = torch.full_like(signal, self.kl_coef).masked_fill(gate, self.kl_reasoning)
         if self.variant == "release":
             n, gated = mask.sum(), (mask & gate).sum()
-            knowledge = knowledge * n / (n - gated).clamp_min(1)
-            reasoning = reasoning * n / gated.clamp_min(1)
-        return torch.where(gate, reasoning, knowledge).to(signal.dtype)
+            weight = weight * n / torch.where(gate, gated, n - gated).clamp_min(1)
+        return weight

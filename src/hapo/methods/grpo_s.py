@@ -63,7 +63,7 @@ class GRPOS(EntropyShaped):
         return super().build().replace(ratio=ratio, reduce=sequence_mean)
 
     def _advantage(self, batch: TokenBatch) -> Tensor:
-        entropy = mean_entropy(self._entropy(batch), batch.mask).to(batch.old_logp.dtype).unsqueeze(1)
+        entropy = mean_entropy(self._entropy(batch), batch.mask).unsqueeze(1)
         rows = batch.mask.any(-1, keepdim=True)
         advantage = self._shaped(batch, entropy, rows, self.beta1, self.beta2, self.normalisation)
         return advantage.expand(batch.mask.shape)

@@ -48,4 +48,12 @@ class GSPO(ClippedOptions):
 
     def build(self) -> Method:
         """The method with these options."""
-        return super().build().replace(ratio=partial(sequence_ratio, form=self.form), reduce=sequence_mean)
+        return (
+            super()
+            .build()
+            .replace(
+                ratio=partial(sequence_ratio, form=self.form),
+                reduce=sequence_mean,
+                breaks=frozenset({"detach"} if self.form == "token" else ()),
+            )
+        )

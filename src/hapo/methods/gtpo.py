@@ -61,8 +61,8 @@ class EntropyShaped(ClippedOptions):
         advantage = signed_advantage(shaped, correct, group, mask, normalisation)
         if self.singleton == "reward":
             single = alone(batch.group, mask.any(-1)).unsqueeze(1)
-            advantage = torch.where(single & mask, batch.reward.unsqueeze(1).to(advantage.dtype), advantage)
-        return advantage
+            advantage = torch.where(single & mask, batch.reward.unsqueeze(1).double(), advantage)
+        return advantage.to(batch.old_logp.dtype)
 
 
 @register("gtpo")

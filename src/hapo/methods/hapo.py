@@ -98,7 +98,7 @@ class HAPO(DAPO):
             require(law.variant == self.variant, "temperature variant", law.variant, f"variant = {self.variant!r}")
             object.__setattr__(self, "temperature", law)
         else:
-            require(not self.temperature, "temperature", self.temperature, "None where component A is off")
+            require(self.temperature is None, "temperature", self.temperature, "None where component A is off")
         super().__post_init__()
         one_of("entropy_source", self.entropy_source, ("old", "current"))
         one_of("stats_scope", self.stats_scope, ("batch", "micro_batch"))

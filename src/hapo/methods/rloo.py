@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from ..batch import TokenBatch
 from ..method import Method
 from ..parts.advantage import leave_one_out_advantage
-from ..parts.bounds import Bounds, constant_bounds
+from ..parts.bounds import Bounds, constant_bounds, no_bounds
 from ..parts.reduce import sequence_sum
 from ..parts.surrogate import clipped_surrogate, unclipped_surrogate
 from ._options import Options, Paper, pair, require
@@ -62,15 +61,15 @@ class RLOO(Options):
             .build()
             .replace(
                 kl_coef=0.0,
-                bounds=self._bounds,
+                bounds=self._bounds if self.clip else no_bounds,
                 surrogate=clipped_surrogate if self.clip else unclipped_surrogate,
                 reduce=sequence_sum,
             )
         )
 
     def _bounds(self, ratio: Tensor, signal: Tensor | None) -> Bounds:
-        low, high = self.clip or (1.0, torch.inf)
-        return constant_bounds(ratio, low, high)
+        assert self.clip is not None
+        return constant_bounds(ratio, *self.clip)
 
     def _advantage(self, batch: TokenBatch) -> Tensor:
         reward = batch.reward

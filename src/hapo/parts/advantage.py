@@ -107,7 +107,7 @@ def signed_advantage(
     R, per group, for the tokens of right responses: their shaped rewards, with 0 in the place of every token of
     a wrong response ("padded"), or without these ("own"); likewise for wrong ones. "joint": one R for both,
     the shaped rewards as they are. std has the divisor n - 1; where R spreads by less than 1e-5, or has one
-    element, A is 0. T = 1 makes it an advantage per response (GRPO-S).
+    element, A is 0. Float64. T = 1 makes it an advantage per response (GRPO-S).
     """
     index, k = group_index(group)
     out = torch.zeros_like(shaped, dtype=torch.float64)
@@ -122,7 +122,7 @@ def signed_advantage(
         std = (group_sum(square, index, k)[index].unsqueeze(1) / (n - 1).clamp_min(1)).sqrt()
         advantage = (values - mean) / (std + std_eps)
         out = torch.where(own & (std >= LEAST_STD), advantage, out)
-    return out.to(_dtype(shaped))
+    return out
 
 
 def _centred(

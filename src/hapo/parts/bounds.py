@@ -21,6 +21,11 @@ def constant_bounds(like: Float[Tensor, "B T"], low: float, high: float) -> Boun
     return Bounds(torch.full_like(like, low), torch.full_like(like, high))
 
 
+def no_bounds(ratio: Float[Tensor, "B T"], signal: Float[Tensor, "B T"] | None = None) -> Bounds:
+    """[0, inf) for every token; `signal` is not read."""
+    return constant_bounds(ratio, 1.0, torch.inf)
+
+
 def asymmetric_bounds(signal: Float[Tensor, "B T"], low: float, high: float, alpha: float = 1.0) -> Bounds:
     """Asymmetric adaptive clipping (HAPO, eqs. 12-13).
 
@@ -35,5 +40,5 @@ def asymmetric_bounds(signal: Float[Tensor, "B T"], low: float, high: float, alp
 
 def gated_bounds(gate: Float[Tensor, "B T"], inside: float, outside: float) -> Bounds:
     """Symmetric range `inside` where the gate is positive, `outside` elsewhere (Archer, arXiv 2507.15778)."""
-    width = torch.where(gate.detach() > 0, inside, outside)
+    width = torch.full_like(gate, outside).masked_fill(gate > 0, inside)
     return Bounds(width, width)

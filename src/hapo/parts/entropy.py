@@ -60,8 +60,9 @@ def mean_entropy(entropy: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Fl
 
 
 def log_entropy(entropy: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """log(max(H, 1e-8)), float32."""
-    return entropy.float().clamp_min(LOG_FLOOR).log()
+    """log(max(H, 1e-8)), float32 (float64 stays)."""
+    h = entropy if entropy.dtype == torch.float64 else entropy.float()
+    return h.clamp_min(LOG_FLOOR).log()
 
 
 def entropy_stats(
@@ -99,7 +100,8 @@ def entropy_signal(
     uncertain token, 0 at the pivot, -1 at the most certain one. `variant="release"` computes what the
     authors' code does: the lower branch without its sign, so h >= 0 everywhere.
     """
-    d = log_entropy(entropy.detach()).double() - stats.pivot
+    log_h = log_entropy(entropy.detach())
+    d = log_h.double() - stats.pivot
     up = d / max(stats.h_max, SCALE_FLOOR)
     down = d / max(-stats.h_min, SCALE_FLOOR)
-    return torch.where(d > 0, up, down if variant == "paper" else -down).float()
+    return torch.where(d > 0, up, down if variant == "paper" else -down).to(log_h.dtype)

@@ -18,7 +18,10 @@ LOG_SEQUENCE_RATIO_LIMIT = 10.0
 def token_ratio(
     logp: Float[Tensor, "B T"], old_logp: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"] | None = None
 ) -> Float[Tensor, "B T"]:
-    """r_it = exp(clamp(logp - old_logp, -20, 20)); differentiable in logp only. `mask` is not read."""
+    """r_it = exp(clamp(logp - old_logp, -20, 20)); differentiable in logp only, with no gradient in the clamp.
+
+    `mask` is not read.
+    """
     return (logp - old_logp.detach()).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
 
 
@@ -33,7 +36,8 @@ def sequence_ratio(
     The same number at every valid token of a response. `form="sequence"`: a token's gradient is that of s_i,
     s_i / n_i for each valid token. `form="token"` is GSPO-token, sg(s_i) exp(logp - sg(logp)): each
     token has its own gradient, so that weights may differ within a response; summed over a response both agree
-    wherever the weights do not differ. log s_i is clamped to 10 from above; 1 for a row without valid tokens.
+    wherever the weights do not differ. log s_i is clamped to 10 from above, without a gradient beyond; 1 for a row
+    without valid tokens.
     """
     n = mask.sum(-1, keepdim=True).clamp_min(1)
     difference = (logp - old_logp.detach()) * mask

@@ -71,7 +71,7 @@ def entropy_shaped_reward(
 
     Right responses: base + bonus d_t H_it / sum_k H_kt over the d_t right responses of the group that are alive
     at t. Wrong ones: -base - bonus h_t u_jt / sum_k u_kt with u = 1 / H. Entropies and sums are floored at
-    1e-8 where they are divided by. 0 at masked positions. T = 1, with mean entropies, makes it GRPO-S.
+    1e-8 where they are divided by. 0 at masked positions, float64. T = 1, with mean entropies, makes it GRPO-S.
     """
     index, k = group_index(group)
     key = 2 * index + correct.long()
@@ -82,7 +82,7 @@ def entropy_shaped_reward(
     total = group_sum(share, key, 2 * k)[key].clamp_min(SHARE_FLOOR)
     magnitude = base + bonus * alive * share / total
     signed = torch.where(correct.unsqueeze(1), magnitude, -magnitude)
-    return torch.where(mask, signed, 0.0).to(entropy.dtype)
+    return torch.where(mask, signed, 0.0)
 
 
 def entropy_bonus(
@@ -103,16 +103,18 @@ def relative_entropy(
 ) -> Float[Tensor, "B 1"]:
     """Mean entropy of a response over the mean of these in its group (EDGE-GRPO, arXiv 2507.21848), float64.
 
-    Its mean over a group is 1. Floors at 1e-6, for the group's mean and for the result. `variant="release"`
+    Its mean over a group is 1. The result is floored at 1e-6, and 1 where the group's mean is below that.
+    `variant="release"`
     computes what the authors' code does: means over the padded width, and one mean over the whole batch.
     """
     mean = mean_entropy(entropy, mask)
     rows = mask.any(-1)
     if variant == "release":
         mean = mean * mask.sum(-1)  # the padded width, the same for all rows, cancels
-        reference = mean.sum() / max(len(mean), 1)
+        reference = mean.sum() / rows.sum().clamp_min(1)
     else:
         index, k = group_index(group)
         n = group_sum(rows.double(), index, k).clamp_min(1)
         reference = (group_sum(mean, index, k) / n)[index]
-    return (mean / reference.clamp_min(RELATIVE_FLOOR)).clamp_min(RELATIVE_FLOOR).unsqueeze(1)
+    relative = (mean / reference.clamp_min(RELATIVE_FLOOR)).clamp_min(RELATIVE_FLOOR)
+    return torch.where(reference > RELATIVE_FLOOR, relative, 1.0).unsqueeze(1)

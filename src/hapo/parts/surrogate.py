@@ -132,9 +132,9 @@ def asymmetric_ratio(
     r = ratio.detach()
     lower, upper = 1.0 - bounds.low, 1.0 + bounds.high
     negative = advantage < 0
-    low, high = negative & (r < lower), ~negative & (r > upper)
+    low, high = negative & (r < lower), (advantage > 0) & (r > upper)
     capped = torch.where(negative, r > c_neg, r * c_pos < 1.0)
-    cap = torch.where(negative, c_neg, c_pos)
+    cap = torch.full_like(ratio, c_pos).masked_fill(negative, c_neg).where(capped, 0.0)  # a cap may be inf
     flipped = torch.where(negative, ratio, ratio / r.square())
     loss = -advantage * torch.where(capped, cap * logp, flipped)
     loss = torch.where(low, -advantage * lower, torch.where(high, -advantage / upper, loss))
@@ -143,3 +143,23 @@ def asymmetric_ratio(
         loss = torch.where(beyond, -dual_clip * advantage, loss)
         high = high | beyond
     return Surrogate(loss, low, high)
+
+
+def soft_gate(
+    logp: Float[Tensor, "B T"],
+    ratio: Float[Tensor, "B T"],
+    advantage: Float[Tensor, "B T"],
+    bounds: Bounds,
+    tau_pos: float,
+    tau_neg: float,
+) -> Surrogate:
+    """-f(r) A with f(r) = (4 / tau) sigmoid(tau (r - 1)) (SAPO, arXiv 2511.20347).
+
+    tau is `tau_pos` where A > 0, `tau_neg` elsewhere. d/dlogp = -A r 4 p (1 - p), p = sigmoid(tau (r - 1)): -A at
+    r = 1 whatever tau is, and nearer to 0 the further r is from 1, without an edge. No token counts as clipped.
+    `logp` and `bounds` are not read.
+    """
+    tau = torch.full_like(ratio, tau_neg).masked_fill(advantage > 0, tau_pos)
+    gate = (tau * (ratio - 1.0)).sigmoid() * 4.0 / tau
+    nowhere = torch.zeros_like(ratio, dtype=torch.bool)
+    return Surrogate(-gate * advantage, nowhere, nowhere)

@@ -26,8 +26,19 @@ DECIDED_BY_METHOD = {
     "multi_objective_aggregation": "rewards are summed with reward_weights before the method sees them",
     "top_entropy_quantile": "choose a method that selects tokens",
     "off_policy_mask_threshold": "no method uses it",
-    "entropy_coef": "no method has an entropy bonus",
-    "use_adaptive_entropy": "no method has an entropy bonus",
+    "entropy_coef": "no method has an entropy term in its loss",
+    "use_adaptive_entropy": "no method has an entropy term in its loss",
+    "sapo_temperature_neg": 'set method_options={"tau_neg": ...} of sapo',
+    "sapo_temperature_pos": 'set method_options={"tau_pos": ...} of sapo',
+    "vespo_k_pos": "no method has them",
+    "vespo_k_neg": "no method has them",
+    "vespo_lambda_pos": "no method has them",
+    "vespo_lambda_neg": "no method has them",
+    "entropy_coef_min": "no method has an entropy term in its loss",
+    "entropy_coef_max": "no method has an entropy term in its loss",
+    "entropy_coef_delta": "no method has an entropy term in its loss",
+    "entropy_target": "no method has an entropy term in its loss",
+    "vllm_importance_sampling_cap": "set method_options={'sampler_cap': ...}",
     "use_bias_correction_kl": "the penalty is GRPO's k3",
     "vllm_importance_sampling_mode": "the correction is per token, truncated at method_options['sampler_cap']",
     "vllm_importance_sampling_correction": "set method_options={'sampler_cap': null} for none",
@@ -171,26 +182,25 @@ def cited(method: Method) -> tuple[str, dict[str, str]]:
     return method.name.upper(), {"title": paper.title, "id": paper.arxiv, "citation": entry}
 
 
-def resolve_method(method: Method | str | None, args: HAPOConfig) -> Method:
+def resolve_method(method: Method | None, args: HAPOConfig) -> Method:
     """The method that a trainer was given, or that its config names; `args.beta` then holds its KL weight."""
-    if isinstance(method, Method):
-        weight = method.options.get("kl_coef", 1.0 if callable(method.kl_coef) else method.kl_coef)
+    if method is not None:
+        if not isinstance(method, Method):
+            raise TypeError(f"method must be a Method, got {method!r}; a name goes into HAPOConfig(method=...)")
+        weight = method.kl_coef or method.options.get("kl_coef", 0.0)
+        if callable(weight):
+            weight = method.options.get("kl_coef") or 1.0
         if args.beta is not None and args.beta != weight:
             raise ValueError(f"beta={args.beta} and the method's kl_coef={weight} disagree; set one of them")
         args.beta = weight  # TRL loads a reference model where this is not 0
-        return _with_reference(method, args)
-    if method is not None:
-        args.method = method
+        return method
     if args.beta is None:
         args.beta = options_of(args.method).kl_coef
     options = {**(args.method_options or {}), "kl_coef": args.beta}  # type: ignore[dict-item]
-    return _with_reference(hapo.method(args.method, **options), args)
-
-
-def _with_reference(method: Method, args: HAPOConfig) -> Method:
-    if method.kl_coef and not args.beta:
+    named = hapo.method(args.method, **options)
+    if named.kl_coef and not args.beta:
         raise ValueError(
-            f"method {method.name!r} has a KL penalty, and TRL loads a reference model only with beta > 0: "
+            f"method {named.name!r} has a KL penalty, and TRL loads a reference model only with beta > 0: "
             "set it, or switch the penalty off"
         )
-    return method
+    return named

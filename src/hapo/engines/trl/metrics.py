@@ -17,7 +17,7 @@ NAMES = {
     "ratio": "ratio/mean",
     "kl_old": "kl_old",
     "kept": "kept",
-    "redistributed": "redistributed",
+    "reshaped": "reshaped",
     "kl": "kl",
 }
 """`LossOutput.metrics` -> the name in the log: TRL's where TRL has one."""

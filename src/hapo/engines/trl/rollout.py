@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import IterableDataset
+from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import RepeatSampler
 
 import hapo
@@ -188,7 +190,7 @@ def begin_step(trainer: Any, micro_batches: list[dict[str, Any]]) -> None:
         return
     local_rows = concat_rows([_step_fields(trainer, inputs) for inputs in micro_batches])
     everyone: dict[str, Any] = gather_rows(trainer.accelerator, local_rows)
-    batch = trainer.method.step(hapo.TokenBatch(**everyone))
+    batch = trainer.method.step(hapo.TokenBatch(**everyone, stats=trainer.temperature_stats))
     assert batch.keep is not None
     first = trainer.accelerator.process_index * len(local_rows["mask"])
     for inputs in micro_batches:
@@ -198,21 +200,17 @@ def begin_step(trainer: Any, micro_batches: list[dict[str, Any]]) -> None:
         first += rows
 
 
-def _step_fields(trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    """What Method.step reads of a micro-batch; the current policy's scores only where the method asks."""
-    fields = {
-        "mask": inputs["hapo_mask"],
-        "old_logp": inputs["old_per_token_logps"],
-        "old_entropy": inputs["old_entropies"],
-        "advantage": inputs["hapo_advantage"],
-        "signal": inputs.get("hapo_signal"),
-        "reward": inputs["hapo_reward"],
-        "group": inputs["hapo_group"],
-    }
+def _step_fields(trainer: Any, inputs: dict[str, Any]) -> TensorDict:
+    """The tensors of a micro-batch; the current policy's scores only where the method asks for them."""
+    logp = entropy = None
     if trainer.method.live_keep:
-        with torch.no_grad():
-            fields["logp"], fields["entropy"], _ = trainer._score(trainer.model, inputs)
-    return {name: x for name, x in fields.items() if x is not None}
+        with (
+            torch.no_grad(),
+            disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs),
+        ):
+            logp, entropy, _ = trainer._score(trainer.model, inputs)
+    batch = trainer._batch({**inputs, "hapo_keep": None, "hapo_totals": None}, logp, entropy)
+    return {f.name: x for f in fields(batch) if isinstance(x := getattr(batch, f.name), Tensor)}
 
 
 def _unit(size: int, world: int) -> int:

@@ -51,7 +51,7 @@ class HAPOTrainer(GRPOTrainer):
     exact token count, so the gradient does not depend on the micro-batch size, the accumulation or the ranks.
 
     Args:
-        method: a `Method` of your own, or a name; overrides `args.method` and `args.method_options`.
+        method: a `Method` object, in the place of `args.method` and `args.method_options`.
         model, reward_funcs, args, ...: as in `GRPOTrainer`; `args` is a `HAPOConfig`.
 
     Raises:
@@ -66,7 +66,7 @@ class HAPOTrainer(GRPOTrainer):
         reward_funcs: Any = None,
         args: HAPOConfig | None = None,
         *trl_args: Any,
-        method: Method | str | None = None,
+        method: Method | None = None,
         **trl_kwargs: Any,
     ) -> None:
         if args is None:
@@ -265,8 +265,6 @@ class HAPOTrainer(GRPOTrainer):
         }
         if "ref_per_token_logps" in rollout:
             local["ref_logp"] = rollout["ref_per_token_logps"]
-        if not train:  # an evaluated batch is one step, of the policy that drew it
-            local["logp"], local["entropy"] = local["old_logp"], local["old_entropy"]
         if "sampling_per_token_logps" in rollout:
             # Where vLLM has no log-prob for a token, it counts as drawn from the old policy.
             sampler = rollout["sampling_per_token_logps"]
@@ -292,10 +290,11 @@ class HAPOTrainer(GRPOTrainer):
         if train:
             self._step_metrics.add_rollout(batch)
             self.temperature_stats = batch.stats
-        else:
-            rollout["hapo_totals"] = batch.totals
-            if batch.keep is not None:
-                rollout["hapo_keep"] = batch.keep[rows, :width]
+        else:  # one step, of the policy that drew it
+            step = self.method.step(batch.replace(logp=batch.old_logp, entropy=batch.old_entropy))
+            rollout["hapo_totals"], rollout["hapo_stats"] = step.totals, step.stats
+            if step.keep is not None:
+                rollout["hapo_keep"] = step.keep[rows, :width]
         return rollout
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
@@ -308,22 +307,26 @@ class HAPOTrainer(GRPOTrainer):
 
     # -- loss -----------------------------------------------------------------------------------------------
 
-    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        logps, entropies, aux_loss = self._score(model, inputs)
-        prepared: dict[str, Any] = {name: inputs.get(f"hapo_{name}") for name in (*PREPARED, "keep")}
-        batch = hapo.TokenBatch(
-            **prepared,
-            logp=logps,
+    def _batch(self, inputs: dict[str, Any], logp: Tensor | None, entropy: Tensor | None) -> hapo.TokenBatch:
+        """A micro-batch as the core reads it, with the current policy's scores."""
+        made: dict[str, Any] = {name: inputs.get(f"hapo_{name}") for name in (*PREPARED, "keep", "totals")}
+        return hapo.TokenBatch(
+            **made,
+            logp=logp,
+            entropy=entropy,
             old_logp=inputs["old_per_token_logps"],
+            old_entropy=inputs["old_entropies"],
             ref_logp=inputs.get("ref_per_token_logps"),
             sampler_logp=inputs.get("sampling_per_token_logps"),
-            entropy=entropies.detach(),
-            old_entropy=inputs["old_entropies"],
             reward=inputs["hapo_reward"],
+            verdict=inputs["verdict"].nan_to_num(),
             group=inputs["hapo_group"],
-            totals=inputs["hapo_totals"],
-            stats=self.temperature_stats,
+            stats=inputs.get("hapo_stats", self.temperature_stats),
         )
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        logps, entropies, aux_loss = self._score(model, inputs)
+        batch = self._batch(inputs, logps, entropies.detach())
         out = self.method.loss(batch)
         self._step_metrics.add(out, batch)
         if self._records is not None and self.model.training:
