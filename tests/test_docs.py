@@ -33,7 +33,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"
 SNIPPET = re.compile(r"<!-- runs -->\n```python\n(.*?)```", re.DOTALL)
 SNIPPETS = [
     pytest.param(code, id=f"{page.stem}-{i}")
-    for page in (ROOT / "README.md", DOCS / "start.md", DOCS / "adding_a_method.md")
+    for page in (ROOT / "README.md", DOCS / "sampling.md", DOCS / "start.md", DOCS / "adding_a_method.md")
     for i, code in enumerate(SNIPPET.findall(page.read_text()))
 ]
 

@@ -323,9 +323,11 @@ def test_options_that_cannot_be_honoured_are_refused(tmp_path, options, message)
         tiny.config(tmp_path, **options)
 
 
-def test_vllm_with_adaptive_temperature_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="components"):
-        tiny.trainer(tmp_path, use_vllm=True)
+def test_vllm_with_a_temperature_of_the_user_is_refused(tmp_path):
+    """Requests carry numbers: a law of `AdaptiveTemperature` goes, a function does not."""
+    mine = hapo.method("hapo").replace(factor=lambda entropy, stats: 1.0 + entropy)
+    with pytest.raises(ValueError, match="by a function of its own"):
+        tiny.trainer(tmp_path, use_vllm=True, method_object=mine)
 
 
 def test_dynamic_sampling_from_a_stream_is_refused(tmp_path):

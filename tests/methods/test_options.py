@@ -27,7 +27,11 @@ OPTIONS = [
     ),
     ("dapo", {"temperature": {"tua": 0.1}}, "temperature has no option 'tua'; did you mean 'tau'"),
     ("dapo", {"temperature": 0.1}, "temperature must be a mapping"),
-    ("dapo", {"temperature": {"law": "z-score"}}, "law must be one of 'bounded', 'zscore', got 'z-score'"),
+    (
+        "dapo",
+        {"temperature": {"law": "z-score"}},
+        "law must be one of 'bounded', 'zscore', 'dynatemp', 'edt', got 'z-score'",
+    ),
     ("hapo", {"components": "ABE"}, "components must be made of the letters"),
     ("hapo", {"alpha": 4.0}, "alpha must be below 4"),
     ("hapo", {"beta": 1.5}, "beta must be"),

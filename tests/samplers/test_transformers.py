@@ -10,9 +10,11 @@ import torch
 from scipy.stats import chisquare
 from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from hapo.methods import AdaptiveTemperature
 from hapo.parts.entropy import EntropyStats, entropy_from_logits
 from hapo.parts.temperature import bounded_factor, zscore_factor
-from hapo.samplers.transformers import SamplingRecord, sampling
+from hapo.samplers.rule import TemperatureRule
+from hapo.samplers.transformers import SamplingRecord, TemperedLogits, sampling
 
 PAD, EOS, VOCAB, NEW = 0, [1, 7, 12, 19, 31], 48, 16
 PROMPTS = [[5, 9, 2], [7], [11, 3, 30, 4, 21, 8], [40, 41], [17, 6, 33], [25, 2, 2, 2]]
@@ -148,7 +150,7 @@ def test_all_warpers_and_penalties_are_in_the_recorded_logps(model):
 
 
 def test_draws_follow_the_tempered_distribution(model):
-    n, prompt, factor = 20_000, PROMPTS[0], lambda h: torch.full_like(h, 1.2)
+    n, prompt, factor = 100_000, PROMPTS[0], lambda h: torch.full_like(h, 1.2)
     torch.manual_seed(5)
     with sampling(model, factor):
         out = model.generate(
@@ -216,6 +218,45 @@ def test_generation_that_misses_the_processors_is_an_error(model):
         sampling(model, LAWS["bounded"]),
     ):
         other.generate(**padded(PROMPTS), generation_config=config())
+
+
+def test_a_rule_serves_as_the_law(model, tmp_path):
+    rule = TemperatureRule(AdaptiveTemperature(law="zscore", tau=0.3), STATS)
+    rule.save(tmp_path / "rule.json")
+    loaded = TemperatureRule.load(tmp_path / "rule.json")
+    by_rule = draw(model, "generate", loaded, temperature=0.7)
+    assert by_rule == draw(model, "generate", LAWS["zscore"], temperature=0.7)
+    assert by_rule != draw(model, "generate", None, temperature=0.7)
+
+
+def test_a_decoding_loop_that_drops_the_processors_is_an_error(model):
+    def own_loop(model, input_ids, **kwargs):
+        return input_ids
+
+    with pytest.raises(RuntimeError, match="no generation"), sampling(model, LAWS["bounded"]):
+        model.generate(torch.tensor([PROMPTS[0]]), generation_config=config(), custom_generate=own_loop)
+
+
+def test_a_continuous_batch_that_drops_the_law_is_an_error(model, monkeypatch):
+    monkeypatch.setattr(TemperedLogits, "supports_continuous_batching", False)
+    with pytest.raises(RuntimeError, match="no generation"):
+        draw(model, "generate_batch", LAWS["bounded"])
+
+
+def test_a_manager_from_before_the_block_is_an_error(model):
+    """It holds the processors that it was made with, so neither the first nor a second batch would see the law."""
+    batching = ContinuousBatchingConfig(num_blocks=32, page_size=16, max_batch_tokens=8, return_logprobs=True)
+    kept = model._cached_continuous_batching_manager = model.init_continuous_batching(config(), batching)
+    try:
+        with pytest.raises(RuntimeError, match="no generation"), sampling(model, LAWS["bounded"]):
+            model.generate_batch(PROMPTS, config(), batching)
+        with sampling(model, LAWS["bounded"]):
+            model.generate(**padded(PROMPTS), generation_config=config())
+            with pytest.raises(ValueError, match="second generation"):
+                model.generate_batch(PROMPTS, config(), batching)
+    finally:
+        kept.destroy()
+        del model._cached_continuous_batching_manager
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The command line: `hapo train`, `hapo eval`, `hapo methods`."""
+"""The command line: `hapo train`, `hapo eval`, `hapo calibrate`, `hapo methods`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import hapo
 COMMANDS = {
     "train": ("train", "train a model with verifiable rewards; alone, the embedded demo"),
     "eval": ("evaluate", "accuracy of a model on held-out problems, greedy and sampled"),
+    "calibrate": ("calibrate", "write a temperature rule for decoding, from a model's answers to prompts"),
     "methods": ("methods", "list the methods; with a name, its stages, options and paper"),
 }
 """Command -> (module of this package, one line of help)."""

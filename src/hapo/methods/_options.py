@@ -18,7 +18,7 @@ from ..parts.advantage import group_advantage
 from ..parts.bounds import Bounds, constant_bounds
 from ..parts.entropy import entropy_stats
 from ..parts.surrogate import clipped_surrogate
-from ..parts.temperature import bounded_factor, zscore_factor
+from ..parts.temperature import bounded_factor, dynatemp_factor, edt_factor, zscore_factor
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Paper:
 class AdaptiveTemperature:
     """HAPO's sampling temperature (arXiv 2509.16591, eq. 8): T = T_base (1 + tau h), h the entropy signal.
 
-    It is orthogonal to the loss, so every method takes it: `temperature={"tau": 0.1}`.
+    It is orthogonal to the loss, so every method takes it: `temperature={"tau": 0.1}`. `law` names others.
 
     Raises:
         ValueError: a value is out of its range, named in the message.
@@ -42,26 +42,37 @@ class AdaptiveTemperature:
 
     tau: float = 0.1
     """Strength (paper)."""
-    law: Literal["bounded", "zscore"] = "bounded"
-    """1 + tau clip(h, -1, 1), or the paper's eq. 8 with its z-score, clamped to [t_min, t_max]."""
+    law: Literal["bounded", "zscore", "dynatemp", "edt"] = "bounded"
+    """1 + tau clip(h, -1, 1); the paper's eq. 8 with its z-score, clamped to [t_min, t_max]; or a rule without
+    statistics, llama.cpp's dynamic temperature (1 - tau to 1 + tau) or EDT (0.8^(theta / H))."""
     rho: float = 0.8
     """Quantile of log entropy that is the pivot (paper)."""
     t_min: float = 0.1
-    """Lower clamp of the z-score law, as a factor on T_base (ours; the paper states none)."""
+    """Lower clamp of the z-score law and of EDT, as a factor on T_base (ours; the papers state none)."""
     t_max: float = 2.0
     """Upper clamp of the z-score law, as a factor on T_base (ours)."""
     variant: Literal["paper", "release"] = "paper"
     """Sign of the lower branch of h: the paper's, or as the authors' code computes it."""
+    exponent: float = 1.0
+    """Power of the normalised entropy in "dynatemp"."""
+    vocabulary: int | None = None
+    """Number of tokens, which "dynatemp" normalises by."""
+    theta: float = 0.1
+    """Strength of "edt", nats."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         check_numbers(self)
-        one_of("law", self.law, ("bounded", "zscore"))
+        one_of("law", self.law, ("bounded", "zscore", "dynatemp", "edt"))
         one_of("variant", self.variant, ("paper", "release"))
-        if self.law == "bounded":
+        if self.law == "dynatemp":
+            require((self.vocabulary or 0) > 1, "vocabulary", self.vocabulary, "> 1 with the law 'dynatemp'")
+        require(self.exponent > 0, "exponent", self.exponent, "> 0")
+        require(self.theta >= 0, "theta", self.theta, ">= 0")
+        if self.law in ("bounded", "dynatemp"):
             safe = "in [0, 1): from 1 on, the temperature 1 + tau h of the most certain token is 0 or negative"
             require(0 <= self.tau < 1, "tau", self.tau, safe)
-        require(self.tau >= 0, "tau", self.tau, ">= 0")
+        require(0 <= self.tau < math.inf, "tau", self.tau, ">= 0 and finite")
         require(0 <= self.rho <= 1, "rho", self.rho, "in [0, 1]")
         require(0 < self.t_min <= 1, "t_min", self.t_min, "in (0, 1]: a temperature must stay positive")
         require(self.t_max >= 1, "t_max", self.t_max, ">= 1")
@@ -76,8 +87,24 @@ class AdaptiveTemperature:
         check_names("temperature", value, [f.name for f in fields(cls)])
         return cls(**{**defaults, **value})
 
-    def factor(self, entropy: Tensor, stats: EntropyStats) -> Tensor:
+    @property
+    def acts(self) -> bool:
+        """Whether any temperature differs from T_base."""
+        return (self.theta if self.law == "edt" else self.tau) > 0
+
+    @property
+    def needs_stats(self) -> bool:
+        """Whether the law reads statistics of a rollout or of a calibration."""
+        return self.law in ("bounded", "zscore")
+
+    def factor(self, entropy: Tensor, stats: EntropyStats | None) -> Tensor:
         """Factor on T_base at positions with these entropies (nats, of softmax(logits / T_base))."""
+        if self.law == "dynatemp":
+            assert self.vocabulary is not None
+            return dynatemp_factor(entropy, self.vocabulary, self.tau, self.exponent)
+        if self.law == "edt":
+            return edt_factor(entropy, self.theta, low=self.t_min)
+        assert stats is not None
         if self.law == "zscore":
             return zscore_factor(entropy, stats, self.tau, self.t_min, self.t_max)
         return bounded_factor(entropy, stats, self.tau, self.variant)
@@ -106,7 +133,8 @@ class Options(ABC):
     """Cap of the importance weight min(exp(old - sampler), cap), used where the batch knows its sampler's
     log-probs; None switches the weight off."""
     temperature: AdaptiveTemperature | Mapping[str, Any] | None = None
-    """HAPO's adaptive sampling temperature, e.g. {"tau": 0.1}; its keys: tau, law, rho, t_min, t_max, variant."""
+    """HAPO's adaptive sampling temperature, e.g. {"tau": 0.1}; its keys: tau, law, rho, t_min, t_max, variant,
+    exponent, vocabulary, theta."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -129,7 +157,7 @@ class Options(ABC):
         if self.temperature is None:
             return method
         assert isinstance(self.temperature, AdaptiveTemperature)
-        return method.replace(stats=self._stats, factor=self.temperature.factor if self.temperature.tau else None)
+        return method.replace(stats=self._stats, factor=self.temperature.factor if self.temperature.acts else None)
 
     def _advantage(self, batch: TokenBatch) -> Tensor:
         return group_advantage(batch.reward, batch.group, batch.mask, singleton=self.singleton)

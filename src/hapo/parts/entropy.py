@@ -6,6 +6,7 @@ softmax(logits / T_base), before top-p, top-k and the adaptive factor.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -19,19 +20,47 @@ LOG_FLOOR = 1e-8
 
 SCALE_FLOOR = 1e-8
 
+LN2 = math.log(2.0)
 
-def entropy_from_logits(logits: Float[Tensor, "*shape V"], t_base: float = 1.0) -> Float[Tensor, "*shape"]:
+CHUNK = 1 << 19
+"""Logits that `entropy_from_logits` works on at once: 2 MiB of float32, near the size of a core's L2 cache."""
+
+
+def entropy_from_logits(
+    logits: Float[Tensor, "*shape V"], t_base: float | Float[Tensor, "*shape"] = 1.0
+) -> Float[Tensor, "*shape"]:
     """Entropy in nats of softmax(logits / t_base), float32 (float64 stays), as logsumexp(z) - sum p z.
 
     Logits of -inf (masked vocabulary) count as probability 0. Rows are shifted by their maximum, so the
-    result is exact to about 1e-6 for any offset.
+    result is exact to about 1e-6 for any offset. `t_base` is one number, or one a row. Works row by row in
+    chunks, so that no copy of all logits is made. For sampling: logits that need a gradient are refused
+    (`hapo.scoring` has the differentiable entropy).
     """
-    z = (logits if logits.dtype == torch.float64 else logits.float()) / t_base
-    # A logit 200 below the largest has probability 0; the floor keeps 0 * -inf out of the sum.
-    z = z.sub_(z.amax(-1, keepdim=True)).clamp_min_(-200.0)
-    e = z.exp()
-    total = e.sum(-1)
-    return (total.log() - torch.linalg.vecdot(e, z) / total).clamp_min(0.0)
+    rows = logits.flatten(0, -2) if logits.ndim > 1 else logits.unsqueeze(0)
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    t = t_base if isinstance(t_base, Tensor) else torch.full((), t_base, device=logits.device)
+    t = t.to(dtype).expand(logits.shape[:-1]).reshape(-1, 1)
+    chunk = CHUNK if logits.device.type == "cpu" else 64 * CHUNK  # an accelerator wants large launches
+    step = min(max(1, chunk // max(rows.shape[-1], 1)), len(rows))
+    # Two buffers for all chunks: memory freed and taken anew at each chunk costs as much as the arithmetic.
+    buffer = torch.empty(2, step, rows.shape[-1], dtype=dtype, device=logits.device)
+    parts = [_entropy(x, s, *buffer[:, : len(x)]) for x, s in zip(rows.split(step), t.split(step), strict=True)]
+    return torch.cat(parts).reshape(logits.shape[:-1])
+
+
+def _entropy(
+    logits: Float[Tensor, "n V"],
+    t_base: Float[Tensor, "n 1"],
+    z: Float[Tensor, "n V"],
+    e: Float[Tensor, "n V"],
+) -> Float[Tensor, " n"]:
+    """One chunk; z and e are overwritten."""
+    # The maximum goes before T_base, so that an offset of all logits costs no digits. z is in units of ln 2: exp2
+    # costs a third of exp on a CPU. 2**-1100 is 0 in every dtype: the floor keeps 0 * -inf out of the sum.
+    torch.sub(logits.to(z.dtype), logits.amax(-1, keepdim=True), out=z)
+    z.mul_(1 / (LN2 * t_base)).clamp_min_(-1100.0)
+    total = torch.exp2(z, out=e).sum(-1)
+    return (total.log() - LN2 * z.mul_(e).sum(-1) / total).clamp_min(0.0)
 
 
 def masked_quantile(x: Float[Tensor, "*b n"], mask: Bool[Tensor, "*b n"], level: float) -> Float[Tensor, "*b 1"]:

@@ -21,12 +21,13 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProce
 from transformers.generation import GenerationMode
 
 from ..parts.entropy import entropy_from_logits
+from .rule import TemperatureRule
 
 Factor = Callable[[Float[Tensor, " B"]], Float[Tensor, " B"]]
 """A law of `hapo.parts.temperature` with its statistics bound: entropies in nats -> factors > 0."""
 
 
-class AdaptiveTemperature(LogitsProcessor):
+class TemperedLogits(LogitsProcessor):
     """Divides the logits by factor(H), with H the entropy of softmax(logits / t_base) (HAPO, eq. 8).
 
     It stands first in the list, so that H is the policy's entropy before penalties, top-p and top-k. The base
@@ -124,18 +125,18 @@ class SamplingRecord(LogitsProcessor):
 
 
 @contextmanager
-def sampling(model: Any, factor: Factor | None = None) -> Iterator[SamplingRecord]:
+def sampling(model: Any, law: Factor | TemperatureRule | None = None) -> Iterator[SamplingRecord]:
     """Draw with temperature T_base x factor(H) inside the block, and record what was really drawn.
 
-        with sampling(model, partial(bounded_factor, stats=stats, tau=0.1)) as record:
+        with sampling(model, TemperatureRule.load("rule.json")) as record:
             ids = model.generate(**inputs, generation_config=config)
         logps = record.logps(completion_ids)
 
     `model` is a transformers model or a PEFT model around one; call its `generate()` or `generate_batch()`
-    once inside the block. T_base is the temperature of the generation config. With `factor` None (no
-    statistics yet, evaluation) the temperature is exactly T_base. Greedy decoding is left untouched, factor or
-    not. Penalties act on the tempered logits; the recorded log-probs are of the final distribution, after
-    temperature, penalties, top-p, top-k and min-p.
+    once inside the block. T_base is the temperature of the generation config. `law` is a rule, or a function
+    from entropies to factors; with None (no statistics yet, evaluation) the temperature is exactly T_base.
+    Greedy decoding is left untouched, law or not. Penalties act on the tempered logits; the recorded log-probs
+    are of the final distribution, after temperature, penalties, top-p, top-k and min-p.
 
     Raises ValueError for decoding that is neither greedy nor plain sampling (beams, assisted), for a
     persistent manager and for a second generation in the block; RuntimeError if requests of a continuous batch
@@ -145,11 +146,16 @@ def sampling(model: Any, factor: Factor | None = None) -> Iterator[SamplingRecor
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
     get_processors, generate_batch = core._get_logits_processor, core.generate_batch
     record = SamplingRecord()
-    law: AdaptiveTemperature | None = None
+    tempered: TemperedLogits | None = None
+    factor = law.factor if isinstance(law, TemperatureRule) else law
     hooked = continuous = False
 
+    def refuse_second() -> None:
+        if hooked:
+            raise ValueError("a second generation inside one sampling() block; open a block for each")
+
     def wrapped_processors(generation_config: GenerationConfig, **kwargs: Any) -> LogitsProcessorList:
-        nonlocal law, hooked
+        nonlocal tempered, hooked
         processors = get_processors(generation_config, **kwargs)
         mode = generation_config.get_generation_mode()
         if mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
@@ -157,16 +163,15 @@ def sampling(model: Any, factor: Factor | None = None) -> Iterator[SamplingRecor
                 f"decoding mode {mode.value!r} has no adaptive temperature; "
                 "use num_beams=1 without assisted decoding, or generate outside sampling()"
             )
-        if hooked:
-            raise ValueError("a second generation inside one sampling() block; open a block for each")
+        refuse_second()
         hooked = True
         record.greedy = mode == GenerationMode.GREEDY_SEARCH
         if record.greedy:
             return processors
         if factor is not None:
             t_base = generation_config.temperature
-            law = AdaptiveTemperature(factor, 1.0 if t_base is None else t_base)
-            processors = [law, *processors]
+            tempered = TemperedLogits(factor, 1.0 if t_base is None else t_base)
+            processors = [tempered, *processors]
         return LogitsProcessorList(processors if continuous else [*processors, record])
 
     def wrapped_batch(
@@ -178,6 +183,7 @@ def sampling(model: Any, factor: Factor | None = None) -> Iterator[SamplingRecor
         nonlocal continuous
         if kwargs.get("persistent_manager"):
             raise ValueError("persistent_manager=True would keep this block's law for later batches; drop it")
+        refuse_second()  # here too: a manager kept from before the block would not ask for processors
         continuous = True
         config = replace(continuous_batching_config or ContinuousBatchingConfig(), return_logprobs=True)
         outputs = generate_batch(inputs, generation_config, config, **kwargs)
@@ -192,7 +198,7 @@ def sampling(model: Any, factor: Factor | None = None) -> Iterator[SamplingRecor
 
     with _replaced(core, _get_logits_processor=wrapped_processors, generate_batch=wrapped_batch):
         yield record
-    if not (hooked and record.complete) or (law is not None and not law.called):
+    if not (hooked and record.complete) or (tempered is not None and not tempered.called):
         raise RuntimeError(
             f"no generation of this {type(core).__name__} went through the processors of sampling(); call "
             "generate() or generate_batch() of the same instance in the block, without a persistent manager"

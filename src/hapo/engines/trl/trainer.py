@@ -24,6 +24,7 @@ from ...parts.shaping import soft_overlong_punishment
 from ...samplers.transformers import sampling
 from ...scoring import attach_scoring, score_tokens
 from ..records import check_writable
+from . import vllm
 from .checkpoint import check_checkpoint, load_state, save_state
 from .config import HAPOConfig, cited, resolve_method
 from .metrics import MetricLog
@@ -78,11 +79,8 @@ class HAPOTrainer(GRPOTrainer):
             )
         args = copy.copy(args)  # the caller's stays as it is
         self.method = resolve_method(method, args)
-        if args.use_vllm and self.method.factor is not None:
-            raise ValueError(
-                f"method {self.method.name!r} adapts the sampling temperature, which this version does in "
-                f"transformers generation only: set use_vllm=False, or {NO_TEMPERATURE}"
-            )
+        if args.use_vllm:
+            vllm.check_law(self.method)
         if trl_kwargs.get("rollout_func") is not None and self.method.factor is not None:
             raise ValueError(
                 f"method {self.method.name!r} adapts the sampling temperature, and a rollout_func samples by "
@@ -109,6 +107,8 @@ class HAPOTrainer(GRPOTrainer):
         self.recipe: dict[str, Any] = {}
         """What beside `args` the run was told (model, task); written to config.yaml."""
         super().__init__(model, reward_funcs, args, *trl_args, **trl_kwargs)
+        if self.use_vllm:
+            vllm.attach(self)
         attach_scoring(self.model)
         if self.ref_model is not None:
             attach_scoring(self.accelerator.unwrap_model(self.ref_model))
@@ -126,22 +126,24 @@ class HAPOTrainer(GRPOTrainer):
     # -- sampling -------------------------------------------------------------------------------------------
 
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        if self.model.training:
+            self._sampled_with = self.temperature_stats  # None at the first step
+        if self.use_vllm:
+            vllm.send_rule(self, self._sampled_with if self.model.training else None)
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         if not self.model.training:
             turn = super()._generate_single_turn(prompt_ids, *args, **kwargs)
             self.model.eval()  # TRL leaves it in training mode after continuous batching
             return turn
-        if self.use_vllm:
-            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         with sampling(self.accelerator.unwrap_model(self.model), self._temperature_factor()) as record:
             completion_ids, _ = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         return completion_ids, record.logps(completion_ids)
 
     def _temperature_factor(self) -> Callable[[Tensor], Tensor] | None:
         """The law with the last rollout's statistics; None at the first step."""
-        self._sampled_with = self.temperature_stats
-        if self.method.factor is None or self.temperature_stats is None:
+        factor, stats = self.method.factor, self._sampled_with
+        if factor is None or stats is None:
             return None
-        factor, stats = self.method.factor, self.temperature_stats
         return lambda entropy: factor(entropy, stats)
 
     # -- scoring --------------------------------------------------------------------------------------------
@@ -289,7 +291,8 @@ class HAPOTrainer(GRPOTrainer):
         rollout["advantages"] = rollout["hapo_advantage"]
         if train:
             self._step_metrics.add_rollout(batch)
-            self.temperature_stats = batch.stats
+            if batch.stats is not None:  # a rollout of which every group was dropped leaves the former ones
+                self.temperature_stats = batch.stats
         else:  # one step, of the policy that drew it
             step = self.method.step(batch.replace(logp=batch.old_logp, entropy=batch.old_entropy))
             rollout["hapo_totals"], rollout["hapo_stats"] = step.totals, step.stats

@@ -1,0 +1,101 @@
+"""TRL's vLLM rollouts: the temperature rule goes out with every request, sampler log-probs come back.
+
+vLLM applies the rule in `hapo.samplers.vllm`, which its entry point loads. TRL asks for `processed_logprobs`,
+those of the distribution that drew the token, so that the truncated correction knows the temperature.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...batch import EntropyStats
+from ...method import Method
+from ...methods import AdaptiveTemperature
+from ...samplers.rule import PREFIX, TemperatureRule
+
+
+def check_law(method: Method) -> None:
+    """Raise a ValueError unless the method's law can be told to vLLM: by the options of `AdaptiveTemperature`."""
+    if method.factor is None or _law(method) is not None:
+        return
+    raise ValueError(
+        f"method {method.name!r} adapts the sampling temperature by a function of its own, and requests to vLLM "
+        'carry numbers only: build it with temperature={...} or components="ABCD", or set use_vllm=False'
+    )
+
+
+def send_rule(trainer: Any, stats: EntropyStats | None) -> None:
+    """Give the method's rule with these statistics to the following requests; without statistics, T_base."""
+    law = _law(trainer.method)
+    rule = TemperatureRule(law, stats) if law is not None and law.acts and stats is not None else None
+    generation = trainer.vllm_generation
+    key = "vllm_xargs" if generation.mode == "server" else "extra_args"
+    others = {k: v for k, v in (generation.generation_kwargs.get(key) or {}).items() if not k.startswith(PREFIX)}
+    generation.generation_kwargs[key] = {**others, **({} if rule is None else rule.to_args())} or None
+
+
+def attach(trainer: Any) -> None:
+    """After TRL has made its engine: check that vLLM will apply a rule; sync weights on CPUs.
+
+    Raises:
+        ValueError: the server returns log-probs of another distribution than the one that drew the tokens.
+        RuntimeError: vLLM does not run the processor of `hapo.samplers.vllm`.
+    """
+    generation = trainer.vllm_generation
+    if generation.mode == "server":
+        if trainer.accelerator.is_main_process:
+            mode = generation.vllm_client.get_server_info()["model_config"]["logprobs_mode"]
+            if mode != "processed_logprobs":
+                raise ValueError(
+                    f"the vLLM server returns {mode}, not those of the distribution that drew the tokens: "
+                    "start it with --logprobs-mode processed_logprobs"
+                )
+            if trainer.method.factor is not None and not _server_knows_rules(generation.vllm_client):
+                raise RuntimeError(
+                    "the vLLM server takes a temperature that cannot be without a word, so it has no adaptive "
+                    "temperature: install hapo beside its vLLM"
+                )
+        return
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        generation.sync_weights = lambda: _reload_weights(generation)
+    if trainer.method.factor is not None and not _runs_processor(generation.llm):
+        raise RuntimeError(
+            "vLLM did not load the processor of the adaptive temperature, so it would not act: install hapo where "
+            "vLLM finds its entry point (group vllm.logits_processors), and leave speculative decoding off"
+        )
+
+
+def _runs_processor(llm: Any) -> bool:
+    """Whether the engine in this process has the processor, in Model Runner V1 or V2."""
+    from ...samplers.vllm import AdaptiveTemperature as Processor
+
+    runner = llm.llm_engine.model_executor.driver_worker.model_runner
+    batch = getattr(runner, "input_batch", None)
+    loaded = batch.logitsprocs.all if batch is not None else runner.sampler.logits_processors
+    return any(isinstance(processor, Processor) for processor in loaded)
+
+
+def _server_knows_rules(client: Any) -> bool:
+    """Whether the server refuses a request whose rule is wrong; one without the processor answers it."""
+    wrong = {"vllm_xargs": {f"{PREFIX}tau": 2.0}}
+    response = client.session.post(
+        f"{client.base_url}/v1/completions", json={"model": client.model, "prompt": [0], "max_tokens": 1, **wrong}
+    )
+    return response.status_code == 400 and "tau must be" in response.text
+
+
+def _law(method: Method) -> AdaptiveTemperature | None:
+    """The law that the options of a named method describe."""
+    options = method.options.get("temperature")
+    if options is None or "factor" in method.options.get("replaced", ()):
+        return None
+    return AdaptiveTemperature.of(options)
+
+
+def _reload_weights(generation: Any) -> None:
+    """vLLM packs weights for the CPU when it loads them, so single tensors cannot be loaded again: all at once."""
+    weights = list(generation._iter_named_params())
+    generation.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+    generation.llm.reset_prefix_cache()

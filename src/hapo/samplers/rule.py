@@ -1,0 +1,132 @@
+"""A temperature rule: a law with its statistics, in the form that every sampler takes.
+
+Engines hand parameters to a request as flat scalars, so a rule is a flat mapping of scalars too; a JSON file of it
+(`hapo calibrate` writes one) serves transformers, vLLM and SGLang alike.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..batch import EntropyStats
+from ..methods._options import AdaptiveTemperature, check_names, check_number, require
+from ..parts.entropy import CHUNK, entropy_from_logits
+
+PREFIX = "hapo_"
+"""Begins the name of every parameter of a request; all others are left to the engine."""
+
+LAW = {f.name for f in fields(AdaptiveTemperature)}
+STATS = ("pivot", "sigma", "h_max", "h_min")
+
+
+@dataclass(frozen=True)
+class TemperatureRule:
+    """T = T_base x factor(H), H the entropy of softmax(logits / T_base), nats (HAPO, arXiv 2509.16591, eq. 8).
+
+    Raises:
+        ValueError: the law reads statistics and there are none.
+    """
+
+    law: AdaptiveTemperature
+    stats: EntropyStats | None = None
+    """Of the previous rollout, or of a calibration; None where the law reads none."""
+
+    def __post_init__(self) -> None:
+        """Check that the law has what it reads."""
+        if self.law.needs_stats and self.stats is None:
+            raise ValueError(
+                f"the law {self.law.law!r} reads statistics ({', '.join(STATS)}), and there are none: "
+                "calibrate, or leave the rule out to sample at T_base"
+            )
+
+    def factor(self, entropy: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Factor on T_base at positions with these entropies, nats; > 0."""
+        return self.law.factor(entropy, self.stats)
+
+    def to_args(self) -> dict[str, float | str]:
+        """Flat parameters of a request: `SamplingParams.extra_args`, `vllm_xargs`, SGLang's `custom_params`."""
+        law = {k: v for k, v in asdict(self.law).items() if v is not None}
+        stats = {} if self.stats is None else {k: v for k, v in self.stats.to_dict().items() if k in STATS}
+        return {PREFIX + k: v for k, v in {**law, **stats}.items()}
+
+    @classmethod
+    def from_args(cls, args: Mapping[str, Any] | None) -> TemperatureRule | None:
+        """The rule that a request's parameters describe; None where none of them is ours: T_base.
+
+        Raises:
+            ValueError: an unknown parameter, a value of the wrong kind or out of its range, or statistics missing.
+        """
+        given = {k.removeprefix(PREFIX): v for k, v in (args or {}).items() if k.startswith(PREFIX)}
+        if not given:
+            return None
+        check_names("an adaptive temperature", given, [*LAW, *STATS])
+        law = AdaptiveTemperature(**{k: v for k, v in given.items() if k in LAW})
+        found = {k: v for k, v in given.items() if k in STATS}
+        if not found:
+            return cls(law)
+        for name in STATS:
+            if name not in found:
+                raise ValueError(
+                    f"{PREFIX}{name} is missing: statistics are {', '.join(PREFIX + s for s in STATS)}"
+                )
+            check_number(PREFIX + name, found[name])
+            require(abs(found[name]) < float("inf"), PREFIX + name, found[name], "finite")
+        require(found["sigma"] >= 0, PREFIX + "sigma", found["sigma"], ">= 0")
+        require(found["h_max"] >= 0, PREFIX + "h_max", found["h_max"], ">= 0")
+        require(found["h_min"] <= 0, PREFIX + "h_min", found["h_min"], "<= 0")
+        return cls(law, EntropyStats(**found))
+
+    def save(self, path: str | Path) -> None:
+        """Write the rule as JSON: the parameters of `to_args`."""
+        Path(path).write_text(json.dumps(self.to_args(), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> TemperatureRule:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file holds no rule.
+        """
+        try:
+            args = json.loads(Path(path).read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is no JSON ({error}); `hapo calibrate` writes such a file") from error
+        rule = cls.from_args(args if isinstance(args, dict) else None)
+        if rule is None:
+            raise ValueError(
+                f"{path} holds no parameter that begins with {PREFIX!r}; `hapo calibrate` writes them"
+            )
+        return rule
+
+
+def temper_(
+    logits: Float[Tensor, "N V"],
+    rule: TemperatureRule,
+    t_base: Float[Tensor, " N"],
+    rows: Int[Tensor, " n"] | None,
+) -> None:
+    """Divide these rows of the logits by factor(H) in place, with H the entropy of softmax(logits / T_base).
+
+    The engine divides by T_base later, so that the token is drawn at T_base x factor(H). `rows` None: all of them.
+    """
+    if logits.is_cuda and logits.dtype != torch.float64 and find_spec("triton"):
+        from . import kernel
+
+        kernel.temper_(logits, rule.factor, t_base, rows)
+    elif rows is None:
+        logits.div_(rule.factor(entropy_from_logits(logits, t_base)).unsqueeze(1))
+    else:
+        # A few rows at a time: one copy of all chosen rows would cost more than their entropy.
+        parts = rows.split(max(1, CHUNK // logits.shape[1]))
+        entropy = [entropy_from_logits(logits[part], t_base[part]) for part in parts]
+        for row, factor in zip(rows.tolist(), rule.factor(torch.cat(entropy)), strict=True):
+            logits[row].div_(factor)

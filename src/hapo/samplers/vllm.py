@@ -1,0 +1,164 @@
+"""Adaptive temperature inside vLLM, unmodified: one logits processor for Model Runner V1 and V2.
+
+vLLM finds it by the entry point `vllm.logits_processors` of this package; it acts on the requests whose
+`SamplingParams.extra_args` hold a rule (`TemperatureRule.to_args`), and on no other. Tested with vLLM 0.32.
+
+Shapes: N rows of logits, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+import vllm
+from jaxtyping import Float, Int
+from torch import Tensor, device, float32, int64
+from vllm.sampling_params import SamplingParams, SamplingType
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
+from vllm.v1.sample.logits_processor import LogitsProcessor as ProcessorV1
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as ProcessorV2
+
+from .rule import TemperatureRule, temper_
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+TESTED = "0.32."
+"""Versions of vLLM that requests are accepted in."""
+
+Group = tuple[TemperatureRule, "Int[Tensor, ' n'] | None"]
+"""A rule and the rows of logits that it acts on; None: all of them."""
+
+
+class AdaptiveTemperature(ProcessorV1, ProcessorV2):
+    """Divides the rows of a request by factor(H), so that its tokens are drawn at T_base x factor(H).
+
+    H is the entropy of softmax(logits / T_base) with T_base the request's temperature, after vLLM's masks and
+    biases and before its temperature, min-p, top-k and top-p. Requests without a rule, and greedy ones, are left
+    as they are, bit for bit.
+
+    In Runner V1 a request is known by its row, which changes; in V2 by its slot, which it keeps, and every step
+    says which slot each row belongs to. If vLLM makes the processor twice for one engine, because it is named
+    explicitly besides the entry point, then only the one made last acts.
+    """
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        device_or_states: device | LogitsProcRequestState,
+        is_pin_memory: bool | None = None,
+    ) -> None:
+        self._engine = vllm_config
+        self._requests: dict[int, tuple[TemperatureRule, float]] = {}
+        self._slots: Sequence[int] | None = None
+        self._groups: list[Group] = []
+        self._t_base: Float[Tensor, " N"] | None = None
+        _acting[id(vllm_config)] = self
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        """Refuse a request, at admission, whose rule is wrong or would not be applied.
+
+        Raises:
+            ValueError: with the reason; the server answers 400.
+        """
+        if TemperatureRule.from_args(sampling_params.extra_args) is None:
+            return
+        if not vllm.__version__.startswith(TESTED):
+            raise ValueError(f"the adaptive temperature is tested with vLLM {TESTED}x, this is {vllm.__version__}")
+        engine = _admitting_engine()
+        if engine is None:
+            return
+        if engine.model_config.is_diffusion:
+            raise ValueError("a diffusion model samples without logits processors: it has no adaptive temperature")
+        if engine.speculative_config is not None and not engine.use_v2_model_runner:
+            raise ValueError(
+                "Model Runner V1 skips logits processors under speculative decoding, so that the adaptive "
+                "temperature would not act: switch speculative decoding off, or use Model Runner V2"
+            )
+
+    def is_argmax_invariant(self) -> bool:
+        """False: Runner V1 then hands over float32 logits before it divides by T_base, as V2 always does."""
+        return False
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        """Runner V1: follow the requests from row to row, in the order removed, added, moved."""
+        if batch_update is None:
+            return
+        for row in batch_update.removed:
+            self._requests.pop(row, None)
+        for row, params, *_ in batch_update.added:
+            self.add_request(row, params)
+        for a, b, direction in batch_update.moved:
+            from_a, from_b = self._requests.pop(a, None), self._requests.pop(b, None)
+            if from_a is not None:
+                self._requests[b] = from_a
+            if from_b is not None and direction == MoveDirectionality.SWAP:
+                self._requests[a] = from_b
+        self._slots = None
+
+    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
+        """Keep what the request in this slot asks for, in place of the one before; whether its logits change."""
+        rule = TemperatureRule.from_args(sampling_params.extra_args)
+        self._slots = None
+        if rule is None or not rule.law.acts or sampling_params.sampling_type == SamplingType.GREEDY:
+            self._requests.pop(req_idx, None)
+            return False
+        self._requests[req_idx] = rule, sampling_params.temperature
+        return True
+
+    def apply(self, logits: Float[Tensor, "N V"], ctx: LogitsContext | None = None) -> Float[Tensor, "N V"]:
+        """Divide in place; `ctx` comes from Runner V2 only, and says which slot each row belongs to."""
+        if not self._requests or _acting.get(id(self._engine)) is not self:
+            return logits
+        if ctx is None:
+            slots = range(len(logits))
+        elif len(logits) == len(ctx.idx_mapping_np):
+            slots = ctx.idx_mapping_np.tolist()
+        else:  # Speculative decoding: several rows a request, known on the device only.
+            slots = ctx.expanded_idx_mapping.tolist()
+        if slots != self._slots:
+            self._group(slots, logits.device)
+        for rule, rows in self._groups:
+            assert self._t_base is not None
+            temper_(logits, rule, self._t_base, rows)
+        return logits
+
+    def _group(self, slots: Sequence[int], on: device) -> None:
+        """Gather the rows that have the same rule, and the temperatures of all rows."""
+        rows: dict[TemperatureRule, list[int]] = {}
+        t_base = [1.0] * len(slots)
+        for row, slot in enumerate(slots):
+            if slot in self._requests:
+                rule, t_base[row] = self._requests[slot]
+                rows.setdefault(rule, []).append(row)
+        self._groups = [
+            (rule, None if len(found) == len(slots) else async_tensor_h2d(found, on, int64))
+            for rule, found in rows.items()
+        ]
+        self._t_base = async_tensor_h2d(t_base, on, float32)
+        self._slots = slots
+
+
+_acting: WeakValueDictionary[int, AdaptiveTemperature] = WeakValueDictionary()
+"""The processor of each engine, by the id of its configuration, which the processor keeps alive."""
+
+
+def _admitting_engine() -> Any | None:
+    """The configuration of the engine that admits a request; None outside of one.
+
+    vLLM gives `validate_params` no configuration, and under speculative decoding Runner V1 makes no processor that
+    could read it: so it is taken from the caller, vLLM's `InputProcessor`.
+    """
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        engine = getattr(frame.f_locals.get("self"), "vllm_config", None)
+        if engine is not None:
+            return engine
+    return None

@@ -1,0 +1,73 @@
+"""What a request must have been drawn from: transformers' forward and the laws, both written out."""
+
+import math
+from functools import cache
+
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from hapo.assets import tiny_model_path
+from hapo.batch import EntropyStats
+from hapo.methods._options import AdaptiveTemperature as Law
+from hapo.samplers.rule import TemperatureRule
+
+STATS = EntropyStats(pivot=-0.5, sigma=1.0, h_max=1.2, h_min=-4.0)
+BOUNDED = TemperatureRule(Law(tau=0.5), STATS)
+ZSCORE = TemperatureRule(Law(tau=0.4, law="zscore"), STATS)
+
+
+def factor(rule: TemperatureRule, entropy: float) -> float:
+    """The two laws of HAPO, for one token."""
+    law, stats = rule.law, rule.stats
+    d = math.log(max(entropy, 1e-8)) - stats.pivot
+    if law.law == "zscore":
+        return min(max(1 + law.tau * d / stats.sigma, law.t_min), law.t_max)
+    h = d / stats.h_max if d > 0 else d / -stats.h_min
+    return 1 + law.tau * min(max(h, -1.0), 1.0)
+
+
+def tempered(logits: Tensor, rule: TemperatureRule | None, t_base: float) -> Tensor:
+    """Logits as they are drawn from, float64: divided by the temperature of their row; greedy rows are not."""
+    logits = logits.double()
+    if t_base == 0:
+        return logits
+    p = (logits / t_base).softmax(-1)
+    entropy = torch.special.entr(p).sum(-1)
+    t = [t_base * (1.0 if rule is None else factor(rule, h)) for h in entropy.tolist()]
+    return logits / torch.tensor(t, dtype=torch.float64).unsqueeze(-1)
+
+
+def truncated(logits: Tensor, top_p: float) -> Tensor:
+    """Keeps the most likely tokens until their probability reaches top_p."""
+    if top_p == 1:
+        return logits
+    p, order = logits.softmax(-1).sort(-1, descending=True)
+    drop = (p.cumsum(-1) - p >= top_p).gather(-1, order.argsort(-1))
+    return logits.masked_fill(drop, -torch.inf)
+
+
+@cache
+def model() -> LlamaForCausalLM:
+    """The bundled tiny model."""
+    return LlamaForCausalLM.from_pretrained(tiny_model_path(), dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def logps(
+    prompt: list[int], drawn: list[int], rule: TemperatureRule | None, t_base: float, top_p: float = 1.0
+) -> Tensor:
+    """Log-probs of the whole vocabulary at each drawn token."""
+    logits = model()(torch.tensor([prompt + drawn])).logits[0, len(prompt) - 1 : -1]
+    return truncated(tempered(logits, rule, t_base), top_p).log_softmax(-1)
+
+
+def largest_error(found: Tensor, expected: Tensor) -> float:
+    """Largest difference of two tables of log-probs, over all tokens likelier than e^-20, drawn or not.
+
+    Below that a log-prob has the rounding of logits divided by a small temperature, so it need only be as low.
+    What top-p cuts off in one table must be cut off in the other.
+    """
+    possible = expected > -20.0
+    assert (found[~possible] < -19.0).all() and (found[~expected.isfinite()] < -1000.0).all()
+    return (found.double() - expected)[possible].abs().max().item()

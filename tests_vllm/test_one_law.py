@@ -1,0 +1,60 @@
+"""The same logits, statistics and T_base give the same temperature in core, transformers and both runners."""
+
+import pytest
+import torch
+from vllm import SamplingParams
+
+import hapo
+from hapo.methods._options import AdaptiveTemperature as Law
+from hapo.samplers.rule import TemperatureRule
+from hapo.samplers.transformers import TemperedLogits
+
+from .reference import STATS
+from .runners import RunnerV1, RunnerV2
+
+ROWS, VOCABULARY = 32, 1000
+
+LAWS = [
+    {"tau": 0.5},
+    {"tau": 0.5, "variant": "release"},
+    {"law": "zscore", "tau": 0.4},
+    {"law": "dynatemp", "tau": 0.5, "vocabulary": VOCABULARY},
+    {"law": "edt", "theta": 0.2},
+]
+
+
+def logits(dtype: torch.dtype) -> torch.Tensor:
+    """From nearly certain to nearly uniform rows, one in four with masked vocabulary, all of them offset."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(ROWS, VOCABULARY, generator=generator) * torch.linspace(0.1, 12, ROWS).unsqueeze(1) + 3
+    x[::4, 5:900] = -torch.inf
+    return x.to(dtype)
+
+
+def divided_by(after: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    """Temperature of each row, from its largest logit; -inf stays -inf."""
+    assert torch.equal(after.isneginf(), before.isneginf())
+    at = before.abs().masked_fill(before.isneginf(), 0).argmax(-1, keepdim=True)
+    return (before.double().gather(-1, at) / after.double().gather(-1, at)).squeeze(-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("t_base", [0.7, 1.0, 1.3])
+@pytest.mark.parametrize("options", LAWS, ids=lambda o: "-".join(map(str, o.values())))
+def test_one_law(options, t_base, dtype):
+    """To 1e-5, for every law."""
+    x = logits(dtype)
+    rule = TemperatureRule(Law(**options), STATS if Law(**options).needs_stats else None)
+    params = SamplingParams(temperature=t_base, extra_args=rule.to_args())
+
+    core = hapo.method("grpo", temperature=options).temperature(x, STATS, t_base).double()
+    assert core.max() - core.min() > 0.05 * t_base
+
+    warped = TemperedLogits(rule.factor, t_base)(torch.empty(0), x.float()) / t_base
+    v1 = RunnerV1(ROWS, VOCABULARY)
+    v1.step([], {f"r{row}": params for row in range(ROWS)})
+    v2 = RunnerV2(ROWS, VOCABULARY)
+    for slot in range(ROWS):
+        v2.add(slot, params)
+    for after in (warped, v1.sample_from(x.clone()), v2.sample_from(x, list(range(ROWS)))):
+        torch.testing.assert_close(divided_by(after, x), core, rtol=0, atol=1e-5)

@@ -1,0 +1,83 @@
+"""A short training run of HAPOTrainer with vLLM in the same process, on a CPU: trl_run.py OPTIONS.json OUT.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
+warnings.filterwarnings("ignore", "TRL currently supports vLLM")
+
+import torch  # noqa: E402
+import trl.generation.vllm_generation as backend  # noqa: E402
+from datasets import Dataset  # noqa: E402
+
+from hapo.assets import tiny_model_path  # noqa: E402
+from hapo.scoring import score_tokens  # noqa: E402
+from hapo.trl import HAPOConfig, HAPOTrainer  # noqa: E402
+
+# vLLM takes float32 checkpoints down to bfloat16; what is compared here is the plumbing, so it stays.
+backend.LLM = partial(backend.LLM, dtype="float32")
+
+
+def right(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+    return [float(text.rpartition(";")[2] == gold) for text, gold in zip(completions, answer, strict=True)]
+
+
+def replayed_gap(trainer: HAPOTrainer) -> float:
+    """Largest distance of vLLM's log-probs from those of the adaptive temperature in a pass of our own."""
+    law, stats = trainer.method.factor, trainer._sampled_with
+    worst = 0.0
+    for inputs in trainer._buffered_inputs:
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        mask = inputs["completion_mask"].bool()
+        factor = None if law is None or stats is None else lambda entropy: law(entropy, stats)
+        with torch.no_grad():
+            scores = score_tokens(trainer.model, ids, attention, mask, t_base=trainer.temperature, factor=factor)
+        ours = scores.logp if factor is None else scores.sampler_logp
+        worst = max(worst, (ours - inputs["sampling_per_token_logps"])[mask].abs().max().item())
+    return worst
+
+
+def main(options: dict[str, Any]) -> dict[str, Any]:
+    """Log lines of the run, and how far the last rollout's log-probs are from a replay."""
+    sync = options.pop("sync", True)
+    pairs = [(a, b) for a in range(100, 1000, 17) for b in range(100, 1000, 19)]
+    data = Dataset.from_list([{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in pairs])
+    with tempfile.TemporaryDirectory() as folder:
+        given = {
+            "max_steps": 6,
+            "max_completion_length": 32,
+            "per_device_train_batch_size": 16,
+            "num_generations": 8,
+            "steps_per_generation": 1,
+            "num_iterations": 2,
+            "temperature": 0.9,
+            "logging_steps": 1,
+            "lr_scheduler_type": "constant",
+            "vllm_max_model_length": 64,
+            "vllm_gpu_memory_utilization": 0.3,
+            **options,
+        }
+        args = HAPOConfig(
+            folder, use_cpu=True, bf16=False, use_vllm=True, report_to="none", save_strategy="no", **given
+        )
+        trainer = HAPOTrainer(str(tiny_model_path()), right, args=args, train_dataset=data)
+        if not sync:
+            trainer.vllm_generation.sync_weights = lambda: None
+        trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    still = given.get("learning_rate") == 0.0
+    return {"lines": lines, "replayed_gap": replayed_gap(trainer) if still else None}
+
+
+if __name__ == "__main__":
+    source, target = map(Path, sys.argv[1:])
+    target.write_text(json.dumps(main(json.loads(source.read_text()))))
