@@ -1,5 +1,8 @@
 """The same logits, statistics and T_base give the same temperature in core, transformers and both runners."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from vllm import SamplingParams
@@ -58,3 +61,24 @@ def test_one_law(options, t_base, dtype):
         v2.add(slot, params)
     for after in (warped, v1.sample_from(x.clone()), v2.sample_from(x, list(range(ROWS)))):
         torch.testing.assert_close(divided_by(after, x), core, rtol=0, atol=1e-5)
+
+
+def test_an_older_vllm_starts_with_hapo_beside_it():
+    """Without the interface of Runner V2 the entry point still loads; requests with a rule are refused."""
+    script = """
+import sys
+sys.modules["vllm.v1.worker.gpu.sample.logits_processor"] = None
+import vllm
+vllm.__version__ = "0.31.0"
+from vllm import SamplingParams
+from vllm.v1.sample.logits_processor import _load_custom_logitsprocs
+(processor,) = [c for c in _load_custom_logitsprocs(None) if c.__module__ == "hapo.samplers.vllm"]
+processor.validate_params(SamplingParams())
+try:
+    processor.validate_params(SamplingParams(extra_args={"hapo_law": "edt"}))
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "this is 0.31.0" in done.stdout

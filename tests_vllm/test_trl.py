@@ -27,10 +27,11 @@ def run(folder: Path, **options: Any) -> dict[str, Any]:
 
 
 def test_without_temperature_the_sampler_follows_the_policy(tmp_path):
-    """Three rollouts, two optimiser steps on each, weights sent before every rollout."""
+    """Six rollouts, an optimiser step on each, weights sent before every one."""
     training = {"method": "dapo", "method_options": {"filter_groups": False}, "learning_rate": 1e-3}
+    training |= {"num_iterations": 1}
     gaps = [line[GAP] for line in run(tmp_path, **training)["lines"] if GAP in line]
-    assert len(gaps) == 3
+    assert len(gaps) == 6
     assert max(gaps) < 1e-4
     stale = [line[GAP] for line in run(tmp_path, **training, sync=False)["lines"] if GAP in line]
     assert stale[-1] > 1e-2

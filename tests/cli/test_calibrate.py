@@ -72,7 +72,7 @@ def test_a_law_without_statistics_loads_nothing(tmp_path, capsys, law):
         ({"prompts": "words.jsonl"}, "words.jsonl, line 2 is no JSON"),
         ({"prompts": "other.jsonl"}, 'other.jsonl, line 1 must have a "prompt"'),
         ({"tau": 1.5}, "tau must be in .* got 1.5"),
-        ({"law": "dynatemp"}, "vocabulary must be > 1 with the law 'dynatemp'"),
+        ({"law": "dynatemp"}, "vocabulary must be a whole number > 1 with the law 'dynatemp'"),
     ],
 )
 def test_refused_before_anything_is_loaded(tmp_path, monkeypatch, capsys, options, message):

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import hapo
 from hapo.engines.trl import vllm
@@ -19,28 +20,40 @@ def sender(method: hapo.Method, mode: str, kwargs: dict) -> SimpleNamespace:
 def test_the_rule_of_the_last_statistics_goes_out_with_the_requests(mode, key):
     method = hapo.method("hapo", temperature={"tau": 0.2, "law": "zscore"})
     trainer = sender(method, mode, {"seed": 3, key: {"mine": 1}})
-    kwargs = trainer.vllm_generation.generation_kwargs
+    given = trainer.vllm_generation.generation_kwargs
     vllm.send_rule(trainer, STATS)
-    rule = TemperatureRule.from_args(kwargs[key])
+    sent = trainer.vllm_generation.generation_kwargs
+    rule = TemperatureRule.from_args(sent[key])
     assert (rule.law.tau, rule.law.law, rule.stats) == (0.2, "zscore", STATS)
-    assert (kwargs["seed"], kwargs[key]["mine"]) == (3, 1)
+    assert (sent["seed"], sent[key]["mine"]) == (3, 1)
     vllm.send_rule(trainer, None)  # no statistics, or an evaluation
-    assert kwargs[key] == {"mine": 1}
+    assert trainer.vllm_generation.generation_kwargs == given == {"seed": 3, key: {"mine": 1}}
 
 
 def test_nothing_goes_out_without_an_adaptive_temperature():
     trainer = sender(hapo.method("dapo"), "colocate", {})
     vllm.send_rule(trainer, STATS)
-    assert trainer.vllm_generation.generation_kwargs == {"extra_args": None}
+    assert trainer.vllm_generation.generation_kwargs == {}
 
 
-@pytest.mark.parametrize(("status", "text"), [(200, "{}"), (400, "no such model")])
-def test_a_server_without_the_processor_is_refused(status, text):
-    """It is asked for something that only the processor refuses."""
+SILENT, REFUSED, TAKEN = (200, "{}"), (400, "tau must be in [0, 1)"), (200, "{}")
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ([SILENT], "install hapo beside its vLLM"),
+        ([(400, "no such model")], "install hapo beside its vLLM"),
+        ([REFUSED, (400, "this is 0.31")], "refuses adaptive temperatures: this is 0.31"),
+        ([REFUSED, TAKEN], None),
+    ],
+)
+def test_a_server_is_asked_for_a_wrong_and_for_a_right_rule(answers, message):
     asked = []
 
     def post(url, json):
-        asked.append((url, json["vllm_xargs"]))
+        asked.append(json["vllm_xargs"])
+        status, text = answers[len(asked) - 1]
         return SimpleNamespace(status_code=status, text=text)
 
     client = SimpleNamespace(
@@ -52,12 +65,14 @@ def test_a_server_without_the_processor_is_refused(status, text):
     trainer = sender(hapo.method("hapo"), "server", {})
     trainer.vllm_generation.vllm_client = client
     trainer.accelerator = SimpleNamespace(is_main_process=True)
-    with pytest.raises(RuntimeError, match="install hapo beside its vLLM"):
-        vllm.attach(trainer)
-    with pytest.raises(ValueError, match="tau must be"):
-        TemperatureRule.from_args(asked[0][1])
-    status, text = 400, "tau must be in [0, 1)"
+    if message is not None:
+        with pytest.raises(RuntimeError, match=message):
+            vllm.attach(trainer)
+        return
     vllm.attach(trainer)
+    with pytest.raises(ValueError, match="tau must be"):
+        TemperatureRule.from_args(asked[0])
+    assert TemperatureRule.from_args(asked[1]).factor(torch.rand(3)).tolist() == [1, 1, 1]
 
 
 def test_a_server_with_log_probs_of_another_distribution_is_refused():
@@ -67,3 +82,21 @@ def test_a_server_with_log_probs_of_another_distribution_is_refused():
     trainer.accelerator = SimpleNamespace(is_main_process=True)
     with pytest.raises(ValueError, match="--logprobs-mode processed_logprobs"):
         vllm.attach(trainer)
+
+
+def test_weights_go_out_as_they_are_while_an_adapter_is_merged():
+    """TRL merges it, hands the weights over, and takes it out again, all in the same memory."""
+    weight, sent = torch.zeros(2), []
+
+    def merged():
+        weight.add_(1)
+        yield "w", weight
+        weight.sub_(1)
+
+    llm = SimpleNamespace(
+        collective_rpc=lambda method, kwargs: sent.extend(kwargs["weights_iterator"]),
+        reset_prefix_cache=lambda: None,
+    )
+    vllm._reload_weights(SimpleNamespace(_iter_named_params=merged, llm=llm))
+    assert [(name, x.tolist()) for name, x in sent] == [("w", [1.0, 1.0])]
+    assert weight.tolist() == [0, 0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from hapo.assets import tiny_model_path
 from hapo.batch import EntropyStats
@@ -107,3 +107,15 @@ def test_a_chat_is_written_by_the_template_without_further_special_tokens(tiny, 
 def test_what_cannot_be_calibrated_is_refused(tiny, prompts, options, message):
     with pytest.raises(ValueError, match=message):
         calibrate(*tiny, prompts, **options)
+
+
+def test_the_model_s_own_generation_settings_do_not_matter(tiny):
+    model, tokenizer = tiny
+    own = model.generation_config
+    plain = calibrate(model, tokenizer, PROMPTS, max_new_tokens=8)
+    model.generation_config = GenerationConfig(**{**own.to_dict(), "no_repeat_ngram_size": 1, "min_p": 0.5})
+    try:
+        assert calibrate(model, tokenizer, PROMPTS, max_new_tokens=8) == plain
+        assert model.generation_config.min_p == 0.5
+    finally:
+        model.generation_config = own

@@ -66,16 +66,17 @@ class AdaptiveTemperature:
         one_of("law", self.law, ("bounded", "zscore", "dynatemp", "edt"))
         one_of("variant", self.variant, ("paper", "release"))
         if self.law == "dynatemp":
-            require((self.vocabulary or 0) > 1, "vocabulary", self.vocabulary, "> 1 with the law 'dynatemp'")
-        require(self.exponent > 0, "exponent", self.exponent, "> 0")
-        require(self.theta >= 0, "theta", self.theta, ">= 0")
+            fits = isinstance(self.vocabulary, int) and self.vocabulary > 1
+            require(fits, "vocabulary", self.vocabulary, "a whole number > 1 with the law 'dynatemp'")
+        require(0 < self.exponent < math.inf, "exponent", self.exponent, "> 0 and finite")
+        require(0 <= self.theta < math.inf, "theta", self.theta, ">= 0 and finite")
         if self.law in ("bounded", "dynatemp"):
             safe = "in [0, 1): from 1 on, the temperature 1 + tau h of the most certain token is 0 or negative"
             require(0 <= self.tau < 1, "tau", self.tau, safe)
         require(0 <= self.tau < math.inf, "tau", self.tau, ">= 0 and finite")
         require(0 <= self.rho <= 1, "rho", self.rho, "in [0, 1]")
         require(0 < self.t_min <= 1, "t_min", self.t_min, "in (0, 1]: a temperature must stay positive")
-        require(self.t_max >= 1, "t_max", self.t_max, ">= 1")
+        require(1 <= self.t_max < math.inf, "t_max", self.t_max, ">= 1 and finite")
 
     @classmethod
     def of(cls, value: AdaptiveTemperature | Mapping[str, Any], **defaults: Any) -> AdaptiveTemperature:

@@ -15,7 +15,7 @@ import pickle
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 import torch
@@ -79,7 +79,9 @@ def request_args(rule: TemperatureRule) -> dict[str, Any]:
 
 
 def check_server(server: str | Mapping[str, Any], api_key: str | None = None) -> None:
-    """Find out whether this server applies the processor to every token, before anything is drawn from it.
+    """Find out whether this server takes the processor and skips it nowhere, before anything is drawn from it.
+
+    Whether `hapo` is installed beside the server it cannot see: without it the server ends at the first request.
 
     Args:
         server: its address, such as "http://localhost:30000"; or the answer of `/server_info` or of
@@ -134,5 +136,7 @@ def _server_info(url: str, api_key: str | None) -> dict[str, Any]:
     try:
         with urlopen(Request(address, headers=headers), timeout=30) as answer:
             return json.load(answer)
-    except (URLError, json.JSONDecodeError) as error:
+    except HTTPError as error:
+        raise ConnectionError(f"the server at {address} answers {error.code} {error.reason}; api_key=?") from error
+    except (URLError, TimeoutError, json.JSONDecodeError) as error:
         raise ConnectionError(f"no SGLang server answers at {address} ({error})") from error

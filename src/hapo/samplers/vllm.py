@@ -17,16 +17,20 @@ import vllm
 from jaxtyping import Float, Int
 from torch import Tensor, device, float32, int64
 from vllm.sampling_params import SamplingParams, SamplingType
-from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 from vllm.v1.sample.logits_processor import LogitsProcessor as ProcessorV1
-from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
-from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as ProcessorV2
 
 from .rule import TemperatureRule, temper_
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
+
+try:
+    from vllm.utils.torch_utils import async_tensor_h2d
+    from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as ProcessorV2
+except ImportError:  # An older vLLM: the entry point must not keep it from starting, and requests are refused.
+    ProcessorV2 = object
 
 TESTED = "0.32."
 """Versions of vLLM that requests are accepted in."""

@@ -92,6 +92,10 @@ class HAPOTrainer(GRPOTrainer):
                 f"beta={args.beta} needs a reference model, which TRL loads by the model's path, and this one has "
                 "none: save it and hand over the folder, or set beta=0"
             )
+        if self.method.factor is not None and "temperature" in (args.generation_kwargs or {}):
+            raise ValueError(
+                "generation_kwargs: set the base temperature with temperature=, which scoring reads too"
+            )
         if (args.generation_kwargs or {}).get("num_beams", 1) != 1:
             raise ValueError("generation_kwargs: num_beams must be 1, policies are sampled, not searched")
         if args.run_records:
@@ -129,6 +133,11 @@ class HAPOTrainer(GRPOTrainer):
         if self.model.training:
             self._sampled_with = self.temperature_stats  # None at the first step
         if self.use_vllm:
+            if self.vllm_mode == "server" and args and args[0] is not None and self.method.factor is not None:
+                raise ValueError(
+                    "TRL's requests with images to a vLLM server carry no temperature rule: set "
+                    f'vllm_mode="colocate", or {NO_TEMPERATURE}'
+                )
             vllm.send_rule(self, self._sampled_with if self.model.training else None)
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         if not self.model.training:

@@ -13,6 +13,9 @@ from ...method import Method
 from ...methods import AdaptiveTemperature
 from ...samplers.rule import PREFIX, TemperatureRule
 
+HARMLESS = TemperatureRule(AdaptiveTemperature(law="edt", theta=0.0))
+"""A rule that changes nothing, to ask with."""
+
 
 def check_law(method: Method) -> None:
     """Raise a ValueError unless the method's law can be told to vLLM: by the options of `AdaptiveTemperature`."""
@@ -30,8 +33,11 @@ def send_rule(trainer: Any, stats: EntropyStats | None) -> None:
     rule = TemperatureRule(law, stats) if law is not None and law.acts and stats is not None else None
     generation = trainer.vllm_generation
     key = "vllm_xargs" if generation.mode == "server" else "extra_args"
-    others = {k: v for k, v in (generation.generation_kwargs.get(key) or {}).items() if not k.startswith(PREFIX)}
-    generation.generation_kwargs[key] = {**others, **({} if rule is None else rule.to_args())} or None
+    others = {k: v for k, v in generation.generation_kwargs.items() if k != key}
+    given = (generation.generation_kwargs.get(key) or {}).items()
+    args = {k: v for k, v in given if not k.startswith(PREFIX)} | ({} if rule is None else rule.to_args())
+    # A new mapping: TRL's is the caller's own, and goes into the records of the run.
+    generation.generation_kwargs = {**others, key: args} if args else others
 
 
 def attach(trainer: Any) -> None:
@@ -50,40 +56,50 @@ def attach(trainer: Any) -> None:
                     f"the vLLM server returns {mode}, not those of the distribution that drew the tokens: "
                     "start it with --logprobs-mode processed_logprobs"
                 )
-            if trainer.method.factor is not None and not _server_knows_rules(generation.vllm_client):
-                raise RuntimeError(
-                    "the vLLM server takes a temperature that cannot be without a word, so it has no adaptive "
-                    "temperature: install hapo beside its vLLM"
-                )
+            if trainer.method.factor is not None:
+                _check_server(generation.vllm_client)
         return
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
         generation.sync_weights = lambda: _reload_weights(generation)
-    if trainer.method.factor is not None and not _runs_processor(generation.llm):
+    if trainer.method.factor is not None:
+        _check_engine(generation.llm)
+
+
+def _check_engine(llm: Any) -> None:
+    """The engine in this process has the processor, in Model Runner V1 or V2, and takes a rule."""
+    from vllm import SamplingParams
+
+    from ...samplers.vllm import AdaptiveTemperature as Processor
+
+    Processor.validate_params(SamplingParams(extra_args=HARMLESS.to_args()))
+    runner = llm.llm_engine.model_executor.driver_worker.model_runner
+    batch = getattr(runner, "input_batch", None)
+    loaded = batch.logitsprocs.all if batch is not None else runner.sampler.logits_processors
+    if not any(isinstance(processor, Processor) for processor in loaded):
         raise RuntimeError(
             "vLLM did not load the processor of the adaptive temperature, so it would not act: install hapo where "
             "vLLM finds its entry point (group vllm.logits_processors), and leave speculative decoding off"
         )
 
 
-def _runs_processor(llm: Any) -> bool:
-    """Whether the engine in this process has the processor, in Model Runner V1 or V2."""
-    from ...samplers.vllm import AdaptiveTemperature as Processor
+def _check_server(client: Any) -> None:
+    """The server refuses a wrong rule, as one without the processor does not, and takes a right one."""
 
-    runner = llm.llm_engine.model_executor.driver_worker.model_runner
-    batch = getattr(runner, "input_batch", None)
-    loaded = batch.logitsprocs.all if batch is not None else runner.sampler.logits_processors
-    return any(isinstance(processor, Processor) for processor in loaded)
+    def ask(args: dict[str, Any]) -> Any:
+        request = {"model": client.model, "prompt": [0], "max_tokens": 1, "vllm_xargs": args}
+        return client.session.post(f"{client.base_url}/v1/completions", json=request)
 
-
-def _server_knows_rules(client: Any) -> bool:
-    """Whether the server refuses a request whose rule is wrong; one without the processor answers it."""
-    wrong = {"vllm_xargs": {f"{PREFIX}tau": 2.0}}
-    response = client.session.post(
-        f"{client.base_url}/v1/completions", json={"model": client.model, "prompt": [0], "max_tokens": 1, **wrong}
-    )
-    return response.status_code == 400 and "tau must be" in response.text
+    wrong = ask({f"{PREFIX}tau": 2.0})
+    if wrong.status_code != 400 or "tau must be" not in wrong.text:
+        raise RuntimeError(
+            "the vLLM server takes a temperature that cannot be without a word, so it has no adaptive "
+            "temperature: install hapo beside its vLLM"
+        )
+    right = ask(HARMLESS.to_args())
+    if right.status_code != 200:
+        raise RuntimeError(f"the vLLM server refuses adaptive temperatures: {right.text}")
 
 
 def _law(method: Method) -> AdaptiveTemperature | None:
@@ -96,6 +112,7 @@ def _law(method: Method) -> AdaptiveTemperature | None:
 
 def _reload_weights(generation: Any) -> None:
     """vLLM packs weights for the CPU when it loads them, so single tensors cannot be loaded again: all at once."""
-    weights = list(generation._iter_named_params())
+    # Copies, since TRL takes a LoRA adapter out of the weights again once it has gone through them.
+    weights = [(name, weight.clone()) for name, weight in generation._iter_named_params()]
     generation.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
     generation.llm.reset_prefix_cache()
