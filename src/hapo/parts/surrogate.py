@@ -97,11 +97,7 @@ def gradient_preserving(
     high = (advantage > 0) & (r > upper)
     weight = torch.where(low, beta1 * lower, torch.where(high, beta2 * upper, r))
     loss = -weight * advantage * (logp - logp.detach()).exp()
-    if dual_clip is not None:
-        beyond = (advantage < 0) & (r > dual_clip)
-        loss = torch.where(beyond, -dual_clip * advantage, loss)
-        high = high | beyond
-    return Surrogate(loss, low, high)
+    return _dual_clipped(Surrogate(loss, low, high), r, advantage, dual_clip)
 
 
 def asymmetric_ratio(
@@ -138,11 +134,7 @@ def asymmetric_ratio(
     flipped = torch.where(negative, ratio, ratio / r.square())
     loss = -advantage * torch.where(capped, cap * logp, flipped)
     loss = torch.where(low, -advantage * lower, torch.where(high, -advantage / upper, loss))
-    if dual_clip is not None:
-        beyond = negative & (r > dual_clip)
-        loss = torch.where(beyond, -dual_clip * advantage, loss)
-        high = high | beyond
-    return Surrogate(loss, low, high)
+    return _dual_clipped(Surrogate(loss, low, high), r, advantage, dual_clip)
 
 
 def soft_gate(
@@ -163,3 +155,12 @@ def soft_gate(
     gate = (tau * (ratio - 1.0)).sigmoid() * 4.0 / tau
     nowhere = torch.zeros_like(ratio, dtype=torch.bool)
     return Surrogate(-gate * advantage, nowhere, nowhere)
+
+
+def _dual_clipped(surrogate: Surrogate, ratio: Tensor, advantage: Tensor, dual_clip: float | None) -> Surrogate:
+    """The loss is the constant -c A where A < 0 and r > c; counted as clipped on the high side."""
+    if dual_clip is None:
+        return surrogate
+    beyond = (advantage < 0) & (ratio > dual_clip)
+    loss = torch.where(beyond, -dual_clip * advantage, surrogate.loss)
+    return Surrogate(loss, surrogate.clipped_low, surrogate.clipped_high | beyond)

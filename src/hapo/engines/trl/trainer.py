@@ -133,11 +133,8 @@ class HAPOTrainer(GRPOTrainer):
         if self.model.training:
             self._sampled_with = self.temperature_stats  # None at the first step
         if self.use_vllm:
-            if self.vllm_mode == "server" and args and args[0] is not None and self.method.factor is not None:
-                raise ValueError(
-                    "TRL's requests with images to a vLLM server carry no temperature rule: set "
-                    f'vllm_mode="colocate", or {NO_TEMPERATURE}'
-                )
+            if args and args[0] is not None:
+                vllm.check_images(self)
             vllm.send_rule(self, self._sampled_with if self.model.training else None)
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         if not self.model.training:

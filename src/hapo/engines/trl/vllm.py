@@ -27,6 +27,15 @@ def check_law(method: Method) -> None:
     )
 
 
+def check_images(trainer: Any) -> None:
+    """Raise a ValueError where TRL would send images without the rule: to a server, asked in another way."""
+    if trainer.vllm_generation.mode == "server" and trainer.method.factor is not None:
+        raise ValueError(
+            'TRL\'s requests with images to a vLLM server carry no temperature rule: set vllm_mode="colocate", or '
+            "take a method without an adaptive temperature"
+        )
+
+
 def send_rule(trainer: Any, stats: EntropyStats | None) -> None:
     """Give the method's rule with these statistics to the following requests; without statistics, T_base."""
     law = _law(trainer.method)
