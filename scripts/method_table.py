@@ -40,8 +40,8 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def papers() -> str:
-    """Method, what it does, paper, equations (as the class docstring cites them), tests, deviations."""
-    head = ["method", "in one line", "paper", "equations", "in `tests/methods/`", "paper and code"]
+    """Method, what it does, paper, equations (as the class docstring cites them), deviations."""
+    head = ["method", "in one line", "paper", "equations", "paper and code"]
     rows = []
     for name in hapo.methods():
         cls = options_of(name)
@@ -53,7 +53,6 @@ def papers() -> str:
                 cls.summary,
                 f"{paper.title}, {paper.year}, [arXiv {paper.arxiv}](https://arxiv.org/abs/{paper.arxiv})",
                 ", ".join(equations).replace("-", "–"),
-                f"`test_{name}.py`",
                 f"[deviations]({name}.md#paper-and-released-code)",
             ]
         )
