@@ -2,7 +2,7 @@
 
     VLLM_CPU_KVCACHE_SPACE=1 python bench/vllm_step.py --vocabulary 49152 --output bench/results/vllm_49152.json
 
-A Llama of random weights, by default in the shape of SmolLM2-135M, is served in this process. A pair generates the
+A Llama of random weights, in the shape of a published model, is served in this process. A pair generates the
 same number of tokens from the same prompts without a rule and with one, in turns first and second. Reported, as
 median and quartiles over the pairs: the processor seconds added, in percent, and those spent inside `temper_`,
 which are far less noisy. `--same` gives neither side a rule: the noise of the former.
@@ -35,16 +35,24 @@ from hapo.samplers.rule import TemperatureRule
 RULE = TemperatureRule(AdaptiveTemperature(tau=0.1), EntropyStats(pivot=0.3, sigma=1.0, h_max=2.0, h_min=-8.0))
 
 
-def model(folder: str, vocabulary: int, hidden: int, layers: int) -> LlamaForCausalLM:
+# hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads
+SHAPES = {
+    "smollm2-135m": (576, 1536, 30, 9, 3),
+    "qwen2.5-0.5b": (896, 4864, 24, 14, 2),
+    "qwen2.5-1.5b": (1536, 8960, 28, 12, 2),
+}
+
+
+def model(folder: str, vocabulary: int, shape: str) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    heads = hidden // 64
+    hidden, intermediate, layers, heads, key_value_heads = SHAPES[shape]
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
-        intermediate_size=hidden * 8 // 3 // 64 * 64,
+        intermediate_size=intermediate,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=heads // 3 if heads % 3 == 0 else heads,
+        num_key_value_heads=key_value_heads,
         max_position_embeddings=256,
         tie_word_embeddings=True,
         bos_token_id=0,
@@ -59,17 +67,16 @@ def model(folder: str, vocabulary: int, hidden: int, layers: int) -> LlamaForCau
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocabulary", type=int, default=49_152)
-    parser.add_argument("--hidden", type=int, default=576)
-    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--same", action="store_true", help="no rule on either side")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:
-        model(folder, given.vocabulary, given.hidden, given.layers)
+        model(folder, given.vocabulary, given.shape)
         llm = LLM(
             folder,
             skip_tokenizer_init=True,
