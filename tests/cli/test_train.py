@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hapo.cli import main
-from tests.cli.small import flags, metrics, train
+from tests.cli.small import accuracy, evaluations, flags, metrics, train
 
 WEIGHTS = "model/model.safetensors"
 
@@ -26,16 +26,28 @@ def finished(tmp_path_factory) -> Path:
 
 
 def test_a_run_leaves_records_checkpoints_accuracy_and_the_model(finished):
-    names = {"config.yaml", "manifest.json", "metrics.jsonl", "tokens", "checkpoints", "evaluation.json", "model"}
+    names = {
+        "config.yaml",
+        "manifest.json",
+        "metrics.jsonl",
+        "tokens",
+        "checkpoints",
+        "evaluations.jsonl",
+        "finished.json",
+        "model",
+    }
     assert names <= {p.name for p in finished.iterdir()}
     assert [m["step"] for m in metrics(finished)] == [1, 2, 3, 4, 5]
     assert any(m["grad_norm"] > 0 for m in metrics(finished))
-    evaluation = json.loads((finished / "evaluation.json").read_text())
-    for when in ("before", "after"):
-        for how in ("greedy", "sampled"):
-            found = evaluation[when][how]
-            assert found["problems"] == 6
-            assert 0 <= found["low"] <= found["mean"] <= found["high"] <= 1
+    measured = evaluations(finished)
+    assert [(m["step"], m["how"]) for m in measured] == [(s, h) for s in (0, 5) for h in ("greedy", "sampled")]
+    for found in measured:
+        assert found["problems"] == len(found["scores"]) == 6
+        assert sum(found["scores"]) / 6 == pytest.approx(found["mean"], abs=1e-6)
+        assert 0 <= found["low"] <= found["mean"] <= found["high"] <= 1
+    end = json.loads((finished / "finished.json").read_text())
+    assert (end["steps"], end["why"]) == (5, "max_steps")
+    assert 0 < measured[-1]["num_tokens"] == end["num_tokens"]
 
 
 def test_config_yaml_is_a_recipe_and_an_interrupted_run_resumes_to_the_same_weights(
@@ -49,19 +61,35 @@ def test_config_yaml_is_a_recipe_and_an_interrupted_run_resumes_to_the_same_weig
     assert "finishing this optimiser step" in out
     assert f"checkpoint-3 is saved; resume with: hapo train --resume {again}" in err
     assert [m["step"] for m in metrics(again)] == [1, 2, 3]
-    before = json.loads((again / "evaluation.json").read_text())["before"]
+    before = evaluations(again)
+    assert not (again / "finished.json").exists()
 
     monkeypatch.delenv("ACT")
     assert main(["train", "--resume", str(again)]) == 0
     assert metrics(again) == metrics(finished)
     assert (again / WEIGHTS).read_bytes() == (finished / WEIGHTS).read_bytes()
-    assert json.loads((again / "evaluation.json").read_text())["before"] == before
+    assert evaluations(again)[:2] == before
+    assert [accuracy(m) for m in evaluations(again)] == [accuracy(m) for m in evaluations(finished)]
 
 
 def test_training_does_not_depend_on_whether_accuracy_is_measured(finished, tmp_path):
     assert main([*train(tmp_path / "run"), "--no_evaluate"]) == 0
-    assert not (tmp_path / "run/evaluation.json").exists()
+    assert not (tmp_path / "run/evaluations.jsonl").exists()
     assert metrics(tmp_path / "run") == metrics(finished)
+
+
+def test_accuracy_is_measured_along_the_way_and_a_token_budget_ends_the_run_with_its_rollout_batch(
+    finished, tmp_path
+):
+    half = evaluations(finished)[-1]["num_tokens"] // 2
+    run = tmp_path / "run"
+    assert main([*train(run), *flags(evaluate_every=1, evaluate_samples=2, token_budget=half)]) == 0
+    measured = evaluations(run)
+    assert [m["step"] for m in measured] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert {m["samples"] for m in measured if m["how"] == "sampled"} == {2}
+    assert [m["seconds"] for m in measured] == sorted(m["seconds"] for m in measured)
+    assert json.loads((run / "finished.json").read_text())["why"] == "token_budget"
+    assert metrics(run) == metrics(finished)[:4]
 
 
 def test_a_second_interrupt_stops_at_once_and_the_last_checkpoint_stays(tmp_path):
@@ -133,8 +161,8 @@ def test_eval_measures_a_model_of_a_run_and_writes_every_answer(finished, tmp_pa
     argv = ["eval", "--config", str(finished / "config.yaml"), "--model", str(finished / "model")]
     assert main([*argv, *flags(samples=3, output=output)]) == 0
     figures = json.loads(output.read_text())
-    after = json.loads((finished / "evaluation.json").read_text())["after"]
-    assert {k: v for k, v in figures["greedy"].items() if k != "decoding"} == after["greedy"]
+    after = accuracy(evaluations(finished)[-2])
+    assert {k: v for k, v in figures["greedy"].items() if k in after} == after
     assert figures["sampled"]["samples"] == 3
     rows = pq.read_table(output.with_suffix(".parquet")).to_pylist()
     assert len(rows) == 6 + 6 * 3
@@ -160,5 +188,5 @@ def test_two_processes_train_and_measure_every_problem_once(tmp_path):
     argv = train(folder, max_steps=2, per_device_train_batch_size=4, eval_size=7)
     run = subprocess.run([*launcher, *argv], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert json.loads((folder / "evaluation.json").read_text())["after"]["greedy"]["problems"] == 7
+    assert [m["problems"] for m in evaluations(folder)] == [7] * 4
     assert run.stdout.count("problems, 95 % intervals") == 1

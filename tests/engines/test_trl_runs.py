@@ -20,7 +20,9 @@ from hapo.trl import HAPOConfig, HAPOTrainer
 from tests.engines import tiny
 
 ROOT = Path(__file__).parents[2]
-CLOCKS = {"step_time", "wall_seconds", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
+CLOCKS = {"step_time", "wall_seconds", "train_runtime", "train_samples_per_second", "train_steps_per_second"} | {
+    f"time/{phase}" for phase in ("generate", "reward", "score", "update")
+}
 
 
 def metrics(folder: Path) -> list[dict]:

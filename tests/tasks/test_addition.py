@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hapo.assets import tiny_model_path
+from hapo.tasks import TaskConfig, load_task
 from hapo.tasks.addition import MAX_COMPLETION, addition_reward, held_out, load_addition, solution
 
 
@@ -135,3 +136,9 @@ def test_bundled_model_adds_as_well_as_its_card_says(model, tokenizer):
     rewards = addition_reward(problems["prompt"][:], answers, problems["answer"][:])
     # 200 of the card's 500 problems: three standard errors are 10 points
     assert 100 * sum(rewards) / len(rewards) == pytest.approx(recorded, abs=10)
+
+
+@pytest.mark.parametrize("options", [{"chat": True}, {"prompt_template": "{question}?"}])
+def test_prompts_of_another_form_are_refused(options):
+    with pytest.raises(ValueError, match="do not go with dataset addition"):
+        load_task(TaskConfig(**options), seed=0)

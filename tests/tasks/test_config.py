@@ -40,7 +40,6 @@ def test_is_parsed_from_yaml_with_flags_over_it(tmp_path):
             r"prompt_template 'Solve\.' does not contain \{question\}",
         ),
         ({"dataset": "a.csv", "system_prompt": "Be brief."}, "system_prompt needs chat"),
-        ({"dataset": "addition", "chat": True}, "do not go with dataset addition"),
         ({"dataset": "reasoning_gym:x", "task_options": "{"}, r"task_options is no JSON: '\{'"),
         ({"dataset": "reasoning_gym:x", "task_options": "[1]"}, r"task_options must be a mapping, not \[1\]"),
         ({"dataset": "a.csv", "task_options": {"n": 1}}, "task_options are for reasoning_gym:NAME"),

@@ -1,4 +1,4 @@
-"""The command line: `hapo train`, `hapo eval`, `hapo calibrate`, `hapo methods`."""
+"""The command line: `hapo train`, `eval`, `report`, `compare`, `doctor`, `calibrate`, `methods`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ import hapo
 
 COMMANDS = {
     "train": ("train", "train a model with verifiable rewards; alone, the embedded demo"),
-    "eval": ("evaluate", "accuracy of a model on held-out problems, greedy and sampled"),
+    "eval": ("evaluate", "accuracy of a model on held-out problems or on named sets, with intervals"),
+    "report": ("report", "one HTML page of a run, or of several: curves, token analyses, the token microscope"),
+    "compare": ("compare", "methods against each other: paired seeds, intervals, a verdict in words"),
+    "doctor": ("doctor", "what is wrong with a recipe before training, or with a run after it"),
     "calibrate": ("calibrate", "write a temperature rule for decoding, from a model's answers to prompts"),
     "methods": ("methods", "list the methods; with a name, its stages, options and paper"),
 }
@@ -28,7 +31,8 @@ class UsageError(ValueError):
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code.
 
-    0: done; 1: failed while running; 2: wrong flags or recipe; 130: interrupted. Errors are one message on
+    0: done; 1: failed while running; 2: wrong flags or recipe; 3, 4: `hapo doctor` found warnings, errors; 130:
+    interrupted. Errors are one message on
     stderr; with HAPO_DEBUG=1 they are raised.
     """
     argv = sys.argv[1:] if argv is None else argv

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -37,6 +37,8 @@ class Answer:
     text: str
     tokens: int
     score: float
+    truncated: bool = False
+    """It does not end with an end-of-sequence token: it was cut off."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,11 @@ class Estimate:
         """Plain values, for JSON."""
         return asdict(self)
 
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Estimate:
+        """From what `to_dict` gave, among other values."""
+        return cls(**{f.name: values[f.name] for f in fields(cls)})
+
 
 def draw_answers(
     model: PreTrainedModel,
@@ -77,26 +84,21 @@ def draw_answers(
     The state of the random generators and `model.training` are as before when it returns, so that training
     does not depend on whether it was measured.
     """
-    rows = [i for i in range(len(problems)) for _ in range(decoding.samples)]
-    weight = torch.tensor(weights or [1.0] * len(reward_funcs))
+    asked = [(i, k) for i in range(len(problems)) for k in range(decoding.samples)]
     config = _generation_config(model, tokenizer, decoding)
     training, answers = model.training, []
     model.eval()
     try:
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(decoding.seed)
-            for start in range(0, len(rows), decoding.batch_size):
-                index = rows[start : start + decoding.batch_size]
-                batch = problems.select(index).to_dict()
-                inputs = _encode(tokenizer, batch["prompt"], chat_template_kwargs or {}).to(model.device)
+            for start in range(0, len(asked), decoding.batch_size):
+                part = asked[start : start + decoding.batch_size]
+                prompts = [problems[i]["prompt"] for i, _ in part]
+                inputs = encode(tokenizer, prompts, chat_template_kwargs or {}).to(model.device)
                 output = model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1] :]
                 ids = [_until_end(row, config.eos_token_id) for row in output.tolist()]
-                texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-                scores = _score(batch, texts, ids, reward_funcs, weight)
-                for k, row in enumerate(index):
-                    sample = (start + k) % decoding.samples
-                    answers.append(Answer(row, sample, texts[k], len(ids[k]), scores[k]))
-                advance(len(index))
+                answers += judge(tokenizer, problems, part, ids, config.eos_token_id, reward_funcs, weights)
+                advance(len(part))
     finally:
         model.train(training)
     return answers
@@ -124,17 +126,45 @@ def estimate(answers: list[Answer]) -> Estimate:
     return Estimate(mean, max(low, 0.0) if binary else low, min(high, 1.0) if binary else high, n, samples, binary)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompts: list[Any], chat_template_kwargs: dict[str, Any]) -> Any:
-    padding = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+def judge(
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Dataset,
+    asked: list[tuple[int, int]],
+    ids: list[list[int]],
+    ends: list[int],
+    reward_funcs: list[Callable[..., list[float]]],
+    weights: list[float] | None,
+) -> list[Answer]:
+    """The answers to problem and sample `asked`, from their token ids; `ends` are the end-of-sequence tokens."""
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    weight = torch.tensor(weights or [1.0] * len(reward_funcs))
+    scores = _score(problems.select([i for i, _ in asked]).to_dict(), texts, ids, reward_funcs, weight)
+    return [
+        Answer(*which, text, len(row), score, truncated=not row or row[-1] not in ends)
+        for which, text, row, score in zip(asked, texts, ids, scores, strict=True)
+    ]
+
+
+def ends_of(generation_config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end an answer: the tokenizer's and those of the model."""
+    ends = generation_config.eos_token_id
+    ends = [ends] if isinstance(ends, int) else list(ends or [])
+    return sorted({tokenizer.eos_token_id, *ends})
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompts: list[Any], chat_template_kwargs: dict[str, Any]) -> Any:
+    """Token ids and mask (B,T) of prompts, padded on the left; messages go through the chat template."""
+    padding = {"padding_side": "left", "return_token_type_ids": False}
     if isinstance(prompts[0], str):
-        return tokenizer(text=prompts, return_token_type_ids=False, **padding)
+        return tokenizer(text=prompts, padding=True, return_tensors="pt", **padding)
     return tokenizer.apply_chat_template(
         prompts,
         add_generation_prompt=True,
         tokenize=True,
+        padding=True,
+        return_tensors="pt",
         return_dict=True,
-        tokenizer_kwargs={"return_token_type_ids": False},
-        **padding,
+        tokenizer_kwargs=padding,
         **chat_template_kwargs,
     )
 
@@ -142,8 +172,6 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompts: list[Any], chat_templat
 def _generation_config(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoding: Decoding
 ) -> GenerationConfig:
-    ends = model.generation_config.eos_token_id
-    ends = [ends] if isinstance(ends, int) else list(ends or [])
     law: dict[str, Any] = {"do_sample": False}
     if decoding.temperature > 0:
         law = {"do_sample": True, **{k: getattr(decoding, k) for k in ("temperature", "top_p", "top_k")}}
@@ -151,7 +179,7 @@ def _generation_config(
         max_new_tokens=decoding.max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=sorted({tokenizer.eos_token_id, *ends}),
+        eos_token_id=ends_of(model.generation_config, tokenizer),
         repetition_penalty=1.0,
         disable_compile=True,
         **law,

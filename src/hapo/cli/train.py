@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import time
 import warnings
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import datasets
 import torch
 import transformers
-from accelerate.utils import gather_object
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from transformers import PrinterCallback, ProgressCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..assets import tiny_model_path
 from ..engines.records import check_writable
 from ..engines.trl.checkpoint import complete_checkpoints
+
+# from ..insight.report import write_report
+from ..insight.report import write_report
 from ..tasks import Task, TaskConfig, load_task
 from ..trl import HAPOConfig, HAPOTrainer
 from . import INTERRUPTED, UsageError
-from .measure import Decoding, Estimate, draw_answers, estimate
-from .progress import Interrupt, TrainingProgress, counting
+from .held_out import Course, HeldOut
+from .progress import Interrupt, TrainingProgress
 from .recipe import RecipeParser, told
 
 DESCRIPTION = """Train a model with verifiable rewards. Flags: those of the task, of TRL's GRPOConfig with a
@@ -43,14 +40,30 @@ class TrainOptions:
     evaluate: bool = field(
         default=True, metadata={"help": "measure accuracy on the held-out problems before and after training"}
     )
+    evaluate_every: int | None = field(
+        default=None, metadata={"help": "optimiser steps between further measurements during training"}
+    )
+    evaluate_samples: int = field(
+        default=1, metadata={"help": "sampled answers to each held-out problem, which are averaged"}
+    )
+    token_budget: int | None = field(
+        default=None,
+        metadata={
+            "help": "stop after the rollout batch with which this many prompt and completion tokens are "
+            "generated (TRL's num_tokens), if max_steps does not come first"
+        },
+    )
+    report: bool = field(default=True, metadata={"help": "write report.html into the run folder at the end"})
     threads: int | None = field(
         default=None,
         metadata={"help": "CPU threads of torch (default: torch's); the last bits of results depend on it"},
     )
 
     def __post_init__(self) -> None:
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads must be at least 1, got {self.threads}")
+        for name in ("threads", "evaluate_every", "evaluate_samples", "token_budget"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def main(argv: list[str]) -> int:
@@ -69,22 +82,29 @@ def main(argv: list[str]) -> int:
     prepare_process(options)
     task = load_task(task_config, seed=args.seed)
     trainer = build_trainer(task, args, model_config)
+    folder = Path(args.output_dir)
     trainer.recipe = told(task_config, model_config, options)
     console.print(
         f"{trainer.method.name} on {task.name}: {len(task.train)} problems to train on, "
         f"{len(task.eval)} held out; run folder {args.output_dir}",
         soft_wrap=True,
     )
-    evaluation = Evaluation(trainer, task, console) if options.evaluate else None
-    if evaluation:
-        evaluation.measure("before", again=checkpoint is None)
-    finished = _train(trainer, checkpoint, console)
+    course, held_out = Course(folder, options.token_budget), None
+    if options.evaluate:
+        held_out = HeldOut(trainer, task.eval, task.reward_funcs, options, course, console)
+        if checkpoint is None:
+            held_out.measure(0)
+    finished = _train(trainer, checkpoint, console, [course] if held_out is None else [course, held_out])
     if finished:
-        trainer.save_model(str(Path(args.output_dir) / "model"))
-        if evaluation:
-            evaluation.measure("after")
-            evaluation.print()
-        console.print(f"model: {Path(args.output_dir) / 'model'}", soft_wrap=True)
+        trainer.save_model(str(folder / "model"))
+        if held_out is not None:
+            held_out.measure(trainer.state.global_step)
+            held_out.print()
+        if args.process_index == 0:
+            course.finish(trainer.state)
+        console.print(f"model: {folder / 'model'}", soft_wrap=True)
+    if options.report and args.process_index == 0:
+        console.print(f"report: {write_report([folder], folder / 'report.html')}", soft_wrap=True)
     trainer.accelerator.wait_for_everyone()  # gloo aborts a rank whose peer has gone
     trainer.end()
     return 0 if finished else INTERRUPTED
@@ -131,78 +151,12 @@ def prepare_process(options: TrainOptions) -> None:
     datasets.disable_progress_bars()
 
 
-class Evaluation:
-    """Greedy and sampled accuracy on the held-out problems, kept in the run's evaluation.json."""
-
-    def __init__(self, trainer: HAPOTrainer, task: Task, console: Console) -> None:
-        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-            raise ValueError(
-                "held-out accuracy is measured with a whole model on each device, which DeepSpeed and FSDP split: "
-                "set evaluate to false, and measure with `hapo eval` afterwards"
-            )
-        self.trainer, self.task, self.console = trainer, task, console
-        self.file = Path(trainer.args.output_dir) / "evaluation.json"
-        self.results: dict[str, Any] = {}
-
-    def measure(self, when: str, again: bool = True) -> None:
-        """Measure and write, on all processes; without `again` read what was measured."""
-        if not again:
-            self.results = json.loads(self.file.read_text())
-            return
-        started, args = time.monotonic(), self.trainer.args
-        law = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
-        found: dict[str, Any] = {
-            "greedy": self._estimate(f"held out, {when}: greedy").to_dict(),
-            "sampled": self._estimate(f"held out, {when}: sampled", **law).to_dict(),
-        }
-        self.results[when] = {**found, "seconds": round(time.monotonic() - started, 1)}
-        if args.process_index == 0:
-            partial = self.file.with_suffix(".partial")
-            partial.write_text(json.dumps(self.results, indent=2) + "\n")
-            os.replace(partial, self.file)
-
-    def _estimate(self, what: str, **law: Any) -> Estimate:
-        trainer, args = self.trainer, self.trainer.args
-        first, every = args.process_index, args.world_size
-        mine = self.task.eval.select(range(first, len(self.task.eval), every))
-        decoding = Decoding(
-            max_new_tokens=args.max_completion_length,
-            batch_size=args.per_device_eval_batch_size,
-            seed=args.seed + args.process_index,
-            **law,
-        )
-        with counting(self.console, what, len(mine)) as advance:
-            answers = draw_answers(
-                trainer.accelerator.unwrap_model(trainer.model),
-                trainer.processing_class,
-                mine,
-                self.task.reward_funcs,
-                decoding,
-                weights=args.reward_weights,
-                chat_template_kwargs=args.chat_template_kwargs,
-                advance=advance,
-            )
-        return estimate(gather_object([replace(a, problem=first + every * a.problem) for a in answers]))
-
-    def print(self) -> None:
-        """The table: before, after, and the change."""
-        before, after = self.results["before"], self.results["after"]
-        table = Table(box=box.SIMPLE)
-        for column in ("held out", "before", "after", "change"):
-            table.add_column(column, no_wrap=True)
-        for how in ("greedy", "sampled"):
-            first, last = Estimate(**before[how]), Estimate(**after[how])
-            change = last.mean - first.mean
-            shown = f"{100 * change:+.1f} points" if first.binary and last.binary else f"{change:+.3f}"
-            table.add_row(how, str(first), str(last), shown)
-        self.console.print(table)
-        self.console.print(
-            f"{last.problems} problems, 95 % intervals; sampled at temperature {self.trainer.args.temperature:g}"
-        )
-
-
-def _train(trainer: HAPOTrainer, checkpoint: bool | str | None, console: Console) -> bool:
+def _train(
+    trainer: HAPOTrainer, checkpoint: bool | str | None, console: Console, callbacks: list[TrainerCallback]
+) -> bool:
     """Train; False if it was interrupted. However it ends early, say how to go on."""
+    for callback in callbacks:
+        trainer.add_callback(callback)
     for default in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(default)
     progress = TrainingProgress(console, lambda: _binary(trainer))

@@ -1,9 +1,11 @@
 """Run records: a run is a folder of plain files that any tool can read.
 
-    config.yaml     what the run was told
-    manifest.json   versions, seeds, hashes, command
-    metrics.jsonl   one JSON object a logged step
-    tokens/         step-NNNNNN-RANK.parquet, one row a token
+    config.yaml        what the run was told
+    manifest.json      versions, seeds, hashes, command
+    metrics.jsonl      one JSON object a logged step
+    evaluations.jsonl  one JSON object a measurement of held-out accuracy
+    finished.json      how far the run came, and why it ended
+    tokens/            step-NNNNNN-RANK.parquet, one row a token of a recorded rollout batch
 
 Engine-free: an engine hands over plain values and a `TokenBatch`.
 """
@@ -21,10 +23,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import yaml
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..batch import TokenBatch
@@ -53,7 +57,6 @@ class RunRecords:
         self.folder = folder
         self.rank = rank
         self._tokens: list[pa.Table] = []
-        self._rows = 0
         self._started = time.monotonic()
 
     @classmethod
@@ -88,10 +91,11 @@ class RunRecords:
         if not metrics.is_file():
             raise FileNotFoundError(f"{folder} holds no run to resume: {metrics.name} is missing")
         if rank == 0:
-            kept = [line for line in metrics.read_text().splitlines() if _step_of(line) <= step]
-            partial = metrics.with_suffix(".partial")
-            partial.write_text("".join(line + "\n" for line in kept))
-            os.replace(partial, metrics)
+            for file in (metrics, folder / "evaluations.jsonl"):
+                if file.is_file():
+                    kept = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
+                    write_whole(file, "".join(line + "\n" for line in kept))
+            (folder / "finished.json").unlink(missing_ok=True)
             for file in (folder / "tokens").glob("step-*.parquet"):
                 if int(file.name.split("-")[1]) > step:
                     file.unlink()
@@ -101,36 +105,49 @@ class RunRecords:
         """Append one line to metrics.jsonl, with the seconds since this process began the run."""
         if self.rank == 0:
             line = {**line, "wall_seconds": round(time.monotonic() - self._started, 3)}
-            with (self.folder / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            append_line(self.folder / "metrics.jsonl", line)
 
     def add_tokens(
         self,
         step: int,
+        rollout: int,
         batch: TokenBatch,
         out: LossOutput,
-        ids: Tensor,
+        mask: Bool[Tensor, "B T"],
+        response: Int[Tensor, " B"],
+        responses: int,
+        ids: Int[Tensor, "B T"],
         texts: list[list[str]],
         prompts: list[str],
-        temperature: Tensor | None,
-        most: int,
+        temperature: Float[Tensor, "B T"] | None,
     ) -> None:
-        """Hold the tokens of a micro-batch until `write_tokens`; at most `most` responses a record.
+        """Hold the tokens of a micro-batch until `write_tokens`.
 
-        `ids` (B,T), `texts` one string a token, `prompts` one a row, `temperature` (B,T) that each token was
-        drawn at.
+        Args:
+            step: optimiser step, from 1.
+            rollout: first optimiser step of the rollout batch that the rows are of.
+            batch: the prepared rows, with the current policy's log-probs.
+            out: what `Method.loss` gave for them.
+            mask: valid response tokens, those of dropped groups included.
+            response: row of each response in the rollout batch.
+            responses: rows of that whole batch with a valid token.
+            ids: token ids.
+            texts: a string a token.
+            prompts: a string a row.
+            temperature: what each token was drawn at.
         """
-        rows = min(len(batch), most - self._rows)
-        mask = batch.mask[:rows].cpu()
-        if not mask.any():  # an empty table has columns without a type
-            self._rows += rows
-            return
-        columns: dict[str, list[Any]] = {}
+        mask = mask.cpu()
+        kept = batch.mask if batch.keep is None else batch.mask & batch.keep
+        made = {  # means nothing where a group was dropped
+            "signal": out.tokens.get("signal"),
+            "ratio": out.tokens["ratio"],
+            "bound_low": out.tokens["low"],
+            "bound_high": out.tokens["high"],
+        }
         per_token = {
             "id": ids,
             "entropy": batch.old_entropy,
             "entropy_new": batch.entropy,
-            "signal": out.tokens.get("signal"),
             "temperature": temperature,
             "logp_old": batch.old_logp,
             "logp_new": batch.logp,
@@ -139,25 +156,29 @@ class RunRecords:
             "weight": batch.weight,
             "advantage": batch.advantage,
             "advantage_used": out.tokens["advantage"],
-            "ratio": out.tokens["ratio"],
-            "bound_low": out.tokens["low"],
-            "bound_high": out.tokens["high"],
-            "clipped": out.tokens["clipped"],
-            "kept": batch.keep,
+            **{k: None if x is None else x.float().masked_fill(~batch.mask, torch.nan) for k, x in made.items()},
+            "clipped": out.tokens["clipped"] & batch.mask,
+            "kept": kept,
         }
-        index = mask.nonzero()
-        columns["response"] = (index[:, 0] + self._rows).tolist()
-        columns["position"] = index[:, 1].tolist()
-        columns["prompt"] = [prompts[i] for i in index[:, 0].tolist()]
-        columns["group"] = batch.group[:rows].cpu()[index[:, 0]].tolist()
-        columns["reward"] = batch.reward[:rows].cpu()[index[:, 0]].tolist()
-        columns["text"] = [texts[i][t] for i, t in index.tolist()]
-        for name, value in per_token.items():
-            if value is not None:
-                columns[name] = value[:rows].detach().cpu()[mask].tolist()
-        self._rows += rows
-        table = pa.table({"step": [step] * len(index), **columns})
-        self._tokens.append(table)
+        row, position = mask.nonzero(as_tuple=True)
+        columns: dict[str, Any] = {
+            "response": response.cpu()[row].numpy(),
+            "position": position.numpy(),
+            "prompt": pa.array(prompts).take(pa.array(row.numpy())),
+            "group": batch.group.cpu()[row].numpy(),
+            "reward": batch.reward.cpu().float()[row].numpy(),
+            "verdict": (batch.reward if batch.verdict is None else batch.verdict).cpu().float()[row].numpy(),
+            "text": pa.array(
+                [texts[i][t] for i, t in zip(row.tolist(), position.tolist(), strict=True)], pa.string()
+            ),
+        }
+        for name, x in per_token.items():
+            if x is not None:
+                x = x.detach().cpu()[mask]
+                columns[name] = (x.float() if x.is_floating_point() else x).numpy()
+        n = len(row)
+        table = pa.table({"rollout": np.full(n, rollout), "step": np.full(n, step), **columns})
+        self._tokens.append(table.replace_schema_metadata({"responses": str(responses)}))
 
     def write_tokens(self, step: int) -> None:
         """Write what was held as tokens/step-NNNNNN-RANK.parquet."""
@@ -167,7 +188,20 @@ class RunRecords:
             partial = target.with_suffix(".partial")
             pq.write_table(pa.concat_tables(self._tokens), partial, compression="zstd")
             os.replace(partial, target)
-        self._tokens, self._rows = [], 0
+        self._tokens = []
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file in one piece: whoever reads it sees the old text or the new."""
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, file)
+
+
+def append_line(file: Path, line: dict[str, Any]) -> None:
+    """Append one JSON object to a .jsonl file."""
+    with file.open("a") as out:
+        out.write(json.dumps(line) + "\n")
 
 
 def check_writable(folder: Path, need: int = 0) -> None:

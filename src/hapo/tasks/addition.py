@@ -21,7 +21,7 @@ LOW, HIGH = 100, 999
 """Smallest and largest summand."""
 
 MAX_COMPLETION = 32
-"""Token limit of a completion: the longest right answer has 27 characters and one end-of-sequence token."""
+"""Token limit of a completion: the longest right answer has 29 characters and one end-of-sequence token."""
 
 HELD_OUT_SHARE = 0.1
 """Share of all unordered pairs that only evaluation may use."""

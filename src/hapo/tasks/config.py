@@ -109,8 +109,6 @@ class TaskConfig:
         reserved = RESERVED_COLUMNS.intersection(self.extra_columns)
         if reserved:
             raise ValueError(f"extra_columns may not contain {', '.join(sorted(reserved))}: these names are taken")
-        if self.dataset == "addition" and (self.chat or self.prompt_template != "{question}"):
-            raise ValueError("chat and prompt_template do not go with dataset addition: its model reads a+b= only")
         if not self.rewards:
             raise ValueError("rewards is empty; name at least one, such as auto")
         if "{question}" not in self.prompt_template:

@@ -68,8 +68,8 @@ def load_task(config: TaskConfig, *, seed: int) -> Task:
     else:
         evaluation = _with_usable_gold(evaluation, rewards, config, "evaluation data")
         train = _without(train, evaluation)
-    train = _sample(train, config.train_size, seed, "train_size")
-    evaluation = _sample(evaluation, config.eval_size, EVAL_SEED, "eval_size")
+    train = sample_rows(train, config.train_size, seed, "train_size")
+    evaluation = sample_rows(evaluation, config.eval_size, EVAL_SEED, "eval_size")
 
     share = _majority_share(evaluation)
     if share > 0.5:
@@ -93,6 +93,8 @@ def _rows(config: TaskConfig, seed: int) -> tuple[list[Row], list[Row] | None, R
     if config.dataset == "addition":
         from .addition import addition_reward, load_addition
 
+        if config.chat or config.prompt_template != "{question}":
+            raise ValueError("chat and prompt_template do not go with dataset addition: its model reads a+b= only")
         train_set, eval_set = load_addition(seed, train_size, eval_size)
         return train_set.to_list(), eval_set.to_list(), addition_reward
 
@@ -120,7 +122,7 @@ def _rows(config: TaskConfig, seed: int) -> tuple[list[Row], list[Row] | None, R
 
 def _given_evaluation(config: TaskConfig) -> list[Row] | None:
     if config.eval_file is not None:
-        return _columns(read_file(config.eval_file), config, config.eval_file)
+        return columns_of(read_file(config.eval_file), config, config.eval_file)
     return None if config.test_split is None else _given(config, config.test_split)
 
 
@@ -131,13 +133,13 @@ def _given(config: TaskConfig, split: str) -> list[Row]:
                 f"dataset {config.dataset!r} is a file and has no split {split!r}; name the file for evaluation "
                 "by eval_file"
             )
-        return _columns(read_file(config.dataset), config, config.dataset)
-    return _columns(
+        return columns_of(read_file(config.dataset), config, config.dataset)
+    return columns_of(
         read_hub(config.dataset, config.dataset_config, split), config, f"{config.dataset}, split {split}"
     )
 
 
-def _columns(rows: list[Row], config: TaskConfig, source: str) -> list[Row]:
+def columns_of(rows: list[Row], config: TaskConfig, source: str) -> list[Row]:
     """The columns that the configuration names, under their names in a Task; the answer as it stands."""
     if not rows:
         raise ValueError(f"{source}: no rows")
@@ -237,7 +239,7 @@ def _without(train: list[Row], evaluation: list[Row]) -> list[Row]:
     return kept
 
 
-def _sample(rows: list[Row], size: int | None, seed: int, option: str) -> list[Row]:
+def sample_rows(rows: list[Row], size: int | None, seed: int, option: str) -> list[Row]:
     """`size` of the rows, in their order; all of them for None."""
     if size is None:
         return rows

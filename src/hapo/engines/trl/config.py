@@ -12,6 +12,7 @@ import hapo
 
 from ...method import Method
 from ...methods import options_of
+from .vllm import check_law
 
 UPDATES_PER_ROLLOUT = 4
 """Optimiser steps on one rollout batch where the user sets none; the paper takes 16."""
@@ -105,10 +106,11 @@ class HAPOConfig(GRPOConfig):
         metadata={"help": "Write config.yaml, manifest.json, metrics.jsonl and tokens/ into output_dir."},
     )
     record_tokens_every: int = field(
-        default=20, metadata={"help": "Optimiser steps between token records; 0 writes none."}
+        default=10,
+        metadata={"help": "Rollout batches between token records, besides the first; 0 writes none."},
     )
     record_tokens_rows: int = field(
-        default=64, metadata={"help": "Responses of a token record, at most, on each process."}
+        default=128, metadata={"help": "Responses of a token record, at most: whole groups, the first ones."}
     )
     # TRL's default masks whole sequences by their ratio, which would drop what adaptive temperature samples.
     vllm_importance_sampling_mode: str = field(
@@ -131,7 +133,8 @@ class HAPOConfig(GRPOConfig):
         hapo.method(self.method, **options)
         self._refuse_what_the_method_decides()
         self._check_schedule()
-        for name, low in (("max_num_gen_batches", 1), ("overlong_buffer", 0), ("record_tokens_every", 0)):
+        least = {"max_num_gen_batches": 1, "overlong_buffer": 0, "record_tokens_every": 0, "record_tokens_rows": 1}
+        for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
         if self.overlong_buffer > self.max_completion_length:
@@ -204,3 +207,34 @@ def resolve_method(method: Method | None, args: HAPOConfig) -> Method:
             "set it, or switch the penalty off"
         )
     return named
+
+
+NO_TEMPERATURE = (
+    'switch that off: method_options={"components": "BCD"} for hapo, no "temperature" for other methods'
+)
+
+
+def check_arguments(method: Method, args: HAPOConfig, model: Any, others: dict[str, Any]) -> None:
+    """Refuse what a `HAPOTrainer` cannot honour; `others` are the trainer's further keyword arguments.
+
+    Raises:
+        ValueError: which argument, why, and what to set.
+    """
+    generation = args.generation_kwargs or {}
+    if args.use_vllm:
+        check_law(method)
+    if others.get("rollout_func") is not None and method.factor is not None:
+        raise ValueError(
+            f"method {method.name!r} adapts the sampling temperature, and a rollout_func samples by itself: "
+            f"let the trainer generate, or {NO_TEMPERATURE}"
+        )
+    peft = others.get("peft_config") is not None or hasattr(model, "peft_config")
+    if args.beta and not (isinstance(model, str) or model.config._name_or_path or peft):
+        raise ValueError(
+            f"beta={args.beta} needs a reference model, which TRL loads by the model's path, and this one has "
+            "none: save it and hand over the folder, or set beta=0"
+        )
+    if method.factor is not None and "temperature" in generation:
+        raise ValueError("generation_kwargs: set the base temperature with temperature=, which scoring reads too")
+    if generation.get("num_beams", 1) != 1:
+        raise ValueError("generation_kwargs: num_beams must be 1, policies are sampled, not searched")

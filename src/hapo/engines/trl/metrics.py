@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,11 +29,56 @@ MOST_REPLAY_GAP = 0.1
 """Mean |old - sampler| in nats that rounding may explain: bfloat16 stays well below, another policy does not."""
 
 
+class PhaseClock:
+    """Seconds of a rollout batch by phase.
+
+    `generate` and `reward` are what they say, `score` the rest of a rollout (log-probs, entropies, advantages),
+    `update` all that lies between two rollouts. On a GPU, work still queued at the end of a phase counts in the
+    next that waits for it.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._updates_since: float | None = None
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add what happens inside to a phase."""
+        began = time.perf_counter()
+        yield
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
+
+    @contextmanager
+    def rollout(self) -> Iterator[None]:
+        """One rollout batch, from its prompts to its advantages."""
+        began, self._seconds = time.perf_counter(), {}
+        if self._updates_since is not None:
+            self._seconds["update"] = began - self._updates_since
+        yield
+        self._updates_since = time.perf_counter()
+        spent = sum(self._seconds.get(name, 0.0) for name in ("generate", "reward"))
+        self._seconds["score"] = self._updates_since - began - spent
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """What is no training, such as measuring accuracy."""
+        began, seconds = time.perf_counter(), dict(self._seconds)
+        yield
+        self._seconds = seconds
+        if self._updates_since is not None:
+            self._updates_since += time.perf_counter() - began
+
+    def seconds(self) -> dict[str, float]:
+        """Of the last rollout; `update` is of the batch before."""
+        return dict(self._seconds)
+
+
 class MetricLog:
     """Adds up the shares of an optimiser step, and hands them to TRL's metrics once a step."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
+        self.clock = PhaseClock()
         self._shares: dict[str, Tensor] = {}
         self._replayed = False
 
@@ -53,8 +101,8 @@ class MetricLog:
             trainer._metrics[mode][name].append(value)
         self._shares = {}
 
-    def add_rollout(self, batch: TokenBatch) -> None:
-        """Figures of a prepared rollout batch of all ranks.
+    def add_rollout(self, batch: TokenBatch, scored: Tensor) -> None:
+        """Figures of a prepared rollout batch of all ranks; `scored` (B,T) holds dropped groups too.
 
         Raises:
             RuntimeError: generation and scoring disagree where the sampler is the policy itself.
@@ -63,6 +111,12 @@ class MetricLog:
         metrics = trainer._metrics["train"]
         used = batch.group[batch.mask.any(1)].unique().numel()
         metrics["groups/used"].append(used / batch.group.unique().numel())
+        assert batch.verdict is not None
+        length, right = scored.sum(1), batch.verdict > 0
+        for name, rows in (("right", right), ("wrong", ~right)):
+            rows = rows & (length > 0)
+            if rows.any():
+                metrics[f"completions/mean_length_{name}"].append(length[rows].float().mean().item())
         if batch.sampler_logp is not None and batch.mask.any():
             gap = (batch.old_logp - batch.sampler_logp)[batch.mask].abs()
             if not trainer.use_vllm:  # with vLLM, TRL logs the same
@@ -77,6 +131,11 @@ class MetricLog:
             temperature = trainer.temperature * factor(batch.old_entropy[batch.mask], stats)
             for name in ("mean", "min", "max"):
                 metrics[f"temperature/{name}"].append(getattr(temperature, name)().item())
+
+    def add_times(self) -> None:
+        """Seconds of the phases, of this process."""
+        for phase, seconds in self.clock.seconds().items():
+            self.trainer._metrics["train"][f"time/{phase}"].append(seconds)
 
     def _check_replay(self, gap: float) -> None:
         """Where the sampler is the policy itself, generation and scoring must agree: checked once.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...batch import TokenBatch
 from ...method import LossOutput
@@ -47,31 +48,43 @@ class Recorder:
         )
 
     def add_tokens(self, inputs: dict[str, Any], batch: TokenBatch, out: LossOutput) -> None:
-        """Tokens of this micro-batch, if its optimiser step is one to record; written when the step ends."""
+        """Tokens of this micro-batch, if its rollout batch is one to record; written when the step ends."""
         trainer, args = self.trainer, self.trainer.args
-        every, step = args.record_tokens_every, trainer.state.global_step + 1
-        if not every or (step % every and step != 1):
+        step, updates = trainer.state.global_step + 1, args.updates_per_rollout
+        number = (step - 1) // updates + 1  # of the rollout batch, from 1
+        if not args.record_tokens_every or (number != 1 and number % args.record_tokens_every):
             return
-        decode = trainer._tokenizer.batch_decode
-        ids = inputs["completion_ids"]
-        prompts = [row[m.bool()] for row, m in zip(inputs["prompt_ids"], inputs["prompt_mask"], strict=True)]
-        temperature = None
-        if trainer.model.training and batch.old_entropy is not None:
-            temperature = torch.full_like(batch.old_entropy, trainer.temperature)
-            if trainer.method.factor is not None and trainer._sampled_with is not None:
-                temperature = temperature * trainer.method.factor(batch.old_entropy, trainer._sampled_with)
-        self.records.add_tokens(
-            step,
-            batch,
-            out,
-            ids,
-            [decode([[t] for t in row]) for row in ids.tolist()],
-            decode(prompts),
-            temperature,
-            args.record_tokens_rows,
-        )
+        rows = batch.group < max(1, args.record_tokens_rows // trainer.num_generations)
+        if rows.any():
+            self._add(step, 1 + (number - 1) * updates, inputs, batch, out, rows)
         if trainer.accelerator.gradient_state.sync_gradients:
             self.records.write_tokens(step)
+
+    def _add(
+        self, step: int, rollout: int, inputs: dict[str, Any], batch: TokenBatch, out: LossOutput, rows: Tensor
+    ) -> None:
+        trainer = self.trainer
+        decode = trainer._tokenizer.batch_decode
+        batch = batch.rows(rows)
+        ids = inputs["completion_ids"][rows]
+        prompts = zip(inputs["prompt_ids"][rows], inputs["prompt_mask"][rows].bool(), strict=True)
+        assert batch.old_entropy is not None
+        temperature = torch.full_like(batch.old_entropy, trainer.temperature)
+        if trainer.method.factor is not None and trainer._sampled_with is not None:
+            temperature = temperature * trainer.method.factor(batch.old_entropy, trainer._sampled_with)
+        self.records.add_tokens(
+            step,
+            rollout,
+            batch,
+            replace(out, tokens={name: x[rows] for name, x in out.tokens.items()}),
+            mask=trainer.scored_tokens(inputs)[rows],
+            response=inputs["hapo_response"][rows],
+            responses=int(inputs["hapo_responses"]),
+            ids=ids,
+            texts=[decode([[t] for t in row]) for row in ids.tolist()],
+            prompts=decode([row[mask] for row, mask in prompts]),
+            temperature=temperature,
+        )
 
 
 def _options(trainer: Any) -> dict[str, Any]:

@@ -26,17 +26,13 @@ from ...scoring import attach_scoring, score_tokens
 from ..records import check_writable
 from . import vllm
 from .checkpoint import check_checkpoint, load_state, save_state
-from .config import HAPOConfig, cited, resolve_method
+from .config import HAPOConfig, check_arguments, cited, resolve_method
 from .metrics import MetricLog
 from .recorder import Recorder
 from .rollout import DynamicSampling, EpochSampler, begin_step, gather_rows, prompt_key
 
 PREPARED = ("mask", "advantage", "signal", "weight")
 """What Method.prepare makes of a rollout batch, kept with its rows as hapo_mask, ..."""
-
-NO_TEMPERATURE = (
-    'switch that off: method_options={"components": "BCD"} for hapo, no "temperature" for other methods'
-)
 
 
 class HAPOTrainer(GRPOTrainer):
@@ -79,25 +75,7 @@ class HAPOTrainer(GRPOTrainer):
             )
         args = copy.copy(args)  # the caller's stays as it is
         self.method = resolve_method(method, args)
-        if args.use_vllm:
-            vllm.check_law(self.method)
-        if trl_kwargs.get("rollout_func") is not None and self.method.factor is not None:
-            raise ValueError(
-                f"method {self.method.name!r} adapts the sampling temperature, and a rollout_func samples by "
-                f"itself: let the trainer generate, or {NO_TEMPERATURE}"
-            )
-        peft = trl_kwargs.get("peft_config") is not None or hasattr(model, "peft_config")
-        if args.beta and not (isinstance(model, str) or model.config._name_or_path or peft):
-            raise ValueError(
-                f"beta={args.beta} needs a reference model, which TRL loads by the model's path, and this one has "
-                "none: save it and hand over the folder, or set beta=0"
-            )
-        if self.method.factor is not None and "temperature" in (args.generation_kwargs or {}):
-            raise ValueError(
-                "generation_kwargs: set the base temperature with temperature=, which scoring reads too"
-            )
-        if (args.generation_kwargs or {}).get("num_beams", 1) != 1:
-            raise ValueError("generation_kwargs: num_beams must be 1, policies are sampled, not searched")
+        check_arguments(self.method, args, model, trl_kwargs)
         if args.run_records:
             check_writable(Path(args.output_dir))
         self._name, self._paper = cited(self.method)
@@ -107,6 +85,8 @@ class HAPOTrainer(GRPOTrainer):
         self._rewards_per_func: Tensor | None = None
         self._rollout_scores: list[Tensor] | None = None
         self._step_metrics = MetricLog(self)
+        self.clock = self._step_metrics.clock
+        """Seconds by phase; pause it around what is no training."""
         self._records: Recorder | None = None
         self.recipe: dict[str, Any] = {}
         """What beside `args` the run was told (model, task); written to config.yaml."""
@@ -132,6 +112,10 @@ class HAPOTrainer(GRPOTrainer):
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         if self.model.training:
             self._sampled_with = self.temperature_stats  # None at the first step
+        with self.clock.phase("generate"):
+            return self._turn(prompt_ids, *args, **kwargs)
+
+    def _turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         if self.use_vllm:
             if args and args[0] is not None:
                 vllm.check_images(self)
@@ -197,15 +181,20 @@ class HAPOTrainer(GRPOTrainer):
     # -- rollout --------------------------------------------------------------------------------------------
 
     def _calculate_rewards(self, *args: Any) -> Tensor:
-        self._rewards_per_func = super()._calculate_rewards(*args)
+        with self.clock.phase("reward"):
+            self._rewards_per_func = super()._calculate_rewards(*args)
         return self._rewards_per_func
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         problems = [prompt_key(row) for row in inputs] if self._dynamic is not None else []
-        rollout = self._rollout(inputs)
-        if self._dynamic is not None and self.model.training:
-            rollout = self._dynamic.fill(rollout, problems)
-        return self._prepare(rollout)
+        with self.clock.rollout() if self.model.training else self.clock.pause():
+            rollout = self._rollout(inputs)
+            if self._dynamic is not None and self.model.training:
+                rollout = self._dynamic.fill(rollout, problems)
+            rollout = self._prepare(rollout)
+        if self.model.training:
+            self._step_metrics.add_times()
+        return rollout
 
     def _rollout(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's rollout of these prompts, with rollout entropies and the verdict of each response."""
@@ -258,13 +247,16 @@ class HAPOTrainer(GRPOTrainer):
         train = self.model.training
         return self.args.per_device_train_batch_size if train else self.args.per_device_eval_batch_size
 
+    def scored_tokens(self, rollout: dict[str, Any]) -> Tensor:
+        """Valid response tokens (B,T) of what a reward function could score; other responses are in no count."""
+        mask = rollout["completion_mask"]
+        mask = (mask if "tool_mask" not in rollout else mask * rollout["tool_mask"]).bool()
+        return mask & ~rollout["verdict"].isnan().unsqueeze(1)
+
     def _prepare(self, rollout: dict[str, Any]) -> dict[str, Any]:
         """Method.prepare over the rollout batch of all ranks; this rank keeps its rows."""
         train = self.model.training
-        mask = rollout["completion_mask"]
-        mask = (mask if "tool_mask" not in rollout else mask * rollout["tool_mask"]).bool()
-        # A response that no reward function could score is in no count.
-        mask = mask & ~rollout["verdict"].isnan().unsqueeze(1)
+        mask = self.scored_tokens(rollout)
         local: dict[str, Any] = {
             "mask": mask,
             "old_logp": rollout["old_per_token_logps"],
@@ -294,9 +286,11 @@ class HAPOTrainer(GRPOTrainer):
             if x is not None:
                 rollout[f"hapo_{name}"] = x[rows, :width]
         rollout["hapo_reward"], rollout["hapo_group"] = reward[rows], group[rows]
+        rollout["hapo_response"] = torch.arange(len(reward), device=reward.device)[rows]
+        rollout["hapo_responses"] = everyone["mask"].any(1).sum()
         rollout["advantages"] = rollout["hapo_advantage"]
         if train:
-            self._step_metrics.add_rollout(batch)
+            self._step_metrics.add_rollout(batch, everyone["mask"])
             if batch.stats is not None:  # a rollout of which every group was dropped leaves the former ones
                 self.temperature_stats = batch.stats
         else:  # one step, of the policy that drew it

@@ -1,0 +1,266 @@
+"""The arms of a comparison, and one run of one of them, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import traceback
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer, ModelConfig
+
+import hapo
+
+from ..engines.records import RunRecords, manifest, weights_hash
+from ..insight.run import parse_arm
+from ..methods import options_of
+from ..tasks import Task, TaskConfig, load_task
+from ..trl import HAPOConfig
+from . import UsageError, nearest
+from .held_out import Course, HeldOut
+from .recipe import RecipeParser, told
+from .train import TrainOptions, build_trainer, model_path, prepare_process
+
+TRL = "trl:"
+TRL_OPTIONS: dict[str, dict[str, Any]] = {"dapo": {"epsilon_high": 0.28}}
+"""What an arm of TRL's own sets beside `loss_type`: DAPO's upper bound, which TRL does not take by default."""
+
+GRADIENT_SAMPLE = 2**18
+"""Coordinates of the first gradient that a run keeps, evenly spaced over all parameters."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A method with options, or `trl:LOSS`, TRL's own loss in TRL's own trainer.
+
+    Raises:
+        UsageError: unknown method, loss or option, or a value out of range.
+    """
+
+    label: str
+    name: str = field(init=False)
+    options: dict[str, Any] = field(init=False)
+    """Of the method."""
+    flags: dict[str, Any] = field(init=False)
+    """Of the trainer, the task, or the training."""
+
+    def __post_init__(self) -> None:
+        try:
+            name, given = parse_arm(self.label)
+            known = set() if name.startswith(TRL) else {f.name for f in fields(options_of(name))} - {"kl_coef"}
+        except ValueError as error:
+            raise UsageError(f"arm {self.label!r}: {error}; arms are methods, or {TRL}LOSS_TYPE") from error
+        kinds = (GRPOConfig if name.startswith(TRL) else HAPOConfig, TaskConfig, TrainOptions)
+        flags = {f.name for kind in kinds for f in fields(kind) if f.init} - {"method", "method_options"}
+        for key in given:
+            if key not in known | flags:
+                raise UsageError(f"arm {self.label!r}: no option {key!r}{nearest(key, known | flags)}")
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "options", {k: v for k, v in given.items() if k in known})
+        object.__setattr__(self, "flags", {k: v for k, v in given.items() if k not in known})
+        try:
+            if not self.of_trl:
+                hapo.method(name, **self.options)
+        except ValueError as error:
+            raise UsageError(f"arm {self.label!r}: {error}") from error
+
+    @property
+    def of_trl(self) -> bool:
+        """Run by TRL's own trainer."""
+        return self.name.startswith(TRL)
+
+    @property
+    def slug(self) -> str:
+        """The label as the name of a folder."""
+        return re.sub(r"[^\w.=,+-]+", "_", self.label)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: an arm with a seed, into a folder."""
+
+    arm: Arm
+    seed: int
+    folder: Path
+    recipe: list[str]
+    """Flags of the recipe."""
+    flags: dict[str, Any]
+    """What this comparison sets over the recipe; an arm's own flags win."""
+    tune_size: int = 0
+    """Problems set aside from the training data for tuning."""
+    tuning: bool = False
+    """Measure on those in place of the held-out problems."""
+
+    @property
+    def done(self) -> bool:
+        """It ran to its end."""
+        return (self.folder / "finished.json").is_file()
+
+
+def run_job(job: Job, device: str | None = None) -> None:
+    """Run from the beginning, whatever is left of an earlier try; the entry of a process.
+
+    Output goes to log.txt in the run's folder; an error leaves its traceback there and exit code 1.
+    """
+    shutil.rmtree(job.folder, ignore_errors=True)
+    job.folder.mkdir(parents=True)
+    log = os.open(job.folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device
+    try:
+        _run(job)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    sys.stdout.flush()
+    os._exit(0)  # nothing of the libraries' own endings can change what the run left
+
+
+def read_recipe(
+    recipe: list[str], flags: dict[str, Any]
+) -> tuple[TaskConfig, HAPOConfig, ModelConfig, TrainOptions]:
+    """The recipe's flags, then these, parsed as `hapo train` does."""
+    words = [word for name, value in flags.items() for word in (f"--{name}", _word(value))]
+    parser = RecipeParser("hapo compare", "", [TaskConfig, HAPOConfig, ModelConfig, TrainOptions])
+    parser.set_defaults(run_records=True)
+    *configs, _ = parser.read([*recipe, *words])
+    return tuple(configs)
+
+
+def split_task(config: TaskConfig, seed: int, tune_size: int) -> tuple[Task, Any]:
+    """The task without `tune_size` problems of its training data, and those problems.
+
+    Raises:
+        UsageError: there are not enough.
+    """
+    task = load_task(config, seed=seed)
+    if not tune_size:
+        return task, None
+    if tune_size >= len(task.train):
+        raise UsageError(f"tune_size {tune_size} leaves none of the {len(task.train)} training problems")
+    parts = task.train.train_test_split(test_size=tune_size, seed=0)
+    return Task(**{**_shallow(task), "train": parts["train"]}), parts["test"]
+
+
+def _run(job: Job) -> None:
+    flags = {**job.flags, **job.arm.flags, "seed": job.seed, "output_dir": str(job.folder)}
+    if not job.arm.of_trl:
+        flags |= {"method": job.arm.name, "method_options": job.arm.options or None}
+    flags = {name: value for name, value in flags.items() if value is not None}
+    of_trl = {f.name for f in fields(GRPOConfig)} if job.arm.of_trl else set()
+    own = {name: value for name, value in flags.items() if name not in of_trl or name in ("seed", "output_dir")}
+    task_config, args, model_config, options = read_recipe(job.recipe, own if job.arm.of_trl else flags)
+    if task_config.task_seed is None:
+        task_config.task_seed = 0
+    prepare_process(options)
+    task, tuning = split_task(task_config, args.seed, job.tune_size)
+    recipe = told(task_config, model_config, options)
+    if job.arm.of_trl:
+        trainer = _trl_trainer(task, args, model_config, job.arm.name.removeprefix(TRL), flags, recipe)
+    else:
+        trainer = build_trainer(task, args, model_config)
+        trainer.recipe = recipe
+    for default in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(default)
+    console = Console(quiet=True)
+    course = Course(job.folder, options.token_budget)
+    held_out = HeldOut(trainer, tuning if job.tuning else task.eval, task.reward_funcs, options, course, console)
+    for callback in (course, held_out, FirstGradient(job.folder)):
+        trainer.add_callback(callback)
+    held_out.measure(0)
+    trainer.train()
+    held_out.measure(trainer.state.global_step)
+    course.finish(trainer.state)
+
+
+def _trl_trainer(
+    task: Task,
+    args: HAPOConfig,
+    model_config: ModelConfig,
+    loss: str,
+    flags: dict[str, Any],
+    recipe: dict[str, Any],
+) -> GRPOTrainer:
+    """TRL's own trainer under the same recipe; what hapo alone knows does not act."""
+    names = {f.name for f in fields(GRPOConfig) if f.init}
+    given = {name: value for name, value in asdict(args).items() if name in names}
+    given |= {
+        "beta": 0.0,
+        "generation_batch_size": None,
+        "vllm_importance_sampling_mode": _default("vllm_importance_sampling_mode"),
+    }
+    given |= {"loss_type": loss, **TRL_OPTIONS.get(loss, {})}
+    given |= {name: value for name, value in flags.items() if name in names}
+    config = GRPOConfig(**given)
+    config.model_init_kwargs = {
+        "revision": model_config.model_revision,
+        "attn_implementation": model_config.attn_implementation,
+        "dtype": model_config.dtype,
+        **(config.model_init_kwargs or {}),
+    }
+    trainer = GRPOTrainer(model_path(model_config), task.reward_funcs, config, train_dataset=task.train)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    records = RunRecords.create(
+        Path(config.output_dir),
+        config={
+            **recipe,
+            "trl": {k: given[k] for k in ("loss_type", *TRL_OPTIONS.get(loss, {}), "beta", "learning_rate")},
+        },
+        manifest=manifest(
+            seed=config.seed, model=str(model.config._name_or_path), weights_sha256=weights_hash(model)
+        ),
+    )
+    trainer.add_callback(LogLines(records))
+    return trainer
+
+
+class LogLines(TrainerCallback):
+    """What a trainer logs, as lines of metrics.jsonl."""
+
+    def __init__(self, records: RunRecords) -> None:
+        self.records = records
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Append the last line."""
+        self.records.add_metrics(state.log_history[-1])
+
+
+class FirstGradient(TrainerCallback):
+    """Keeps evenly spaced coordinates of the first optimiser step's gradient, in first_gradient.safetensors."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "first_gradient.safetensors"
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Write, at the first step."""
+        if state.global_step:
+            return
+        gradients = [p.grad.detach().flatten() for _, p in sorted(model.named_parameters()) if p.grad is not None]
+        stride = max(1, math.ceil(sum(g.numel() for g in gradients) / GRADIENT_SAMPLE))
+        sample = torch.cat([g[::stride].float().cpu() for g in gradients])
+        save_file({"gradient": sample}, self.file)
+
+
+def _default(name: str) -> Any:
+    return next(f.default for f in fields(GRPOConfig) if f.name == name)
+
+
+def _shallow(task: Task) -> dict[str, Any]:
+    return {f.name: getattr(task, f.name) for f in fields(task)}
+
+
+def _word(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, dict | list | bool) else str(value)

@@ -1,0 +1,316 @@
+"""`hapo compare`: arms x seeds on one recipe, as paired runs, with intervals and a verdict in words."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+from trl import ModelConfig
+
+from ..engines.records import check_writable, write_whole
+from ..insight.compare import MEASURES, Comparison, read_comparison
+from ..insight.compare_page import summary, write_comparison
+from ..insight.run import Run
+from ..tasks import TaskConfig
+from ..trl import HAPOConfig
+from . import UsageError
+from .arms import TRL, Arm, Job, read_recipe, run_job, split_task
+from .recipe import RecipeParser
+from .train import TrainOptions
+
+DESCRIPTION = """Compare methods on one recipe: same problems, initial weights and sampling seeds, paired by seed.
+Takes the flags of `hapo train`, which hold for every arm. An arm is a method with options, hapo:components=BCD, or
+trl:LOSS_TYPE, TRL's own loss in TRL's own trainer. Run again with the same output_dir it goes on where it was
+stopped; with more arms or seeds it adds them."""
+
+ABLATION = ("A", "B", "C", "D", "AB", "ABC", "ABCD")
+
+EVERY = 10
+"""Measurements along a run where evaluate_every is not set."""
+
+
+@dataclass
+class CompareOptions:
+    """What `hapo compare` takes beside a recipe."""
+
+    arms: list[str] = field(
+        default_factory=list, metadata={"help": "NAME[:option=value,...] or trl:LOSS_TYPE[:flag=value,...], each"}
+    )
+    ablation: bool = field(
+        default=False,
+        metadata={"help": f"the components of HAPO as arms ({', '.join(ABLATION)}), against dapo, which has none"},
+    )
+    seeds: int = field(
+        default=8, metadata={"help": "runs of each arm, paired over arms; at least 5 for intervals"}
+    )
+    first_seed: int = field(default=1, metadata={"help": "the seeds count up from here"})
+    reference: str | None = field(
+        default=None, metadata={"help": "the arm that the others are compared with (default: dapo, or the first)"}
+    )
+    target: float | None = field(
+        default=None,
+        metadata={
+            "help": "held-out accuracy for tokens and seconds to a target (default: half the reference's gain)"
+        },
+    )
+    tune: list[float] = field(
+        default_factory=list,
+        metadata={"help": "learning rates to choose from for each arm, on problems and seeds of their own"},
+    )
+    tune_seeds: int = field(default=2, metadata={"help": "runs of each arm and learning rate in tuning"})
+    tune_size: int = field(default=200, metadata={"help": "problems set aside from the training data for tuning"})
+    jobs: int | None = field(
+        default=None, metadata={"help": "runs at once (default: one a GPU; else cores / threads of a run)"}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "tune_seeds", "tune_size", "jobs"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if any(rate <= 0 for rate in self.tune):
+            raise ValueError(f"tune must be learning rates above 0, got {self.tune}")
+        if self.ablation:
+            self.arms = [*(["dapo"] if "dapo" not in self.arms else []), *self.arms]
+            self.arms += [arm for part in ABLATION if (arm := f"hapo:components={part}") not in self.arms]
+        if not self.arms:
+            self.arms = ["hapo", "dapo", "grpo", "trl:dapo"]
+        if len(set(self.arms)) < len(self.arms):
+            raise ValueError(f"an arm is named twice: {', '.join(self.arms)}")
+        if self.reference is None:
+            self.reference = "dapo" if "dapo" in self.arms else self.arms[0]
+        if self.reference not in self.arms:
+            raise ValueError(f"the reference {self.reference!r} is none of the arms ({', '.join(self.arms)})")
+
+
+def main(argv: list[str]) -> int:
+    """Compare, and return the exit code: 1 where a run failed."""
+    kinds = [TaskConfig, HAPOConfig, ModelConfig, TrainOptions, CompareOptions]
+    parser = RecipeParser("hapo compare", DESCRIPTION, kinds)
+    parser.set_defaults(run_records=True)
+    task_config, args, _, training, options, _ = parser.read(argv)
+    arms = [Arm(label) for label in options.arms]
+    folder = Path(args.output_dir)
+    console = Console(highlight=False, markup=False)
+    recipe = _without(argv, options, ("output_dir", "seed"))
+    tune_size = options.tune_size if options.tune else 0
+    _check(folder, recipe, tune_size, task_config, args, training, arms)
+    threads = training.threads or 1
+    flags: dict[str, Any] = {
+        "evaluate": True,
+        "report": False,
+        "save_strategy": "no",
+        "save_steps": 500,
+        "threads": threads,
+    }
+    if training.evaluate_every is None:
+        flags["evaluate_every"] = max(1, args.max_steps // EVERY)
+    jobs = options.jobs or torch.cuda.device_count() or max(1, (os.cpu_count() or 1) // threads)
+
+    def job(arm: Arm, seed: int, where: Path, **changes: Any) -> Job:
+        return Job(arm, seed, where / f"seed-{seed}", recipe, {**flags, **changes}, tune_size)
+
+    rates: dict[str, float] = {}
+    tuned = None
+    if options.tune:
+        seeds = range(options.first_seed + 1000, options.first_seed + 1000 + options.tune_seeds)
+        once = {"evaluate_every": args.max_steps}
+        tuning = {
+            (arm.label, rate, seed): Job(
+                **{
+                    **vars(job(arm, seed, folder / "tuning" / arm.slug / f"{rate:g}", **once, learning_rate=rate)),
+                    "tuning": True,
+                }
+            )
+            for rate in options.tune
+            for seed in seeds
+            for arm in arms
+            if "learning_rate" not in arm.flags
+        }
+        if not _run_all(list(tuning.values()), jobs, "tuning", console):
+            return 1
+        tuned = _tuning_table(tuning)
+        tuned.to_csv(folder / "tuning.csv", index=False)
+        rates = _choose(tuned, console)
+    runs = {
+        (arm.label, seed): job(
+            arm,
+            seed,
+            folder / "runs" / arm.slug,
+            **({"learning_rate": rates[arm.label]} if arm.label in rates else {}),
+        )
+        for seed in range(options.first_seed, options.first_seed + options.seeds)
+        for arm in arms
+    }
+    complete = _run_all(list(runs.values()), jobs, "runs", console)
+    finished = {key: one.folder for key, one in runs.items() if one.done}
+    comparison = read_comparison(finished, options.reference, options.target)
+    page = write_comparison(comparison, folder, tuned)
+    _print(comparison, console)
+    console.print(f"page: {page}; raw numbers: results.csv, curves.csv beside it", soft_wrap=True)
+    return 0 if complete else 1
+
+
+def _print(comparison: Comparison, console: Console) -> None:
+    """The table of arms, the verdicts, and what the comparison cannot show."""
+    found = summary(comparison)
+    shown = [measure.title for measure in MEASURES[:2]] + ["reached the target", "collapsed"]
+    table = Table("arm", *shown, box=box.SIMPLE)
+    for arm in found.index:
+        table.add_row(arm, *found.loc[arm, shown])
+    console.print(table)
+    for measure in MEASURES[:4]:
+        verdicts = comparison.table(measure)
+        if verdicts is not None:
+            console.print(measure.title)
+            for arm, words in verdicts["verdict"].items():
+                console.print(f"  {arm}: {words}", soft_wrap=True)
+    for warning in comparison.warnings:
+        console.print(f"warning: {warning}", soft_wrap=True)
+
+
+def _run_all(jobs: list[Job], at_once: int, what: str, console: Console) -> bool:
+    """Run what is not done, each in a process of its own; False if any failed."""
+    waiting = [job for job in jobs if not job.done]
+    failed: list[Job] = []
+    context: Any = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
+    if hasattr(os, "fork"):
+        context.set_forkserver_preload(["hapo.cli.arms"])  # the libraries are loaded once
+    slots: dict[int, tuple[BaseProcess, Job]] = {}
+    gpus = torch.cuda.device_count()
+    began, done_before = time.monotonic(), len(jobs) - len(waiting)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[left]}"),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=len(jobs), completed=done_before, left="")
+        try:
+            while waiting or slots:
+                while waiting and len(slots) < at_once:
+                    slot = next(i for i in range(at_once) if i not in slots)
+                    job = waiting.pop(0)
+                    device = str(slot % gpus) if gpus else None
+                    process = context.Process(target=run_job, args=(job, device))
+                    process.start()
+                    slots[slot] = process, job
+                wait([process.sentinel for process, _ in slots.values()])
+                for slot, (process, job) in list(slots.items()):
+                    if process.is_alive():
+                        continue
+                    process.join()
+                    del slots[slot]
+                    if not job.done:
+                        failed.append(job)
+                        console.print(f"failed: {job.arm.label}, seed {job.seed}: see {job.folder / 'log.txt'}")
+                    finished = len(jobs) - len(waiting) - len(slots)
+                    left = (time.monotonic() - began) / (finished - done_before) * (len(waiting) + len(slots))
+                    bar.update(task, completed=finished, left=f"{_duration(left)} left")
+                    if not console.is_terminal and not failed and (finished == len(jobs) or finished % 10 == 0):
+                        console.print(f"{what}: {finished}/{len(jobs)} done, {_duration(left)} left")
+        except KeyboardInterrupt:
+            for process, _ in slots.values():
+                process.terminate()
+            console.print("stopped; the same command goes on: finished runs stay, the others begin again")
+            raise
+    return not failed
+
+
+def _tuning_table(tuning: dict[tuple[str, float, int], Job]) -> pd.DataFrame:
+    """Sampled accuracy on the tuning problems at the end of each run."""
+    rows = []
+    for (arm, rate, seed), job in tuning.items():
+        found = Run(job.folder).evaluations
+        last = found[found.how == "sampled"].iloc[-1]
+        rows.append({"arm": arm, "learning_rate": rate, "seed": seed, "sampled": last["mean"]})
+    return pd.DataFrame(rows)
+
+
+def _choose(table: pd.DataFrame, console: Console) -> dict[str, float]:
+    """The learning rate of each arm with the highest mean sampled accuracy on the tuning problems."""
+    mean = table.groupby(["arm", "learning_rate"], sort=False)["sampled"].mean().unstack()
+    chosen = {str(arm): float(rate) for arm, rate in mean.idxmax(axis=1).items()}
+    for arm, rate in chosen.items():
+        text = ", ".join(f"{r:g}: {100 * v:.1f} %" for r, v in mean.loc[arm].items())
+        edge = rate in (mean.columns.min(), mean.columns.max()) and len(mean.columns) > 1
+        console.print(
+            f"{arm}: learning rate {rate:g} ({text})"
+            + ("; at the edge of the grid, widen --tune" if edge else ""),
+            soft_wrap=True,
+        )
+    return chosen
+
+
+def _check(
+    folder: Path,
+    recipe: list[str],
+    tune_size: int,
+    task_config: TaskConfig,
+    args: HAPOConfig,
+    training: TrainOptions,
+    arms: list[Arm],
+) -> None:
+    """What can be known before the first run."""
+    if args.max_steps < 1:
+        raise UsageError("compare needs max_steps: a run's length in optimiser steps")
+    if not training.evaluate:
+        raise UsageError("compare needs evaluate: arms are compared by held-out accuracy")
+    for arm in arms:
+        if arm.of_trl:
+            if args.use_vllm:
+                raise UsageError(f"{arm.label}: arms of {TRL} are run without vLLM; drop use_vllm or the arm")
+            continue
+        read_recipe(recipe, {**arm.flags, "method": arm.name, "output_dir": str(folder), **_some(arm.options)})
+    split_task(task_config, 0, tune_size)
+    check_writable(folder)
+    plan, file = {"recipe": recipe, "tune_size": tune_size}, folder / "compare.json"
+    if file.is_file():
+        before = json.loads(file.read_text())
+        if before != plan:
+            raise UsageError(
+                f"{folder} holds a comparison with other flags ({' '.join(before['recipe'])}, tune_size "
+                f"{before['tune_size']}): choose another --output_dir"
+            )
+    write_whole(file, json.dumps(plan, indent=2) + "\n")
+
+
+def _some(options: dict[str, Any]) -> dict[str, Any]:
+    return {"method_options": options} if options else {}
+
+
+def _without(argv: list[str], options: CompareOptions, more: tuple[str, ...]) -> list[str]:
+    """The flags of the recipe alone."""
+    own = {*vars(options), *more, "no_ablation"}
+    kept, drop = [], False
+    for word in argv:
+        if word.startswith("--"):
+            drop = word[2:].partition("=")[0] in own
+        if not drop:
+            kept.append(word)
+    return kept
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return (
+        f"{minutes // 60} h {minutes % 60} min"
+        if minutes >= 60
+        else f"{minutes} min"
+        if minutes
+        else "under a minute"
+    )

@@ -1,0 +1,194 @@
+"""Held-out accuracy along a run, its token budget, and what is left when it ends."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from trl import GRPOTrainer
+
+from ..engines.records import append_line, write_whole
+from .measure import Answer, Decoding, Estimate, draw_answers, estimate
+from .progress import counting
+
+if TYPE_CHECKING:
+    from .train import TrainOptions
+
+
+class Course(TrainerCallback):
+    """How long a run has trained, and when its tokens are spent.
+
+    Args:
+        folder: the run's.
+        token_budget: training ends with the rollout batch that reaches it, when its last optimiser step is done.
+    """
+
+    def __init__(self, folder: Path, token_budget: int | None) -> None:
+        self.folder, self.token_budget = folder, token_budget
+        self._why = "max_steps"
+        self._before = 0.0
+        self._since: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Training seconds without measurements; of a resumed run from its last measurement on."""
+        return self._before + (0.0 if self._since is None else time.perf_counter() - self._since)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is in no count of the run's time."""
+        runs, self._before, self._since = self._since is not None, self.seconds, None
+        yield
+        self._since = time.perf_counter() if runs else None
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Start the clock."""
+        lines = read_lines(self.folder / "evaluations.jsonl")
+        self._before = lines[-1]["seconds"] if lines and state.global_step else 0.0
+        self._since = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop, if the budget is spent."""
+        if self.token_budget is None or state.num_input_tokens_seen < self.token_budget:
+            return
+        updates = args.steps_per_generation * args.num_iterations // args.gradient_accumulation_steps
+        if state.global_step % updates == 0:
+            self._why, control.should_training_stop = "token_budget", True
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop the clock."""
+        self._before, self._since = self.seconds, None
+
+    def finish(self, state: TrainerState) -> None:
+        """Write finished.json: the run is complete."""
+        end = {"steps": state.global_step, "num_tokens": state.num_input_tokens_seen}
+        end |= {"seconds": round(self.seconds, 3), "why": self._why}
+        write_whole(self.folder / "finished.json", json.dumps(end, indent=2) + "\n")
+
+
+class HeldOut(TrainerCallback):
+    """Greedy and sampled accuracy on held-out problems, written to the run's evaluations.jsonl.
+
+    Works on any trainer of TRL's GRPO family. Training does not depend on whether it is measured, and the time
+    that measuring takes is in no count of the run's.
+
+    Args:
+        trainer: whose model is measured.
+        problems: with the columns that the rewards ask for.
+        rewards: as the trainer's.
+        options: how often, and how many answers.
+        course: whose clock stands still meanwhile.
+        console: where progress and the table go.
+
+    Raises:
+        ValueError: DeepSpeed or FSDP, which hold no whole model on a device.
+    """
+
+    def __init__(
+        self,
+        trainer: GRPOTrainer,
+        problems: Dataset,
+        rewards: list[Callable[..., list[float]]],
+        options: TrainOptions,
+        course: Course,
+        console: Console,
+    ) -> None:
+        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+            raise ValueError(
+                "held-out accuracy is measured with a whole model on each device, which DeepSpeed and FSDP split: "
+                "set evaluate to false, and measure with `hapo eval` afterwards"
+            )
+        self.trainer, self.problems, self.rewards, self.console = trainer, problems, rewards, console
+        self.options, self.course = options, course
+        self.file = Path(trainer.args.output_dir) / "evaluations.jsonl"
+
+    def measure(self, step: int) -> None:
+        """Measure after optimiser step `step` and append, on all processes; not twice at the same step."""
+        lines = read_lines(self.file)
+        if any(line["step"] == step for line in lines):
+            return
+        args, started = self.trainer.args, time.monotonic()
+        law = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
+        law["samples"] = self.options.evaluate_samples
+        clock = getattr(self.trainer, "clock", None)  # of the engine's phases
+        with self.course.paused(), clock.pause() if clock else nullcontext():
+            found = {
+                "greedy": self._estimate(f"step {step}, greedy"),
+                "sampled": self._estimate(f"step {step}, sampled", **law),
+            }
+        if args.process_index == 0:
+            for how, values in found.items():
+                line = {"step": step, "num_tokens": self.trainer.state.num_input_tokens_seen}
+                took = {"took": round(time.monotonic() - started, 1)}
+                append_line(
+                    self.file, {**line, "seconds": round(self.course.seconds, 3), "how": how, **values, **took}
+                )
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Measure, every `evaluate_every` steps."""
+        every = self.options.evaluate_every
+        if every is not None and state.global_step % every == 0:
+            self.measure(state.global_step)
+
+    def print(self) -> None:
+        """The table: before, after, and the change."""
+        lines = read_lines(self.file)
+        table = Table(box=box.SIMPLE)
+        for column in ("held out", "before", "after", "change"):
+            table.add_column(column, no_wrap=True)
+        for how in ("greedy", "sampled"):
+            first, last = ([Estimate.of(line) for line in lines if line["how"] == how][i] for i in (0, -1))
+            change = last.mean - first.mean
+            shown = f"{100 * change:+.1f} points" if first.binary and last.binary else f"{change:+.3f}"
+            table.add_row(how, str(first), str(last), shown)
+        self.console.print(table)
+        self.console.print(
+            f"{last.problems} problems, 95 % intervals; sampled at temperature {self.trainer.args.temperature:g}"
+        )
+
+    def _estimate(self, what: str, **law: Any) -> dict[str, Any]:
+        trainer, args = self.trainer, self.trainer.args
+        first, every = args.process_index, args.world_size
+        mine = self.problems.select(range(first, len(self.problems), every))
+        decoding = Decoding(
+            max_new_tokens=args.max_completion_length,
+            batch_size=args.per_device_eval_batch_size,
+            seed=args.seed + args.process_index,
+            **law,
+        )
+        with counting(self.console, what, len(mine) * decoding.samples) as advance:
+            answers = draw_answers(
+                trainer.accelerator.unwrap_model(trainer.model),
+                trainer.processing_class,
+                mine,
+                self.rewards,
+                decoding,
+                weights=args.reward_weights,
+                chat_template_kwargs=args.chat_template_kwargs,
+                advance=advance,
+            )
+        everyone: list[Answer] = gather_object([replace(a, problem=first + every * a.problem) for a in answers])
+        scores = torch.zeros(len(self.problems), dtype=torch.float64)
+        scores.index_add_(
+            0,
+            torch.tensor([answer.problem for answer in everyone]),
+            torch.tensor([answer.score for answer in everyone], dtype=torch.float64),
+        )
+        return {**estimate(everyone).to_dict(), "scores": (scores / decoding.samples).round(decimals=6).tolist()}
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file; none where it does not exist."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []

@@ -1,0 +1,172 @@
+"""What can be known to be wrong with the options of a training run. Thresholds: docs/doctor.md."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..method import Method
+from ..methods import AdaptiveTemperature, Options, options_of
+from ..parts.surrogate import unclipped_surrogate
+from ..parts.temperature import edt_factor
+from ..tasks import Task, TaskConfig
+from .finding import Finding, percent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from trl import ModelConfig
+
+    from ..engines.trl import HAPOConfig
+
+ROWS = 512
+"""Most problems that are tokenised, evenly spaced over the training data."""
+
+TRUNCATIONS = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
+"""Sampling options -> the value at which they leave the policy as it is."""
+
+CLAMPS = {"zscore": ("t_min", "t_max"), "edt": ("t_min",)}
+"""Temperature law -> the options that clamp it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A training run before it starts."""
+
+    task_config: TaskConfig
+    args: HAPOConfig
+    model_config: ModelConfig
+    task: Task | None
+    tokenizer: PreTrainedTokenizerBase | None
+    architecture: PreTrainedConfig | None
+
+    @cached_property
+    def options(self) -> Options:
+        """The options of the method."""
+        assert not isinstance(self.args.method_options, str)
+        return options_of(self.args.method)(**(self.args.method_options or {}))
+
+    @cached_property
+    def method(self) -> Method:
+        """The method."""
+        return self.options.build()
+
+    @cached_property
+    def problems(self) -> dict[str, list[Any]]:
+        """At most `ROWS` training problems, as columns."""
+        assert self.task is not None
+        return self.task.train[:: math.ceil(len(self.task.train) / ROWS)]
+
+
+def ratio_always_one(plan: Plan) -> Finding | None:
+    """One optimiser step a rollout batch."""
+    args = plan.args
+    if args.updates_per_rollout > 1 or plan.method.surrogate is unclipped_surrogate:
+        return None
+    return Finding(
+        "ratio_always_one",
+        "warning",
+        f"one optimiser step a rollout batch (steps_per_generation {args.steps_per_generation}, "
+        f"gradient_accumulation_steps {args.gradient_accumulation_steps}, num_iterations {args.num_iterations})",
+        f"the policy is still the one that drew the tokens, so every importance ratio is 1: {args.method} never "
+        "clips, and methods that differ in their bounds are the same method",
+        f"--steps_per_generation {4 * args.gradient_accumulation_steps}, for four optimiser steps a rollout batch",
+    )
+
+
+def uncorrected_sampler(plan: Plan) -> Finding | None:
+    """Tokens drawn from another distribution than the policy, and no importance weight."""
+    if plan.method.sampler_cap is not None:
+        return None
+    given = {name: getattr(plan.args, name) for name in TRUNCATIONS} | (plan.args.generation_kwargs or {})
+    causes = [f"{name} {given[name]}" for name, plain in TRUNCATIONS.items() if given[name] not in (plain, None)]
+    if plan.method.factor is not None:
+        causes.append("the adaptive temperature")
+    if plan.args.use_vllm:
+        causes.append("use_vllm")
+    if not causes:
+        return None
+    return Finding(
+        "uncorrected_sampler",
+        "warning",
+        f"sampler_cap is off, while tokens are not drawn from the policy: {', '.join(causes)}",
+        "the loss counts them as the policy's, so its gradient is biased towards what the sampler prefers; the "
+        "weight min(exp(old - sampler), cap) takes that out",
+        "--method_options '{\"sampler_cap\": 2.0}', or no option at all: 2.0 is the default",
+    )
+
+
+def temperature_range(plan: Plan) -> Finding | None:
+    """Temperatures that get far from T_base."""
+    law = plan.options.temperature
+    if law is None:
+        return None
+    assert isinstance(law, AdaptiveTemperature)
+    low, high = _factors(law)
+    if low >= 0.5 and high <= 2.0:
+        return None
+    strength = "theta" if law.law == "edt" else "tau"
+    told = ", ".join(f"{name} {getattr(law, name):g}" for name in (strength, *CLAMPS.get(law.law, ())))
+    vocabulary = {"vocabulary": law.vocabulary} if law.law == "dynatemp" else {}
+    remedy = json.dumps({"temperature": {"law": law.law, strength: 0.1, **vocabulary}})
+    return Finding(
+        "temperature_range",
+        "warning",
+        f"the law {law.law!r} with {told} draws tokens at {low:.2g} to {high:.2g} times T_base",
+        "below half of T_base sampling is nearly greedy and the answers of a group come out equal; above twice, "
+        "text falls apart; and the importance weight that corrects for it reaches its cap",
+        f"--method_options '{remedy}'",
+    )
+
+
+def _factors(law: AdaptiveTemperature) -> tuple[float, float]:
+    """Smallest and largest factor on T_base: of z-scores up to 3, and of EDT at an entropy of 0.1 nats."""
+    if law.law == "edt":
+        return edt_factor(torch.tensor(0.1), law.theta, low=law.t_min).item(), 1.0
+    if law.law == "zscore":
+        return max(1 - 3 * law.tau, law.t_min), min(1 + 3 * law.tau, law.t_max)
+    return 1 - law.tau, 1 + law.tau
+
+
+def small_groups(plan: Plan) -> Finding | None:
+    """Groups of two or three."""
+    size = plan.args.num_generations
+    if size >= 4:
+        return None
+    half, tenth = (1 - p**size - (1 - p) ** size for p in (0.5, 0.1))
+    return Finding(
+        "small_groups",
+        "warning",
+        f"num_generations {size}: with right-or-wrong rewards {percent(half)} of the groups hold both if half of "
+        f"the answers are right, {percent(tenth)} if a tenth is",
+        "the other groups teach nothing, and mean and standard deviation of so few rewards are mostly noise",
+        "--num_generations 8",
+    )
+
+
+def learning_rate(plan: Plan) -> Finding | None:
+    """A learning rate a hundred times away from what is usual."""
+    rate, lora = plan.args.learning_rate, plan.model_config.use_peft
+    usual = 1e-5 if lora else 1e-6
+    small_model = not lora and (plan.architecture is None or _parameters(plan.architecture) < 100e6)
+    if usual / 100 <= rate and (small_model or rate <= 100 * usual):
+        return None
+    return Finding(
+        "learning_rate",
+        "warning",
+        f"learning_rate {rate:g} with {'LoRA' if lora else 'full fine-tuning'}",
+        "the policy stays where it is, and so does the reward"
+        if rate < usual
+        else "one optimiser step moves the policy so far that answers fall apart before the reward can tell",
+        f"--learning_rate {usual:g}, and from there in steps of 3",
+    )
+
+
+def _parameters(architecture: PreTrainedConfig) -> float:
+    """Number of weights of a decoder with these sizes, to a third or so: 12 d^2 a layer, and its embeddings."""
+    sizes: Any = architecture.get_text_config()
+    return 12 * sizes.num_hidden_layers * sizes.hidden_size**2 + sizes.vocab_size * sizes.hidden_size

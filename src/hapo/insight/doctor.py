@@ -1,0 +1,117 @@
+"""The doctor: what is wrong with a training run, before it starts and after. Every finding: docs/doctor.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from ..tasks import Task, TaskConfig
+from . import checks_config, checks_data, checks_policy, checks_reward
+from .checks_config import Plan
+from .finding import Finding
+from .run import Run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from trl import ModelConfig
+
+    from ..engines.trl import HAPOConfig
+
+__all__ = ["CONFIG_CHECKS", "RUN_CHECKS", "Finding", "examine_config", "examine_run"]
+
+SEVERITIES = ("error", "warning", "note")
+
+CONFIG_CHECKS: tuple[Callable[[Plan], Finding | None], ...] = (
+    checks_data.few_problems,
+    checks_data.unusable_golds,
+    checks_data.context_exceeded,
+    checks_data.short_completions,
+    checks_data.majority_answer,
+    checks_config.ratio_always_one,
+    checks_config.uncorrected_sampler,
+    checks_config.temperature_range,
+    checks_config.small_groups,
+    checks_config.learning_rate,
+)
+"""Each looks for one thing, and has the name of its finding."""
+
+RUN_CHECKS: tuple[Callable[[Run], Finding | None], ...] = (
+    checks_policy.non_finite,
+    checks_reward.constant_reward,
+    checks_reward.collapse,
+    checks_reward.zero_variance_groups,
+    checks_reward.truncated,
+    checks_reward.truncation_rising,
+    checks_reward.wrong_answers_grow,
+    checks_policy.entropy_collapse,
+    checks_policy.entropy_explosion,
+    checks_policy.entropy_floor,
+    checks_policy.sampler_mismatch,
+    checks_policy.ratio_always_one,
+    checks_policy.nothing_clipped,
+    checks_policy.zero_gradients,
+    checks_policy.unfinished,
+    checks_reward.no_improvement,
+    checks_policy.loss_near_zero,
+)
+"""Each looks for one thing, and has the name of its finding."""
+
+CAUSES = {
+    "constant_reward": (
+        "zero_variance_groups",
+        "ratio_always_one",
+        "nothing_clipped",
+        "zero_gradients",
+        "no_improvement",
+        "loss_near_zero",
+    ),
+    "zero_variance_groups": ("zero_gradients",),
+    "ratio_always_one": ("nothing_clipped",),
+    "truncated": ("truncation_rising",),
+    "collapse": ("no_improvement",),
+}
+"""Finding -> symptoms that it explains."""
+
+
+def examine_config(
+    task_config: TaskConfig,
+    args: HAPOConfig,
+    model_config: ModelConfig,
+    *,
+    task: Task | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    architecture: PreTrainedConfig | None = None,
+) -> list[Finding]:
+    """What is wrong with a training run before it starts, the worst first.
+
+    Without `task` the data are not looked at, without `tokenizer` no length, without `architecture` (the model's
+    config.json) neither its context nor its size.
+    """
+    plan = Plan(
+        task_config=task_config,
+        args=args,
+        model_config=model_config,
+        task=task,
+        tokenizer=tokenizer,
+        architecture=architecture,
+    )
+    return _worst_first(check(plan) for check in CONFIG_CHECKS)
+
+
+def examine_run(run: Run) -> list[Finding]:
+    """What went wrong in a run, the worst first; reads metrics and evaluations, not the token records.
+
+    Runs of any engine, finished or not: what was not recorded is not judged. Where the cause of a symptom is
+    found, the symptom is left out.
+
+    Raises:
+        ValueError: a file of the run is broken.
+    """
+    findings = _worst_first(check(run) for check in RUN_CHECKS)
+    symptoms = {symptom for finding in findings for symptom in CAUSES.get(finding.name, ())}
+    return [finding for finding in findings if finding.name not in symptoms]
+
+
+def _worst_first(found: Iterable[Finding | None]) -> list[Finding]:
+    findings = [finding for finding in found if finding is not None]
+    return sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))

@@ -1,0 +1,81 @@
+"""Pages: one HTML file that needs no network, with figures, and no script but its own.
+
+A template extends `page.html` (blocks `links` and `main`) and draws figures with the macro of `figures.html`.
+Text of models and users reaches a page through autoescape or as JSON with < > & ' escaped, never otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Sequence
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import vl_convert
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+import hapo
+
+from .figures import VEGA_LITE, Figure, theme
+
+
+def render(template: str, *, title: str, nonce: str, figures: Sequence[Figure], **context: Any) -> str:
+    """A page from a template of this package.
+
+    Args:
+        template: its file name.
+        title: of the document.
+        nonce: the only scripts that run are those which carry it; see `new_nonce`.
+        figures: all that the template draws; without a chart among them the page holds no Vega.
+        context: what else the template reads.
+    """
+    drawn = any(figure.chart is not None for figure in figures)
+    return (
+        _environment()
+        .get_template(template)
+        .render(
+            title=title,
+            nonce=nonce,
+            themes={mode: theme(mode) for mode in ("light", "dark")} if drawn else None,
+            script=_script() if drawn else "",
+            version=hapo.__version__,
+            **context,
+        )
+    )
+
+
+def new_nonce() -> str:
+    """A nonce for one page."""
+    return secrets.token_urlsafe(16)
+
+
+def write_page(html: str, output: Path) -> Path:
+    """Write a page in one piece, and return its path.
+
+    Raises:
+        OSError: it cannot be written there.
+    """
+    partial = output.with_name(output.name + ".partial")
+    partial.write_text(html, encoding="utf-8")
+    os.replace(partial, output)
+    return output
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader(__package__), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    compact = {"separators": (",", ":"), "allow_nan": False}
+    environment.policies["json.dumps_kwargs"] = compact
+    return environment
+
+
+@cache
+def _script() -> str:
+    """Vega, Vega-Lite and Vega-Embed, with the script that draws the figures, as one script."""
+    figures = resources.files(__package__).joinpath("templates", "figures.js").read_text(encoding="utf-8")
+    return vl_convert.javascript_bundle(figures, VEGA_LITE).replace("</script", "<\\/script")

@@ -1,0 +1,283 @@
+"""The report of some runs: one HTML page that needs no network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlencode
+
+import pandas as pd
+
+import hapo
+
+from ..tasks import TaskConfig
+from .curves import POINTS, SPAN, curves, others
+from .doctor import SEVERITIES, examine_run
+from .figures import labels, printable
+from .microscope import microscope
+from .page import new_nonce, render, write_page
+from .run import Run, recompute
+from .token_figures import ROLLOUTS, analysed, token_figures, visible
+
+ROWS = 15
+"""Tokens in each table of the most amplified and the most suppressed."""
+BEFORE = 5
+"""Tokens shown before each of them."""
+
+
+def write_report(
+    folders: Sequence[Path | str],
+    output: Path | str,
+    *,
+    against: Sequence[str] = (),
+    rollouts: Sequence[int] | None = None,
+) -> Path:
+    """Write the page of some runs, and return its path.
+
+    Args:
+        folders: of the runs, of any engine, finished or not.
+        output: the .html file.
+        against: methods to show on the same rollouts in the token microscope, as `NAME[:option=value,...]`.
+        rollouts: first steps of the rollout batches in the microscope; as many as fit unless told.
+
+    Raises:
+        FileNotFoundError: a folder holds no run.
+        ValueError: no folder, a broken file in one, an unknown method or rollout batch.
+        OSError: the page cannot be written there.
+    """
+    if not folders:
+        raise ValueError("a report needs the folder of a run")
+    runs, nonce = [Run(folder) for folder in folders], new_nonce()
+    names = labels(runs)
+    shown = [_shown(run, name) for run, name in zip(runs, names, strict=True)]
+    over, more = curves(runs), others(runs)
+    seen = [run for run, of in zip(runs, shown, strict=True) if of["pushes"] or not run.rollouts]
+    html = render(
+        "report.html",
+        title=names[0] if len(runs) == 1 else f"{len(runs)} runs",
+        nonce=nonce,
+        figures=[*over, *more, *(figure for run in shown for figure in run["figures"])],
+        runs=shown,
+        findings=_findings(runs),
+        facts=_table([_facts(run) for run in runs]),
+        origin=_table([_origin(run) for run in runs]),
+        curves=over,
+        others=more,
+        points=POINTS,
+        span=SPAN,
+        rollouts=ROLLOUTS,
+        microscope=microscope(seen, against=against, nonce=nonce, rollouts=rollouts),
+    )
+    return write_page(html, Path(output))
+
+
+def write_figures(folders: Sequence[Path | str], output: Path, kind: Literal["png", "svg"] = "png") -> list[Path]:
+    """Write each figure of the report as a file of its own, and return those that the runs have data for.
+
+    Raises:
+        FileNotFoundError: a folder holds no run.
+        ValueError: a broken file in one.
+        OSError: a file cannot be written.
+    """
+    runs = [Run(folder) for folder in folders]
+    named = [(figure.name, figure) for figure in curves(runs)]
+    for number, run in enumerate(runs, 1):
+        suffix = "" if len(runs) == 1 else f"-{number}"
+        named += [(figure.name + suffix, figure) for figure in token_figures(analysed(run))]
+    output.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, figure in named:
+        if figure.chart is not None:
+            written.append(output / f"{name}.{kind}")
+            figure.save(written[-1], kind)
+    return written
+
+
+def _shown(run: Run, name: str) -> dict[str, Any]:
+    """What the template reads of one run."""
+    tokens = analysed(run)
+    pushes, reason = _pushes(run, tokens, name)
+    return {
+        "label": name,
+        "summary": _summary(run),
+        "results": _results(run),
+        "figures": token_figures(tokens),
+        "pushes": pushes,
+        "no_pushes": reason,
+    }
+
+
+def _findings(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """What the doctor found, the worst first; what several runs have in common once, with what it saw in each."""
+    merged: dict[tuple[str, ...], dict[str, Any]] = {}
+    for run, name in zip(runs, labels(runs), strict=True):
+        for found in examine_run(run):
+            words = {"severity": found.severity, "why": found.why, "change": found.change}
+            merged.setdefault((found.name, *words.values()), {**words, "saw": []})["saw"].append((name, found.saw))
+    return sorted(merged.values(), key=lambda found: SEVERITIES.index(found["severity"]))
+
+
+def _summary(run: Run) -> str:
+    how = str(run.config.get("method") or "TRL's own trainer")
+    how += f" on {_task(run)}" if _task(run) else ""
+    if (steps := _last(run, "step")) is not None:
+        how += f", {steps:,.0f} optimiser steps"
+    seconds = (run.finished or {}).get("seconds") or _last(run, "wall_seconds")
+    if seconds is not None:
+        how += f" in {_duration(seconds)}"
+    ends = {"max_steps": "ended at its last step", "token_budget": "ended with its token budget"}
+    end = (
+        ends.get(run.finished.get("why", ""), "ended")
+        if run.finished
+        else "stopped before its end, or still running"
+    )
+    return f"{how}; {end}"
+
+
+def _results(run: Run) -> list[dict[str, Any]]:
+    """First and last measurement of held-out accuracy, greedy and sampled."""
+    found = []
+    for how, lines in run.evaluations.groupby("how", sort=False):
+        last = lines.iloc[-1]
+        show = _percent if last["binary"] else "{:.3f}".format
+        ends = lines.iloc[[0, -1]] if len(lines) > 1 else lines
+        intervals = [f"{show(line.low)} to {show(line.high)}" for line in ends.itertuples()]
+        answers = f", {last['samples']} answers each" if last["samples"] > 1 else ""
+        found.append(
+            {
+                "what": f"{'accuracy' if last['binary'] else 'score'}, {how}",
+                "before": show(lines.iloc[0]["mean"]) if len(lines) > 1 else "",
+                "after": show(last["mean"]),
+                "intervals": " → ".join(intervals),
+                "size": f"{last['problems']} problems{answers}",
+            }
+        )
+    return found
+
+
+def _table(facts: Sequence[dict[str, str]]) -> dict[str, list[str]]:
+    """A row each fact, with a value for every run; rows that no run fills are left out."""
+    rows = {name: [printable(of.get(name, "")) for of in facts] for name in facts[0]}
+    return {name: values for name, values in rows.items() if any(values)}
+
+
+def _facts(run: Run) -> dict[str, str]:
+    config = _config(run)
+    sizes = _pairs({k: config.get(k) for k in ("train_size", "eval_size")})
+    return {
+        "method": _method(run),
+        "task": f"{_task(run)} ({sizes})" if sizes else _task(run),
+        "model": str(config.get("model_name_or_path") or run.manifest.get("model") or ""),
+        "seed": str(run.manifest.get("seed", config.get("seed", ""))),
+        "learning rate": str(config.get("learning_rate", "")),
+        "tokens generated": _count((run.finished or {}).get("num_tokens") or _last(run, "num_tokens")),
+    }
+
+
+def _origin(run: Run) -> dict[str, str]:
+    manifest = run.manifest
+    return {
+        "command": " ".join(map(str, manifest.get("command") or [])),
+        "begun": str(manifest.get("created") or ""),
+        "initial weights": str(manifest.get("weights_sha256") or ""),
+        "data fingerprint": str(manifest.get("data_fingerprint") or ""),
+        "machine": _pairs({**(manifest.get("machine") or {}), "processes": manifest.get("processes")}),
+        "versions": _pairs({"python": manifest.get("python"), **(manifest.get("versions") or {})}),
+    }
+
+
+def _config(run: Run) -> dict[str, Any]:
+    """The options of the run, with those of an arm of TRL's own in their place."""
+    return {**run.config, **(run.config.get("trl") or {})}
+
+
+def _task(run: Run) -> str:
+    """The data set; the default of `hapo train` where the run was told other options of a task."""
+    told = {f.name for f in fields(TaskConfig)} & set(run.config)
+    return str(run.config.get("dataset") or (TaskConfig.dataset if told else ""))
+
+
+def _method(run: Run) -> str:
+    """Name and the options that differ from the method's defaults."""
+    name = run.config.get("method")
+    if name is None:
+        return f"TRL's own ({_pairs(run.config.get('trl') or {})})" if "trl" in run.config else "none of hapo's"
+    given = run.config.get("method_options") or {}
+    try:
+        default = hapo.method(name).options
+    except ValueError:  # a method of the user's own
+        default = {}
+    changed = {k: v for k, v in given.items() if k not in default or default[k] != v}
+    return f"{name} ({_pairs(changed)})" if changed else f"{name}, options at their defaults"
+
+
+def _pushes(run: Run, tokens: pd.DataFrame, name: str) -> tuple[dict[str, dict[str, list[dict[str, Any]]]], str]:
+    """The tokens with the greatest push each way: {among: {side: rows}}; or none, and why."""
+    if tokens.empty:
+        return {}, "It is made of token records (`record_tokens_every`), and none were found."
+    try:
+        method = run.method()
+    except ValueError as error:
+        return {}, f"Neither made nor in the microscope, as the method cannot be rebuilt: {error}."
+    push = [recompute(run.rollout(first), method)["push"] for first in tokens["rollout"].unique()]
+    text, position = tokens["text"], tokens["position"]
+    before = [text.shift(n, fill_value="").where(position >= n, "") for n in range(BEFORE, 0, -1)]
+    table = tokens.assign(push=pd.concat(push).to_numpy(), before=sum(before, text.str[:0]))
+    right = table["verdict"] > 0
+    found = {}
+    for among, some in (("all", table), ("wrong", table[~right]), ("right", table[right])):
+        found[among] = {
+            "amplified": [_push(row, name) for row in _most(some[some["push"] > 0], ascending=False)],
+            "suppressed": [_push(row, name) for row in _most(some[some["push"] < 0], ascending=True)],
+        }
+    return found, ""
+
+
+def _most(table: pd.DataFrame, ascending: bool) -> Any:
+    return table.sort_values("push", ascending=ascending, kind="stable").head(ROWS).itertuples()
+
+
+def _push(row: Any, name: str) -> dict[str, Any]:
+    place = {
+        "run": name,
+        "rollout": row.rollout,
+        "response": row.response,
+        "step": row.step,
+        "position": row.position,
+    }
+    return {
+        "push": f"{row.push:+#.3g}".replace("-", "−"),
+        "text": visible(row.text),
+        "before": visible(row.before, most=60, tail=True),
+        "answer": "right" if row.verdict > 0 else "wrong",
+        "prompt": visible(row.prompt, most=160, marks=False),
+        "step": row.step,
+        "link": f"#microscope?{urlencode(place)}",
+    }
+
+
+def _last(run: Run, metric: str) -> float | None:
+    if metric not in run.metrics or run.metrics[metric].isna().all():
+        return None
+    return float(run.metrics[metric].dropna().iloc[-1])
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _count(number: float | None) -> str:
+    return "" if number is None else f"{number:,.0f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = [(hours, "h"), (minutes, "min"), (rest if not hours else 0, "s")]
+    return " ".join(f"{n} {unit}" for n, unit in parts if n) or "less than a second"
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    return ", ".join(f"{k} {v}" for k, v in values.items() if v is not None)

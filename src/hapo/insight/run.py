@@ -1,0 +1,301 @@
+"""A run folder, read back; and what any method would do to the tokens that it recorded."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import torch
+import yaml
+from jaxtyping import Int
+from torch import Tensor
+
+import hapo
+
+from ..batch import TokenBatch
+from ..method import Method
+
+TOKEN_COLUMNS = {
+    "logp_old": "old_logp",
+    "logp_new": "logp",
+    "logp_ref": "ref_logp",
+    "logp_sampler": "sampler_logp",
+    "entropy": "old_entropy",
+    "entropy_new": "entropy",
+}
+"""Column of the token records -> field of `TokenBatch`."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A recorded rollout batch: B responses of up to T tokens, as the method met them before `prepare`."""
+
+    batch: TokenBatch
+    step: Int[Tensor, " B"]
+    """Optimiser step in which each response was used."""
+    response: list[int]
+    """Row of each response in the rollout batch."""
+    prompts: list[str]
+    texts: list[list[str]]
+    """A string a token."""
+    complete: bool
+    """Every response of the rollout batch was recorded: what a method makes of it is what training made of it."""
+
+
+class Run:
+    """The folder of a run, from any engine.
+
+    Raises:
+        FileNotFoundError: it is none, with the file that is missing.
+        ValueError: one of its files is broken.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        self.name = self.folder.resolve().name
+        for name in ("config.yaml", "metrics.jsonl"):
+            if not (self.folder / name).is_file():
+                raise FileNotFoundError(f"{self.folder} is no run folder: it has no {name}")
+        try:
+            self.config: dict[str, Any] = yaml.safe_load((self.folder / "config.yaml").read_text()) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"{self.folder / 'config.yaml'} is malformed: {error}") from error
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """Versions, seeds, hashes, command; empty where there is none."""
+        return self._json("manifest.json") or {}
+
+    @cached_property
+    def finished(self) -> dict[str, Any] | None:
+        """How far the run came and why it ended; None while it runs, or if it was stopped."""
+        return self._json("finished.json")
+
+    @cached_property
+    def metrics(self) -> pd.DataFrame:
+        """One row a logged optimiser step; a value that a step did not log is NaN."""
+        lines = [line for line in self._lines("metrics.jsonl") if "loss" in line]
+        return pd.DataFrame(lines, columns=None if lines else ["step"])
+
+    @cached_property
+    def evaluations(self) -> pd.DataFrame:
+        """One row a measurement of held-out accuracy, in the order of training."""
+        columns = ["step", "num_tokens", "seconds", "how", "mean", "low", "high", "problems", "samples", "binary"]
+        return pd.DataFrame(self._lines("evaluations.jsonl"), columns=[*columns, "scores"])
+
+    @cached_property
+    def rollouts(self) -> list[int]:
+        """First optimiser steps of the recorded rollout batches."""
+        first = {_first(file, "rollout") for file in self._token_files()}
+        return sorted(first)
+
+    def tokens(self, rollout: int | None = None) -> pd.DataFrame:
+        """The recorded tokens, of one rollout batch or of all, by rollout, response, step and position.
+
+        Raises:
+            ValueError: there is no such rollout batch.
+        """
+        files = self._token_files()
+        if rollout is not None:
+            if rollout not in self.rollouts:
+                raise ValueError(f"{self.folder}: no rollout batch {rollout} was recorded, only {self.rollouts}")
+            files = [file for file in files if _first(file, "rollout") == rollout]
+        if not files:
+            return pd.DataFrame(columns=["rollout", "step", "response", "position", "prompt", "text"])
+        table = pd.concat([pq.ParquetFile(file).read().to_pandas() for file in files], ignore_index=True)
+        return table.sort_values(["rollout", "response", "step", "position"], ignore_index=True)
+
+    def method(self) -> Method:
+        """The method that the run was trained with.
+
+        Raises:
+            ValueError: it names none, as a baseline of TRL's own.
+        """
+        if "method" not in self.config:
+            raise ValueError(f"{self.folder} was not trained with a method of hapo")
+        options = dict(self.config.get("method_options") or {})
+        if self.config.get("beta") is not None:
+            options["kl_coef"] = self.config["beta"]
+        return hapo.method(self.config["method"], **options)
+
+    def rollout(self, first: int) -> Rollout:
+        """A recorded rollout batch as tensors.
+
+        Raises:
+            ValueError: there is no such rollout batch.
+        """
+        table = self.tokens(first)
+        rows = table.groupby(["response", "step"], sort=False).ngroup().to_numpy()
+        heads = table.drop_duplicates(["response", "step"])
+        place = torch.tensor(rows), torch.tensor(table["position"].to_numpy())
+        shape = len(heads), int(table["position"].max()) + 1
+
+        def padded(values: np.ndarray, dtype: torch.dtype) -> Tensor:
+            out = torch.zeros(shape, dtype=dtype)
+            out[place] = torch.tensor(values, dtype=dtype)
+            return out
+
+        fields: dict[str, Any] = {
+            name: padded(table[column].to_numpy(), torch.float32)
+            for column, name in TOKEN_COLUMNS.items()
+            if column in table and table[column].notna().all()
+        }
+        batch = TokenBatch(
+            mask=padded(np.ones(len(table)), torch.bool),
+            reward=torch.tensor(heads["reward"].to_numpy(), dtype=torch.float32),
+            verdict=torch.tensor(heads["verdict"].to_numpy(), dtype=torch.float32),
+            group=torch.tensor(heads["group"].to_numpy()),
+            **fields,
+        )
+        files = [file for file in self._token_files() if _first(file, "rollout") == first]
+        responses = int((pq.read_schema(files[0]).metadata or {}).get(b"responses", -1))
+        return Rollout(
+            batch=batch,
+            step=torch.tensor(heads["step"].to_numpy()),
+            response=heads["response"].tolist(),
+            prompts=heads["prompt"].tolist(),
+            texts=[texts.tolist() for _, texts in table["text"].groupby(rows)],
+            complete=heads["response"].nunique() == responses,
+        )
+
+    def _token_files(self) -> list[Path]:
+        return sorted((self.folder / "tokens").glob("step-*.parquet"))
+
+    def _json(self, name: str) -> dict[str, Any] | None:
+        file = self.folder / name
+        if not file.is_file():
+            return None
+        try:
+            return json.loads(file.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file} is malformed: {error}") from error
+
+    def _lines(self, name: str) -> list[dict[str, Any]]:
+        file = self.folder / name
+        lines = file.read_text().splitlines() if file.is_file() else []
+        found = []
+        for number, line in enumerate(lines, 1):
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                if number == len(lines):  # being written, or cut short by a kill
+                    break
+                raise ValueError(f"{file}, line {number} is malformed: {error}") from error
+        return found
+
+
+def parse_method(spec: str) -> Method:
+    """The method of a text `NAME[:option=value,...]`, its values read as YAML: `hapo:components=BCD,eps_high=0.3`.
+
+    Raises:
+        ValueError: unknown method or option, a value out of range, or a text of another form.
+    """
+    name, options = parse_arm(spec)
+    return hapo.method(name, **options)
+
+
+def parse_arm(spec: str) -> tuple[str, dict[str, Any]]:
+    """Name and options of a text `NAME[:option=value,...]`, the values read as YAML.
+
+    Raises:
+        ValueError: a part has no `=`, or a value is no YAML.
+    """
+    cut = spec.rfind(":", 0, spec.find("=")) if "=" in spec else len(spec)
+    name, rest = spec[:cut], spec[cut + 1 :]
+    options: dict[str, Any] = {}
+    for part in _split(rest):
+        key, equals, value = part.partition("=")
+        if not equals or not key.strip():
+            raise ValueError(f"{spec!r}: {part!r} is no option=value; write NAME:option=value,option=value")
+        try:
+            read = yaml.safe_load(value)
+            options[key.strip()] = float(read) if _is_number(read) else read
+        except yaml.YAMLError as error:
+            raise ValueError(f"{spec!r}: the value of {key.strip()} is no YAML: {value!r}") from error
+    return name, options
+
+
+def recompute(rollout: Rollout, method: Method) -> pd.DataFrame:
+    """What `method` does to the tokens of a rollout batch: prepare over the batch, step and loss a step.
+
+    One row a token, in the order of `Run.tokens`: response, step, position, advantage, advantage_used, ratio,
+    bound_low, bound_high, clipped, kept, push, and where the method has them signal and weight. NaN in the
+    ratio, the bounds and the signal where the method drops the token's group.
+
+    push = −N dL/dlogp with N the valid tokens of the optimiser step: how strongly the step raises (> 0) or
+    lowers (< 0) the log-prob of the token; ratio times advantage under a token mean with nothing clipped.
+
+    Raises:
+        ValueError: the records lack a column that the method reads.
+    """
+    whole = rollout.batch
+    first = {response: i for i, response in reversed(list(enumerate(rollout.response)))}  # several iterations
+    places = {response: place for place, response in enumerate(sorted(first))}
+    batch = method.prepare(whole.rows([first[response] for response in places]))
+    tables = []
+    for step in rollout.step.unique().tolist():
+        index = (rollout.step == step).nonzero().squeeze(1)
+        now = whole.rows(index)
+        rows = batch.rows([places[rollout.response[i]] for i in index.tolist()])
+        rows = method.step(rows.replace(logp=now.logp, entropy=now.entropy))
+        assert now.logp is not None and rows.totals is not None and rows.advantage is not None
+        logp, totals, advantage = now.logp.clone().requires_grad_(), rows.totals, rows.advantage
+        rows = rows.replace(logp=logp)
+        out = method.loss(rows)
+        push = torch.zeros_like(logp)
+        if out.loss.requires_grad:
+            (gradient,) = torch.autograd.grad(out.loss, logp)
+            push = -gradient * max(totals.tokens, 1)
+        dropped = ~rows.mask
+        kept = rows.mask if rows.keep is None else rows.mask & rows.keep
+        columns: dict[str, Tensor] = {
+            "advantage": advantage,
+            "advantage_used": out.tokens["advantage"].masked_fill(dropped, 0.0),
+            "ratio": out.tokens["ratio"].masked_fill(dropped, torch.nan),
+            "bound_low": out.tokens["low"].masked_fill(dropped, torch.nan),
+            "bound_high": out.tokens["high"].masked_fill(dropped, torch.nan),
+            "clipped": out.tokens["clipped"] & rows.mask,
+            "kept": kept,
+            "push": push,
+        }
+        if "signal" in out.tokens:
+            columns["signal"] = out.tokens["signal"].masked_fill(dropped, torch.nan)
+        if rows.weight is not None:
+            columns["weight"] = rows.weight
+        mask = whole.mask[index]
+        row, position = mask.nonzero(as_tuple=True)
+        place = {
+            "response": [rollout.response[i] for i in index[row].tolist()],
+            "step": step,
+            "position": position.numpy(),
+        }
+        tables.append(pd.DataFrame({**place, **{k: x.detach()[mask].numpy() for k, x in columns.items()}}))
+    return pd.concat(tables).sort_values(["response", "step", "position"], ignore_index=True)
+
+
+def _is_number(value: Any) -> bool:
+    """YAML 1.1 takes 1e-4 for text."""
+    return isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?e[-+]?\d+", value) is not None
+
+
+def _split(text: str) -> list[str]:
+    """Parts between commas that stand in no brackets."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "[{") - (character in "]}")
+        if character == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part for part in parts if part.strip()]
+
+
+def _first(file: Path, column: str) -> int:
+    return int(pq.ParquetFile(file).read_row_group(0, columns=[column])[column][0].as_py())

@@ -1,0 +1,145 @@
+"""`hapo compare`: paired runs in processes of their own, tuning, killing and going on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hapo.cli import UsageError, main
+from hapo.cli.arms import Arm
+from tests.cli.small import flags
+
+SMALL = {
+    "config": "demo",
+    "train_size": 64,
+    "eval_size": 8,
+    "evaluate_samples": 2,
+    "num_generations": 4,
+    "max_num_gen_batches": 1,
+    "per_device_train_batch_size": 8,
+    "steps_per_generation": 2,
+    "max_steps": 4,
+    "evaluate_every": 2,
+    "record_tokens_every": 0,
+    "learning_rate": 1e-3,
+}
+CLOCKS = ["seconds", "seconds_to_target"]
+
+
+def compare(folder: Path, *arms: str, **options) -> list[str]:
+    given = flags(**{**SMALL, "output_dir": folder, "jobs": 2, "target": 0.5, **options})
+    return ["compare", *given, "--arms", *arms]
+
+
+def results(folder: Path) -> pd.DataFrame:
+    return pd.read_csv(folder / "results.csv").drop(columns=CLOCKS)
+
+
+@pytest.mark.slow
+def test_a_comparison_killed_at_any_point_goes_on_to_the_same_results(tmp_path, capsys):
+    arms = ("hapo:components=BCD", "dapo", "trl:dapo")
+    assert main(compare(tmp_path / "whole", *arms, seeds=2)) == 0
+    assert "no interval: 2 pairs with dapo" in capsys.readouterr().out
+
+    command = [sys.executable, "-m", "hapo.cli", *compare(tmp_path / "killed", *arms, seeds=2)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    runs = tmp_path / "killed/runs"
+    deadline = time.monotonic() + 120
+    while not list(runs.glob("*/*/finished.json")):  # at least one is done, others have begun
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = {file: file.stat().st_mtime_ns for file in runs.glob("*/*/finished.json")}
+    assert len(done) < 6
+    assert main(compare(tmp_path / "killed", *arms, seeds=2)) == 0
+    assert {file: file.stat().st_mtime_ns for file in done} == done  # finished runs stay
+    pd.testing.assert_frame_equal(results(tmp_path / "killed"), results(tmp_path / "whole"))
+
+    # The same prompts, weights and samples: TRL's own DAPO begins with exactly our rollouts and our update.
+    ours, theirs = (tmp_path / "whole/runs" / arm / "seed-1" for arm in ("dapo", "trl_dapo"))
+    first = [json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["reward"] for run in (ours, theirs)]
+    assert first[0] == first[1]
+    a, b = (load_file(run / "first_gradient.safetensors")["gradient"] for run in (ours, theirs))
+    assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.99999
+
+    # More seeds are added to what is there; another recipe is another comparison.
+    assert main(compare(tmp_path / "whole", "dapo", seeds=3)) == 0
+    assert results(tmp_path / "whole").seed.tolist() == [1, 2, 3]
+    assert main(compare(tmp_path / "whole", "dapo", seeds=3, learning_rate=1e-4)) == 2
+    assert "holds a comparison with other flags" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_tuning_takes_the_best_rate_of_each_arm_on_problems_of_its_own(tmp_path, capsys):
+    argv = compare(tmp_path, "dapo", "grpo:learning_rate=1e-4", seeds=1, tune_size=16, tune_seeds=1)
+    assert main([*argv, "--tune", "1e-5", "1e-3"]) == 0
+    tuning = pd.read_csv(tmp_path / "tuning.csv")
+    assert tuning.arm.tolist() == ["dapo", "dapo"]  # the other arm has a rate of its own
+    best = tuning.set_index("learning_rate").sampled.idxmax()
+    assert f"dapo: learning rate {best:g}" in capsys.readouterr().out
+    rates = {
+        arm: json.loads((tmp_path / "runs" / arm / "seed-1/metrics.jsonl").read_text().splitlines()[0])[
+            "learning_rate"
+        ]
+        for arm in ("dapo", "grpo_learning_rate=1e-4")
+    }
+    assert rates == {"dapo": best, "grpo_learning_rate=1e-4": 1e-4}
+    measured = (tmp_path / "tuning/dapo/1e-05/seed-1001/evaluations.jsonl").read_text().splitlines()
+    assert json.loads(measured[0])["problems"] == 16
+
+
+def test_a_run_that_fails_is_named_and_the_others_stay(tmp_path, capsys):
+    argv = compare(tmp_path, "dapo", "trl:no_such_loss", seeds=1)
+    assert main(argv) == 1
+    out = capsys.readouterr().out
+    assert f"failed: trl:no_such_loss, seed 1: see {tmp_path / 'runs/trl_no_such_loss/seed-1/log.txt'}" in out
+    assert results(tmp_path).arm.tolist() == ["dapo"]
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        ("hapoo", "there is no method 'hapoo'"),
+        ("hapo:componets=B", "no option 'componets'; did you mean components?"),
+        ("hapo:components=XY", "components"),
+        ("dapo:eps_high", "'dapo:eps_high'"),
+        ("trl:dapo:eps_high=0.3", "no option 'eps_high'"),
+    ],
+)
+def test_an_arm_that_cannot_run_is_refused(label, message):
+    with pytest.raises(UsageError, match="arm") as caught:
+        Arm(label)
+    assert message in str(caught.value)
+
+
+def test_options_go_to_the_method_and_flags_to_the_trainer():
+    arm = Arm("hapo:components=BCD,learning_rate=1e-4,beta=0.0")
+    assert (arm.name, arm.options, arm.flags) == (
+        "hapo",
+        {"components": "BCD"},
+        {"learning_rate": 1e-4, "beta": 0.0},
+    )
+    assert Arm("trl:grpo:beta=0.04").flags == {"beta": 0.04}
+
+
+def test_the_ablation_is_one_flag(tmp_path, capsys):
+    assert main([*compare(tmp_path, "dapo", "dapo")]) == 2
+    assert "an arm is named twice" in capsys.readouterr().err
+    from hapo.cli.compare import CompareOptions
+
+    options = CompareOptions(ablation=True)
+    assert options.reference == "dapo"
+    assert options.arms == ["dapo", *(f"hapo:components={c}" for c in ("A", "B", "C", "D", "AB", "ABC", "ABCD"))]

@@ -1,0 +1,157 @@
+"""What a comparison reads, counts, and says; the runs are written by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from safetensors.numpy import save_file
+
+from hapo.insight.compare import MEASURES, Comparison, read_comparison
+from hapo.insight.compare_page import summary, write_comparison
+
+SEEDS = range(1, 7)
+
+
+def write_run(
+    folder: Path,
+    accuracies: list[float],
+    *,
+    gradient: list[float],
+    clipped: float = 0.02,
+    weights: str = "same",
+    kl_old: float = 1e-3,
+) -> Path:
+    """A run measured at 0, 1,000, ... tokens on ten problems with two answers each."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("method: dapo\n")
+    (folder / "manifest.json").write_text(json.dumps({"weights_sha256": weights}))
+    metrics = {"loss": 0.0, "entropy": 0.5, "completions/mean_length": 20.0, "kl_old": kl_old}
+    metrics |= {"clip_ratio/low_mean": clipped, "clip_ratio/high_mean": 0.0}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": s, **metrics}) + "\n" for s in range(1, 11)))
+    lines = []
+    for k, accuracy in enumerate(accuracies):
+        solved = round(20 * accuracy)
+        scores = [1.0] * (solved // 2) + [0.5] * (solved % 2)
+        scores += [0.0] * (10 - len(scores))
+        for how in ("greedy", "sampled"):
+            values = {"mean": accuracy, "low": accuracy - 0.05, "high": accuracy + 0.05, "samples": 2}
+            more = {"problems": 10, "binary": True, "scores": scores, "how": how}
+            lines.append({"step": 4 * k, "num_tokens": 1000.0 * k, "seconds": 2.0 * k, **values, **more})
+    (folder / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    end = {"steps": 4 * (len(accuracies) - 1), "num_tokens": 1000.0 * (len(accuracies) - 1), "seconds": 4.0}
+    (folder / "finished.json").write_text(json.dumps({**end, "why": "max_steps"}))
+    save_file({"gradient": np.array(gradient, np.float32)}, folder / "first_gradient.safetensors")
+    return folder
+
+
+def two_arms(folder: Path, **other) -> dict[tuple[str, int], Path]:
+    """a climbs from 0.2 to 0.6, b to 0.8, with a little noise by seed that both share."""
+    runs = {}
+    for seed in SEEDS:
+        noise = 0.05 * (seed % 3)
+        a = [0.2, 0.4 + noise, 0.6 + noise]
+        b = [0.2, 0.5 + noise, 0.8 + noise - 0.05 * (seed % 2)]
+        runs["a", seed] = write_run(folder / "a" / str(seed), a, gradient=[1.0, 0.0])
+        runs["b", seed] = write_run(folder / "b" / str(seed), b, **{"gradient": [0.6, 0.8], **other})
+    return runs
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory) -> Comparison:
+    return read_comparison(two_arms(tmp_path_factory.mktemp("arms")), "a", target=0.5)
+
+
+def test_figures_of_a_run_are_those_of_its_measurements(comparison):
+    row = comparison.runs.set_index(["arm", "seed"]).loc[("a", 3)]
+    assert (row.start, row.sampled, row.best) == (0.2, 0.6, 0.6)
+    assert row.auc == pytest.approx((0.3 + 0.5) / 2)
+    assert row.tokens_to_target == pytest.approx(1500)
+    assert row.seconds_to_target == pytest.approx(3.0)
+    assert row.reached and not row.collapsed
+    # 0.6 of 20 answers are 6 problems with both right: one of two drawn is right as often as both.
+    assert (row["pass@1"], row["pass@2"]) == (pytest.approx(0.6), pytest.approx(0.6))
+    assert row.gradient_cosine == pytest.approx(1.0)
+    assert comparison.runs[comparison.runs.arm == "b"].gradient_cosine.tolist() == pytest.approx([0.6] * 6)
+
+
+def test_pairs_decide_and_the_verdict_says_so(comparison):
+    table = comparison.table(MEASURES[0])
+    differences = [0.2 - 0.05 * (seed % 2) for seed in SEEDS]
+    assert table.loc["b", "difference"] == pytest.approx(np.mean(differences))
+    assert 0.14 < table.loc["b", "low"] < table.loc["b", "high"] < 0.21
+    assert table.loc["b", "verdict"].startswith("b better than a by 17.5 points")
+    assert comparison.warnings == []
+
+
+def test_a_run_that_never_arrives_counts_with_the_whole_budget(tmp_path):
+    runs = two_arms(tmp_path / "arms")
+    runs["b", 1] = write_run(tmp_path / "flat", [0.2, 0.2, 0.2], gradient=[0.6, 0.8])
+    row = read_comparison(runs, "a", target=0.5).runs.set_index(["arm", "seed"]).loc[("b", 1)]
+    assert not row.reached
+    assert row.tokens_to_target == 2000
+
+
+def test_a_fall_below_the_best_beyond_the_intervals_is_a_collapse(tmp_path):
+    runs = two_arms(tmp_path / "arms")
+    runs["b", 1] = write_run(tmp_path / "fallen", [0.2, 0.7, 0.3], gradient=[0.6, 0.8])
+    assert read_comparison(runs, "a").runs.set_index(["arm", "seed"]).loc[("b", 1)].collapsed
+
+
+def test_the_target_is_half_way_of_the_reference_unless_given(tmp_path):
+    means = [0.6 + 0.05 * (seed % 3) for seed in SEEDS]
+    expected = round((0.2 + np.mean(means)) / 2, 3)
+    assert read_comparison(two_arms(tmp_path), "a").target == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("quirk", "words"),
+    [
+        ({"gradient": [1.0, 0.001]}, "begin with the same update"),
+        ({"clipped": 1e-5}, "next to nothing is clipped (b 0.001 % of the tokens)"),
+        ({"kl_old": 0.0}, "b: the policy never leaves the rollout policy"),
+    ],
+)
+def test_a_comparison_that_can_show_nothing_says_why(quirk, words, tmp_path):
+    (warning,) = read_comparison(two_arms(tmp_path, **quirk), "a").warnings
+    assert words in warning
+
+
+def test_arms_that_began_with_different_weights_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"a \(seed 1\) and b \(seed 1\) began with different weights"):
+        read_comparison(two_arms(tmp_path, weights="other"), "a")
+
+
+def test_the_files_hold_every_run_and_the_page_every_verdict(comparison, tmp_path):
+    tuning = pd.DataFrame([{"arm": "a", "learning_rate": r, "seed": 1, "sampled": 0.3} for r in (1e-4, 1e-3)])
+    page = write_comparison(comparison, tmp_path, tuning).read_text()
+    assert len(pd.read_csv(tmp_path / "results.csv")) == 12
+    assert len(pd.read_csv(tmp_path / "curves.csv")) == 12 * 6
+    assert "b better than a by 17.5 points" in page
+    assert "b better than a by 17.5 points" in (tmp_path / "comparison.md").read_text()
+    assert summary(comparison).loc["b", "reached the target"] == "6 of 6"
+    for name in ("accuracy", "differences", "seeds", "tuning"):
+        assert f'<figure id="{name}"' in page
+
+
+def test_hostile_labels_stay_text(tmp_path):
+    hostile = '</script><script>alert(1)</script>"\u202e'
+    runs = {
+        (arm if arm == "a" else hostile, seed): folder for (arm, seed), folder in two_arms(tmp_path / "x").items()
+    }
+    page = write_comparison(read_comparison(runs, "a"), tmp_path).read_text()
+    assert "<script>alert" not in page
+
+
+def test_too_few_seeds_give_means_without_intervals(tmp_path):
+    runs = {key: folder for key, folder in two_arms(tmp_path / "x").items() if key[1] < 3}
+    found = read_comparison(runs, "a")
+    table = found.table(MEASURES[0])
+    assert math.isnan(table.loc["b", "low"])
+    assert "at least 5 needed" in table.loc["b", "verdict"]
+    page = write_comparison(found, tmp_path).read_text()
+    assert "an interval needs two arms with 5 seeds each" in page
