@@ -73,8 +73,14 @@ def test_a_figure_saves_itself(report: Path, open_page: Open, label: str, kind: 
 def test_resting_on_a_figure_shows_its_numbers(report: Path, open_page: Open) -> None:
     page = open_page(report).page
     drawn(page)
-    page.locator("#reward svg.marks").hover()
-    expect(page.locator("#vg-tooltip-element")).to_contain_text("step")
+    page.locator("#reward .plot").hover()
+    box = page.locator("#reward .mark-symbol path").last.bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2, steps=4)
+    tip = page.locator("#vg-tooltip-element")
+    expect(tip).to_contain_text("mine")
+    expect(tip).to_contain_text("step")
+    assert "undefined" not in tip.inner_text()
 
 
 def test_folded_figures_are_drawn_when_they_are_opened(report: Path, open_page: Open) -> None:

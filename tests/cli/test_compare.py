@@ -142,4 +142,4 @@ def test_the_ablation_is_one_flag(tmp_path, capsys):
 
     options = CompareOptions(ablation=True)
     assert options.reference == "dapo"
-    assert options.arms == ["dapo", *(f"hapo:components={c}" for c in ("A", "B", "C", "D", "AB", "ABC", "ABCD"))]
+    assert options.arms == ["dapo", *(f"hapo:components={c}" for c in ("A", "B", "C", "D", "AB", "ABC")), "hapo"]

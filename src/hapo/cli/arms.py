@@ -21,7 +21,7 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig
 
 import hapo
 
-from ..engines.records import RunRecords, manifest, weights_hash
+from ..engines.records import RunRecords, manifest, weights_hash, write_whole
 from ..insight.run import parse_arm
 from ..methods import options_of
 from ..tasks import Task, TaskConfig, load_task
@@ -102,9 +102,16 @@ class Job:
     """Measure on those in place of the held-out problems."""
 
     @property
+    def plan(self) -> dict[str, Any]:
+        """All that decides the run's result, as JSON."""
+        of_job = {"arm": self.arm.label, "seed": self.seed, "recipe": self.recipe, "flags": self.flags}
+        return json.loads(json.dumps({**of_job, "tune_size": self.tune_size, "tuning": self.tuning}))
+
+    @property
     def done(self) -> bool:
-        """It ran to its end."""
-        return (self.folder / "finished.json").is_file()
+        """A run of exactly this plan came to its end here."""
+        file = self.folder / "plan.json"
+        return (self.folder / "finished.json").is_file() and json.loads(file.read_text()) == self.plan
 
 
 def run_job(job: Job, device: str | None = None) -> None:
@@ -114,6 +121,7 @@ def run_job(job: Job, device: str | None = None) -> None:
     """
     shutil.rmtree(job.folder, ignore_errors=True)
     job.folder.mkdir(parents=True)
+    write_whole(job.folder / "plan.json", json.dumps(job.plan, indent=2) + "\n")
     log = os.open(job.folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for stream in (1, 2):
         os.dup2(log, stream)

@@ -36,7 +36,7 @@ Takes the flags of `hapo train`, which hold for every arm. An arm is a method wi
 trl:LOSS_TYPE, TRL's own loss in TRL's own trainer. Run again with the same output_dir it goes on where it was
 stopped; with more arms or seeds it adds them."""
 
-ABLATION = ("A", "B", "C", "D", "AB", "ABC", "ABCD")
+ABLATION = (*(f"hapo:components={parts}" for parts in ("A", "B", "C", "D", "AB", "ABC")), "hapo")
 
 EVERY = 10
 """Measurements along a run where evaluate_every is not set."""
@@ -85,7 +85,7 @@ class CompareOptions:
             raise ValueError(f"tune must be learning rates above 0, got {self.tune}")
         if self.ablation:
             self.arms = [*(["dapo"] if "dapo" not in self.arms else []), *self.arms]
-            self.arms += [arm for part in ABLATION if (arm := f"hapo:components={part}") not in self.arms]
+            self.arms += [arm for arm in ABLATION if arm not in self.arms]
         if not self.arms:
             self.arms = ["hapo", "dapo", "grpo", "trl:dapo"]
         if len(set(self.arms)) < len(self.arms):

@@ -206,9 +206,7 @@ def accuracy(runs: Sequence[Run]) -> Figure:
     chart = alt.layer(
         base.mark_line(strokeWidth=2).encode(y=y("mean:Q")),
         base.mark_rule(strokeWidth=1.5, opacity=0.7).encode(y=y("low:Q"), y2="high:Q"),
-        base.mark_point(filled=True, size=45, opacity=1).encode(
-            y=y("mean:Q"), tooltip=[*tip, "problems:Q", "samples:Q"]
-        ),
+        base.mark_point(filled=True, size=45, opacity=1).encode(y=y("mean:Q"), tooltip=tip),
         data=alt.InlineData(values=rows),
     )
     return replace(figure, chart=chart)
@@ -231,17 +229,13 @@ def times(runs: Sequence[Run]) -> Figure:
     seconds = "seconds a rollout batch"
     tip = [alt.Tooltip("run:N"), alt.Tooltip("line:N", title="phase"), alt.Tooltip("raw:Q", title="seconds")]
     if len(runs) == 1 and len({row["step"] for row in rows}) > 1:
-        chart = alt.Chart(alt.InlineData(values=rows)).mark_area(opacity=0.85)
-        return replace(
-            figure,
-            chart=chart.encode(
-                x=_steps(), y=alt.Y("raw:Q", title=seconds), color=colour, tooltip=[*tip, "step:Q"]
-            ),
-        )
+        area = alt.Chart(alt.InlineData(values=rows)).mark_area(opacity=0.85)
+        y = alt.Y("raw:Q", title=seconds)
+        return replace(figure, chart=area.encode(x=_steps(), y=y, color=colour, tooltip=[*tip, "step:Q"]))
     means = pd.DataFrame(rows).groupby(["run", "line"], sort=False)["raw"].mean().map(short).reset_index()
-    chart = alt.Chart(alt.InlineData(values=means.to_dict("records"))).mark_bar(height=24)
-    y = alt.Y("run:N", title=None, sort=None)
-    return replace(figure, chart=chart.encode(x=alt.X("raw:Q", title=seconds), y=y, color=colour, tooltip=tip))
+    bars = alt.Chart(alt.InlineData(values=means.to_dict("records"))).mark_bar(height=24)
+    x, y = alt.X("raw:Q", title=seconds), alt.Y("run:N", title=None, sort=None)
+    return replace(figure, chart=bars.encode(x=x, y=y, color=colour, tooltip=tip))
 
 
 def _curve(runs: Sequence[Run], curve: Curve, points: int = POINTS) -> Figure:
@@ -256,23 +250,26 @@ def _curve(runs: Sequence[Run], curve: Curve, points: int = POINTS) -> Figure:
                 break
     if not rows:
         return figure
+    ticks = [tick for tick in POWERS if tick <= max(row["raw"] for row in rows)]
     scale, axis = {
         "number": (alt.Scale(zero=False), alt.Axis()),
         "share": (alt.Scale(zero=False), alt.Axis(format="~%")),
-        "log": (alt.Scale(type="log", domainMin=1e-4, clamp=True), alt.Axis(format="~g", values=POWERS)),
+        "log": (alt.Scale(type="log", domainMin=1e-4, clamp=True), alt.Axis(format="~g", values=ticks)),
     }[curve.unit]
     y = partial(alt.Y, title=curve.axis, scale=scale, axis=axis)
     few = len({row["step"] for row in rows}) <= 12
     smooth, raw = alt.Tooltip("smooth:Q", title="smoothed"), alt.Tooltip("raw:Q", title="logged")
-    hover = alt.selection_point(on="pointerover", nearest=True, empty=False, fields=["step"])
-    dot = alt.when(hover).then(alt.value(1)).otherwise(alt.value(1 if few else 0))
+    hover = alt.selection_point(on="pointerover", clear="pointerout", empty=False)
+    shown = alt.value(1) if few else alt.when(hover).then(alt.value(1)).otherwise(alt.value(0))
     base = alt.Chart().encode(x=_steps(), **_colours(runs, lines))
+    dots = base.mark_point(filled=True).encode(y=y("smooth:Q"))
     layers = [
         base.mark_line(strokeWidth=1, opacity=0.3).encode(y=y("raw:Q")),
         base.mark_line(strokeWidth=2).encode(y=y("smooth:Q")),
-        base.mark_point(filled=True, size=36)
-        .encode(y=y("smooth:Q"), opacity=dot, tooltip=["run:N", "line:N", "step:Q", smooth, raw])
-        .add_params(hover),
+        dots.encode(size=alt.value(36), opacity=shown),
+        dots.encode(
+            size=alt.value(240), opacity=alt.value(0), tooltip=["run:N", "line:N", "step:Q", smooth, raw]
+        ).add_params(hover),  # a wide target: nearest=True would lose the texts of the tooltip
     ]
     if curve.band:
         layers.insert(0, base.mark_area(opacity=0.14).encode(y=y("low:Q"), y2="high:Q"))

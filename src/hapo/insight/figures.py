@@ -56,7 +56,7 @@ class Figure:
         if kind == "svg":
             file.write_text(vl_convert.vegalite_to_svg(spec, VEGA_LITE, config=theme("light")), encoding="utf-8")
         else:
-            png = vl_convert.vegalite_to_png(spec, VEGA_LITE, config=theme("light"), scale=300 / 72, ppi=72)
+            png = vl_convert.vegalite_to_png(spec, VEGA_LITE, config=theme("light"), ppi=300)
             file.write_bytes(png)
 
 
@@ -100,9 +100,7 @@ def labels(runs: Sequence[Run]) -> list[str]:
     """A name for each run: that of its folder, or its path where two are called the same."""
     count = Counter(run.name for run in runs)
     names = [printable(run.name if count[run.name] == 1 else str(run.folder)) for run in runs]
-    return [
-        printable(name) if names.count(name) == 1 else f"{n}: {printable(name)}" for n, name in enumerate(names, 1)
-    ]
+    return [name if names.count(name) == 1 else f"{n}: {name}" for n, name in enumerate(names, 1)]
 
 
 def printable(name: str) -> str:

@@ -33,18 +33,12 @@ def render(template: str, *, title: str, nonce: str, figures: Sequence[Figure], 
         context: what else the template reads.
     """
     drawn = any(figure.chart is not None for figure in figures)
-    return (
-        _environment()
-        .get_template(template)
-        .render(
-            title=title,
-            nonce=nonce,
-            themes={mode: theme(mode) for mode in ("light", "dark")} if drawn else None,
-            script=_script() if drawn else "",
-            version=hapo.__version__,
-            **context,
-        )
-    )
+    shared = {
+        "themes": {mode: theme(mode) for mode in ("light", "dark")} if drawn else None,
+        "script": _script() if drawn else "",
+        "version": hapo.__version__,
+    }
+    return _environment().get_template(template).render(title=title, nonce=nonce, **shared, **context)
 
 
 def new_nonce() -> str:
@@ -69,8 +63,7 @@ def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader(__package__), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    compact = {"separators": (",", ":"), "allow_nan": False}
-    environment.policies["json.dumps_kwargs"] = compact
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     return environment
 
 

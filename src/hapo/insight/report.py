@@ -127,13 +127,10 @@ def _summary(run: Run) -> str:
     seconds = (run.finished or {}).get("seconds") or _last(run, "wall_seconds")
     if seconds is not None:
         how += f" in {_duration(seconds)}"
+    if run.finished is None:
+        return f"{how}; stopped before its end, or still running"
     ends = {"max_steps": "ended at its last step", "token_budget": "ended with its token budget"}
-    end = (
-        ends.get(run.finished.get("why", ""), "ended")
-        if run.finished
-        else "stopped before its end, or still running"
-    )
-    return f"{how}; {end}"
+    return f"{how}; {ends.get(run.finished.get('why', ''), 'ended')}"
 
 
 def _results(run: Run) -> list[dict[str, Any]]:

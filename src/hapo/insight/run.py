@@ -93,8 +93,7 @@ class Run:
     @cached_property
     def rollouts(self) -> list[int]:
         """First optimiser steps of the recorded rollout batches."""
-        first = {_first(file, "rollout") for file in self._token_files()}
-        return sorted(first)
+        return sorted(set(self._files.values()))
 
     def tokens(self, rollout: int | None = None) -> pd.DataFrame:
         """The recorded tokens, of one rollout batch or of all, by rollout, response, step and position.
@@ -102,11 +101,9 @@ class Run:
         Raises:
             ValueError: there is no such rollout batch.
         """
-        files = self._token_files()
-        if rollout is not None:
-            if rollout not in self.rollouts:
-                raise ValueError(f"{self.folder}: no rollout batch {rollout} was recorded, only {self.rollouts}")
-            files = [file for file in files if _first(file, "rollout") == rollout]
+        if rollout is not None and rollout not in self.rollouts:
+            raise ValueError(f"{self.folder}: no rollout batch {rollout} was recorded, only {self.rollouts}")
+        files = [file for file, first in self._files.items() if rollout in (None, first)]
         if not files:
             return pd.DataFrame(columns=["rollout", "step", "response", "position", "prompt", "text"])
         table = pd.concat([pq.ParquetFile(file).read().to_pandas() for file in files], ignore_index=True)
@@ -154,8 +151,8 @@ class Run:
             group=torch.tensor(heads["group"].to_numpy()),
             **fields,
         )
-        files = [file for file in self._token_files() if _first(file, "rollout") == first]
-        responses = int((pq.read_schema(files[0]).metadata or {}).get(b"responses", -1))
+        file = next(file for file, of in self._files.items() if of == first)
+        responses = int((pq.read_schema(file).metadata or {}).get(b"responses", -1))
         return Rollout(
             batch=batch,
             step=torch.tensor(heads["step"].to_numpy()),
@@ -165,8 +162,14 @@ class Run:
             complete=heads["response"].nunique() == responses,
         )
 
-    def _token_files(self) -> list[Path]:
-        return sorted((self.folder / "tokens").glob("step-*.parquet"))
+    @cached_property
+    def _files(self) -> dict[Path, int]:
+        """Files of tokens, by step and rank, and the rollout batch that each is of."""
+        files = sorted((self.folder / "tokens").glob("step-*.parquet"))
+        return {
+            file: int(pq.ParquetFile(file).read_row_group(0, columns=["rollout"])["rollout"][0].as_py())
+            for file in files
+        }
 
     def _json(self, name: str) -> dict[str, Any] | None:
         file = self.folder / name
@@ -295,7 +298,3 @@ def _split(text: str) -> list[str]:
         else:
             parts[-1] += character
     return [part for part in parts if part.strip()]
-
-
-def _first(file: Path, column: str) -> int:
-    return int(pq.ParquetFile(file).read_row_group(0, columns=[column])[column][0].as_py())

@@ -37,7 +37,7 @@ async function drawRest() {
 figures.forEach((figure) => near.observe(figure));
 setTimeout(drawRest, 300);
 addEventListener("themechange", () => {
-  [...views.keys()].forEach((figure) => waiting.add(figure));
+  figures.forEach((figure) => waiting.add(figure));
   drawRest();
 });
 addEventListener("beforeprint", () => [...waiting].forEach(draw));
