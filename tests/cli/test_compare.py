@@ -126,12 +126,9 @@ def test_an_arm_that_cannot_run_is_refused(label, message):
 
 
 def test_options_go_to_the_method_and_flags_to_the_trainer():
-    arm = Arm("hapo:components=BCD,learning_rate=1e-4,beta=0.0")
-    assert (arm.name, arm.options, arm.flags) == (
-        "hapo",
-        {"components": "BCD"},
-        {"learning_rate": 1e-4, "beta": 0.0},
-    )
+    arm = Arm("dapo:eps_high=0.3,learning_rate=1e-4,beta=0.01")
+    assert (arm.name, arm.options, arm.flags) == ("dapo", {"eps_high": 0.3}, {"learning_rate": 1e-4, "beta": 0.01})
+    assert Arm("hapo:beta=0.5").options == {"beta": 0.5}  # a name that both have is the method's
     assert Arm("trl:grpo:beta=0.04").flags == {"beta": 0.04}
 
 

@@ -217,7 +217,10 @@ def _run_all(jobs: list[Job], at_once: int, what: str, console: Console) -> bool
                     del slots[slot]
                     if not job.done:
                         failed.append(job)
-                        console.print(f"failed: {job.arm.label}, seed {job.seed}: see {job.folder / 'log.txt'}")
+                        console.print(
+                            f"failed: {job.arm.label}, seed {job.seed}: see {job.folder / 'log.txt'}",
+                            soft_wrap=True,
+                        )
                     finished = len(jobs) - len(waiting) - len(slots)
                     left = (time.monotonic() - began) / (finished - done_before) * (len(waiting) + len(slots))
                     bar.update(task, completed=finished, left=f"{_duration(left)} left")
