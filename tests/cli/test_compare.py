@@ -79,7 +79,7 @@ def test_a_comparison_killed_at_any_point_goes_on_to_the_same_results(tmp_path, 
     assert main(compare(tmp_path / "whole", "dapo", seeds=3)) == 0
     assert results(tmp_path / "whole").seed.tolist() == [1, 2, 3]
     assert main(compare(tmp_path / "whole", "dapo", seeds=3, learning_rate=1e-4)) == 2
-    assert "holds a comparison with other flags" in capsys.readouterr().err
+    assert "holds a comparison with another flags" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -102,10 +102,12 @@ def test_tuning_takes_the_best_rate_of_each_arm_on_problems_of_its_own(tmp_path,
 
 
 def test_a_run_that_fails_is_named_and_the_others_stay(tmp_path, capsys):
-    argv = compare(tmp_path, "dapo", "trl:no_such_loss", seeds=1)
+    argv = compare(tmp_path, "dapo", "trl:dapo:cast_lm_head_to_fp32=true", seeds=1)
     assert main(argv) == 1
     out = capsys.readouterr().out
-    assert f"failed: trl:no_such_loss, seed 1: see {tmp_path / 'runs/trl_no_such_loss/seed-1/log.txt'}" in out
+    folder = tmp_path / "runs/trl_dapo_cast_lm_head_to_fp32=true/seed-1"
+    assert f"failed: trl:dapo:cast_lm_head_to_fp32=true, seed 1: see {folder / 'log.txt'}" in out
+    assert "Traceback" in (folder / "log.txt").read_text()
     assert results(tmp_path).arm.tolist() == ["dapo"]
 
 
@@ -117,6 +119,9 @@ def test_a_run_that_fails_is_named_and_the_others_stay(tmp_path, capsys):
         ("hapo:components=XY", "components"),
         ("dapo:eps_high", "'dapo:eps_high'"),
         ("trl:dapo:eps_high=0.3", "no option 'eps_high'"),
+        ("trl:no_such_loss", "TRL's losses are grpo"),
+        ("dapo:eval_size=5", "eval_size decides what is held equal"),
+        ("trl:dapo:temperature=0.5", "temperature decides what is held equal"),
     ],
 )
 def test_an_arm_that_cannot_run_is_refused(label, message):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
 import sys
+import threading
 import traceback
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer, ModelConfig
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config, get_quantization_config
 
 import hapo
 
@@ -25,6 +27,7 @@ from ..engines.records import RunRecords, manifest, weights_hash, write_whole
 from ..insight.run import parse_arm
 from ..methods import options_of
 from ..tasks import Task, TaskConfig, load_task
+from ..tasks.answers import normalise
 from ..trl import HAPOConfig
 from . import UsageError, nearest
 from .held_out import Course, HeldOut
@@ -34,6 +37,25 @@ from .train import TrainOptions, build_trainer, model_path, prepare_process
 TRL = "trl:"
 TRL_OPTIONS: dict[str, dict[str, Any]] = {"dapo": {"epsilon_high": 0.28}}
 """What an arm of TRL's own sets beside `loss_type`: DAPO's upper bound, which TRL does not take by default."""
+
+TRL_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+"""Of TRL 1.16."""
+
+HELD_EQUAL = {
+    *(
+        "seed",
+        "data_seed",
+        "output_dir",
+        "max_steps",
+        "num_train_epochs",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+    ),
+    *("max_completion_length", "per_device_eval_batch_size", "reward_weights", "chat_template_kwargs"),
+}
+"""Options of the trainer that no arm may have for itself."""
 
 GRADIENT_SAMPLE = 2**18
 """Coordinates of the first gradient that a run keeps, evenly spaced over all parameters."""
@@ -60,9 +82,17 @@ class Arm:
             known = set() if name.startswith(TRL) else {f.name for f in fields(options_of(name))} - {"kl_coef"}
         except ValueError as error:
             raise UsageError(f"arm {self.label!r}: {error}; arms are methods, or {TRL}LOSS_TYPE") from error
-        kinds = (GRPOConfig if name.startswith(TRL) else HAPOConfig, TaskConfig, TrainOptions)
-        flags = {f.name for kind in kinds for f in fields(kind) if f.init} - {"method", "method_options"}
+        kind = GRPOConfig if name.startswith(TRL) else HAPOConfig
+        flags = {f.name for f in fields(kind) if f.init} - {"method", "method_options", "loss_type"}
+        if name.startswith(TRL) and name.removeprefix(TRL) not in TRL_LOSSES:
+            raise UsageError(f"arm {self.label!r}: TRL's losses are {', '.join(TRL_LOSSES)}")
         for key in given:
+            held = {f.name for kind in (TaskConfig, TrainOptions) for f in fields(kind)} | HELD_EQUAL
+            if key in held - known:
+                raise UsageError(
+                    f"arm {self.label!r}: {key} decides what is held equal, or how arms are measured; "
+                    f"set it for all with --{key}"
+                )
             if key not in known | flags:
                 raise UsageError(f"arm {self.label!r}: no option {key!r}{nearest(key, known | flags)}")
         object.__setattr__(self, "name", name)
@@ -119,6 +149,7 @@ def run_job(job: Job, device: str | None = None) -> None:
 
     Output goes to log.txt in the run's folder; an error leaves its traceback there and exit code 1.
     """
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     shutil.rmtree(job.folder, ignore_errors=True)
     job.folder.mkdir(parents=True)
     write_whole(job.folder / "plan.json", json.dumps(job.plan, indent=2) + "\n")
@@ -137,11 +168,19 @@ def run_job(job: Job, device: str | None = None) -> None:
     os._exit(0)  # nothing of the libraries' own endings can change what the run left
 
 
-def read_recipe(
+def _end_with_parent() -> None:
+    """No run outlives the comparison that started it: the next one begins it again in the same folder."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def parse_flags(
     recipe: list[str], flags: dict[str, Any]
 ) -> tuple[TaskConfig, HAPOConfig, ModelConfig, TrainOptions]:
     """The recipe's flags, then these, parsed as `hapo train` does."""
-    words = [word for name, value in flags.items() for word in (f"--{name}", _word(value))]
+    words = [word for name, value in flags.items() for word in (f"--{name}", *_words(value))]
     parser = RecipeParser("hapo compare", "", [TaskConfig, HAPOConfig, ModelConfig, TrainOptions])
     parser.set_defaults(run_records=True)
     *configs, _ = parser.read([*recipe, *words])
@@ -160,17 +199,19 @@ def split_task(config: TaskConfig, seed: int, tune_size: int) -> tuple[Task, Any
     if tune_size >= len(task.train):
         raise UsageError(f"tune_size {tune_size} leaves none of the {len(task.train)} training problems")
     parts = task.train.train_test_split(test_size=tune_size, seed=0)
-    return Task(**{**_shallow(task), "train": parts["train"]}), parts["test"]
+    tuning = {normalise(question) for question in parts["test"]["question"]}
+    train = parts["train"].filter(lambda row: normalise(row["question"]) not in tuning)
+    return replace(task, train=train), parts["test"]
 
 
 def _run(job: Job) -> None:
     flags = {**job.flags, **job.arm.flags, "seed": job.seed, "output_dir": str(job.folder)}
     if not job.arm.of_trl:
-        flags |= {"method": job.arm.name, "method_options": job.arm.options or None}
+        flags |= {"method": job.arm.name, "method_options": job.arm.options}
     flags = {name: value for name, value in flags.items() if value is not None}
     of_trl = {f.name for f in fields(GRPOConfig)} if job.arm.of_trl else set()
     own = {name: value for name, value in flags.items() if name not in of_trl or name in ("seed", "output_dir")}
-    task_config, args, model_config, options = read_recipe(job.recipe, own if job.arm.of_trl else flags)
+    task_config, args, model_config, options = parse_flags(job.recipe, own if job.arm.of_trl else flags)
     if task_config.task_seed is None:
         task_config.task_seed = 0
     prepare_process(options)
@@ -206,7 +247,7 @@ def _trl_trainer(
     names = {f.name for f in fields(GRPOConfig) if f.init}
     given = {name: value for name, value in asdict(args).items() if name in names}
     given |= {
-        "beta": 0.0,
+        "beta": args.beta or 0.0,
         "generation_batch_size": None,
         "vllm_importance_sampling_mode": _default("vllm_importance_sampling_mode"),
     }
@@ -219,7 +260,14 @@ def _trl_trainer(
         "dtype": model_config.dtype,
         **(config.model_init_kwargs or {}),
     }
-    trainer = GRPOTrainer(model_path(model_config), task.reward_funcs, config, train_dataset=task.train)
+    trainer = GRPOTrainer(
+        model_path(model_config),
+        task.reward_funcs,
+        config,
+        train_dataset=task.train,
+        quantization_config=get_quantization_config(model_config),
+        peft_config=get_peft_config(model_config),
+    )
     model = trainer.accelerator.unwrap_model(trainer.model)
     records = RunRecords.create(
         Path(config.output_dir),
@@ -266,9 +314,7 @@ def _default(name: str) -> Any:
     return next(f.default for f in fields(GRPOConfig) if f.name == name)
 
 
-def _shallow(task: Task) -> dict[str, Any]:
-    return {f.name: getattr(task, f.name) for f in fields(task)}
-
-
-def _word(value: Any) -> str:
-    return json.dumps(value) if isinstance(value, dict | list | bool) else str(value)
+def _words(value: Any) -> list[str]:
+    if isinstance(value, list):
+        return [str(element) for element in value]
+    return [json.dumps(value) if isinstance(value, dict | bool) else str(value)]

@@ -6,6 +6,8 @@ import json
 import multiprocessing
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -14,6 +16,8 @@ from typing import Any
 
 import pandas as pd
 import torch
+import yaml
+from filelock import FileLock, Timeout
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -27,14 +31,17 @@ from ..insight.run import Run
 from ..tasks import TaskConfig
 from ..trl import HAPOConfig
 from . import UsageError
-from .arms import TRL, Arm, Job, read_recipe, run_job, split_task
-from .recipe import RecipeParser
+from .arms import TRL, Arm, Job, parse_flags, run_job, split_task
+from .recipe import DEFAULT, RecipeParser, read_recipe
 from .train import TrainOptions
 
 DESCRIPTION = """Compare methods on one recipe: same problems, initial weights and sampling seeds, paired by seed.
 Takes the flags of `hapo train`, which hold for every arm. An arm is a method with options, hapo:components=BCD, or
 trl:LOSS_TYPE, TRL's own loss in TRL's own trainer. Run again with the same output_dir it goes on where it was
 stopped; with more arms or seeds it adds them."""
+
+OUTPUT = "runs/compare"
+"""Folder of a comparison that names none; a recipe's own is that of its run."""
 
 ABLATION = (*(f"hapo:components={parts}" for parts in ("A", "B", "C", "D", "AB", "ABC")), "hapo")
 
@@ -103,11 +110,29 @@ def main(argv: list[str]) -> int:
     parser.set_defaults(run_records=True)
     task_config, args, _, training, options, _ = parser.read(argv)
     arms = [Arm(label) for label in options.arms]
-    folder = Path(args.output_dir)
+    given = {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
+    if "seed" in given:
+        raise UsageError("the seeds of a comparison count up from --first_seed; drop --seed")
+    folder = Path(args.output_dir) if "output_dir" in given else Path(OUTPUT)
     console = Console(highlight=False, markup=False)
-    recipe = _without(argv, options, ("output_dir", "seed"))
     tune_size = options.tune_size if options.tune else 0
-    _check(folder, recipe, tune_size, task_config, args, training, arms)
+    _check(folder, args, training, arms)
+    with _alone(folder):
+        return _compare(argv, folder, task_config, args, training, options, arms, tune_size, console)
+
+
+def _compare(
+    argv: list[str],
+    folder: Path,
+    task_config: TaskConfig,
+    args: HAPOConfig,
+    training: TrainOptions,
+    options: CompareOptions,
+    arms: list[Arm],
+    tune_size: int,
+    console: Console,
+) -> int:
+    recipe = _settle(argv, folder, options, task_config, args, tune_size, arms)
     threads = training.threads or 1
     flags: dict[str, Any] = {
         "evaluate": True,
@@ -116,9 +141,12 @@ def main(argv: list[str]) -> int:
         "save_steps": 500,
         "threads": threads,
     }
+    if any(arm.of_trl for arm in arms) and args.max_num_gen_batches > 1:
+        console.print("TRL's trainer has no dynamic sampling: max_num_gen_batches is 1 in every arm")
+        flags["max_num_gen_batches"] = 1
     if training.evaluate_every is None:
         flags["evaluate_every"] = max(1, args.max_steps // EVERY)
-    jobs = options.jobs or torch.cuda.device_count() or max(1, (os.cpu_count() or 1) // threads)
+    jobs = options.jobs or len(_gpus()) or max(1, (os.cpu_count() or 1) // threads)
 
     def job(arm: Arm, seed: int, where: Path, **changes: Any) -> Job:
         return Job(arm, seed, where / f"seed-{seed}", recipe, {**flags, **changes}, tune_size)
@@ -157,7 +185,7 @@ def main(argv: list[str]) -> int:
     }
     complete = _run_all(list(runs.values()), jobs, "runs", console)
     finished = {key: one.folder for key, one in runs.items() if one.done}
-    comparison = read_comparison(finished, options.reference, options.target)
+    comparison = read_comparison(finished, str(options.reference), options.target)
     page = write_comparison(comparison, folder, tuned)
     _print(comparison, console)
     console.print(f"page: {page}; raw numbers: results.csv, curves.csv beside it", soft_wrap=True)
@@ -190,7 +218,7 @@ def _run_all(jobs: list[Job], at_once: int, what: str, console: Console) -> bool
     if hasattr(os, "fork"):
         context.set_forkserver_preload(["hapo.cli.arms"])  # the libraries are loaded once
     slots: dict[int, tuple[BaseProcess, Job]] = {}
-    gpus = torch.cuda.device_count()
+    gpus = _gpus()
     began, done_before = time.monotonic(), len(jobs) - len(waiting)
     columns = (
         TextColumn("{task.description}"),
@@ -205,7 +233,7 @@ def _run_all(jobs: list[Job], at_once: int, what: str, console: Console) -> bool
                 while waiting and len(slots) < at_once:
                     slot = next(i for i in range(at_once) if i not in slots)
                     job = waiting.pop(0)
-                    device = str(slot % gpus) if gpus else None
+                    device = gpus[slot % len(gpus)] if gpus else None
                     process = context.Process(target=run_job, args=(job, device))
                     process.start()
                     slots[slot] = process, job
@@ -259,53 +287,90 @@ def _choose(table: pd.DataFrame, console: Console) -> dict[str, float]:
     return chosen
 
 
-def _check(
-    folder: Path,
-    recipe: list[str],
-    tune_size: int,
-    task_config: TaskConfig,
-    args: HAPOConfig,
-    training: TrainOptions,
-    arms: list[Arm],
-) -> None:
-    """What can be known before the first run."""
+def _check(folder: Path, args: HAPOConfig, training: TrainOptions, arms: list[Arm]) -> None:
+    """What can be known before anything is loaded."""
     if args.max_steps < 1:
         raise UsageError("compare needs max_steps: a run's length in optimiser steps")
     if not training.evaluate:
         raise UsageError("compare needs evaluate: arms are compared by held-out accuracy")
     for arm in arms:
-        if arm.of_trl:
-            if args.use_vllm:
-                raise UsageError(f"{arm.label}: arms of {TRL} are run without vLLM; drop use_vllm or the arm")
-            continue
-        read_recipe(recipe, {**arm.flags, "method": arm.name, "output_dir": str(folder), **_some(arm.options)})
-    split_task(task_config, 0, tune_size)
+        for name in ("use_vllm", "overlong_buffer"):
+            if arm.of_trl and getattr(args, name):
+                raise UsageError(f"arm {arm.label}: {TRL} arms run without {name}; drop it, or the arm")
+    if (folder / "manifest.json").exists():
+        raise UsageError(f"{folder} is the folder of a run: choose another --output_dir for the comparison")
     check_writable(folder)
-    plan, file = {"recipe": recipe, "tune_size": tune_size}, folder / "compare.json"
+
+
+def _settle(
+    argv: list[str],
+    folder: Path,
+    options: CompareOptions,
+    task_config: TaskConfig,
+    args: HAPOConfig,
+    tune_size: int,
+    arms: list[Arm],
+) -> list[str]:
+    """The flags of the recipe, whose file is copied so that every run reads the same.
+
+    Raises:
+        UsageError: an arm's options do not fit the recipe; too few training problems; the folder holds the
+            comparison of another recipe.
+    """
+    config, words = _without(argv, options)
+    task_config.task_seed = task_config.task_seed or 0
+    task, _ = split_task(task_config, args.seed, tune_size)
+    recipe = {} if config is None else read_recipe(config)
+    plan = {"recipe": recipe, "flags": words, "tune_size": tune_size, "data": task.fingerprint}
+    file, copy = folder / "compare.json", folder / "recipe.yaml"
     if file.is_file():
         before = json.loads(file.read_text())
-        if before != plan:
+        if different := [name for name in plan if before.get(name) != json.loads(json.dumps(plan[name]))]:
             raise UsageError(
-                f"{folder} holds a comparison with other flags ({' '.join(before['recipe'])}, tune_size "
-                f"{before['tune_size']}): choose another --output_dir"
+                f"{folder} holds a comparison with another {' and '.join(different)}: choose another --output_dir"
             )
+    write_whole(copy, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+    words = words if config is None else ["--config", str(copy), *words]
+    for arm in arms:
+        if not arm.of_trl:
+            parse_flags(words, {**arm.flags, "method": arm.name, "method_options": arm.options})
     write_whole(file, json.dumps(plan, indent=2) + "\n")
+    return words
 
 
-def _some(options: dict[str, Any]) -> dict[str, Any]:
-    return {"method_options": options} if options else {}
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One comparison at a time in a folder."""
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise UsageError(f"another `hapo compare` is at work in {folder}") from error
 
 
-def _without(argv: list[str], options: CompareOptions, more: tuple[str, ...]) -> list[str]:
-    """The flags of the recipe alone."""
-    own = {*vars(options), *more, "no_ablation"}
-    kept, drop = [], False
-    for word in argv:
+def _gpus() -> list[str]:
+    """The devices of this process, as CUDA_VISIBLE_DEVICES names them."""
+    count = torch.cuda.device_count()
+    allotted = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return allotted.split(",")[:count] if allotted else [str(n) for n in range(count)]
+
+
+def _without(argv: list[str], options: CompareOptions) -> tuple[str | None, list[str]]:
+    """The recipe's file, and the flags of the recipe alone."""
+    own = {*vars(options), "no_ablation", "output_dir", "config"}
+    kept: list[str] = []
+    config, drop = None, False
+    for at, word in enumerate(argv):
         if word.startswith("--"):
-            drop = word[2:].partition("=")[0] in own
+            name, equals, value = word[2:].partition("=")
+            name = name.replace("-", "_")
+            drop = name in own
+            if name == "config":
+                config = value if equals else argv[at + 1]
         if not drop:
             kept.append(word)
-    return kept
+    named = any(word.partition("=")[0].replace("-", "_") in ("--model", "--model_name_or_path") for word in kept)
+    return (config or (None if named else DEFAULT)), kept
 
 
 def _duration(seconds: float) -> str:

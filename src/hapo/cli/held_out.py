@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from rich import box
 from rich.console import Console
@@ -33,17 +33,18 @@ class Course(TrainerCallback):
     Args:
         folder: the run's.
         token_budget: training ends with the rollout batch that reaches it, when its last optimiser step is done.
+        fresh: the run begins; it is not resumed.
     """
 
-    def __init__(self, folder: Path, token_budget: int | None) -> None:
-        self.folder, self.token_budget = folder, token_budget
+    def __init__(self, folder: Path, token_budget: int | None, fresh: bool = True) -> None:
+        self.folder, self.token_budget, self.fresh = folder, token_budget, fresh
         self._why = "max_steps"
         self._before = 0.0
         self._since: float | None = None
 
     @property
     def seconds(self) -> float:
-        """Training seconds without measurements; of a resumed run from its last measurement on."""
+        """Training seconds without measurements, those before a resumed checkpoint included."""
         return self._before + (0.0 if self._since is None else time.perf_counter() - self._since)
 
     @contextmanager
@@ -55,9 +56,18 @@ class Course(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Start the clock."""
-        lines = read_lines(self.folder / "evaluations.jsonl")
-        self._before = lines[-1]["seconds"] if lines and state.global_step else 0.0
+        file = self._clock_of(state)
+        self._before = json.loads(file.read_text())["seconds"] if file.is_file() and not self.fresh else 0.0
         self._since = time.perf_counter()
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Leave the clock's time in the checkpoint."""
+        file = self._clock_of(state)
+        if state.is_world_process_zero and file.parent.is_dir():
+            write_whole(file, json.dumps({"seconds": self.seconds}) + "\n")
+
+    def _clock_of(self, state: TrainerState) -> Path:
+        return self.folder / "checkpoints" / f"checkpoint-{state.global_step}" / "hapo_clock.json"
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop, if the budget is spent."""
@@ -113,12 +123,16 @@ class HeldOut(TrainerCallback):
         self.trainer, self.problems, self.rewards, self.console = trainer, problems, rewards, console
         self.options, self.course = options, course
         self.file = Path(trainer.args.output_dir) / "evaluations.jsonl"
+        if course.fresh:
+            self.file.unlink(missing_ok=True)  # of a try that ended before its run began
+        told = [{line["step"] for line in read_lines(self.file)}]
+        self._measured: set[int] = broadcast_object_list(told)[0]
 
     def measure(self, step: int) -> None:
         """Measure after optimiser step `step` and append, on all processes; not twice at the same step."""
-        lines = read_lines(self.file)
-        if any(line["step"] == step for line in lines):
+        if step in self._measured:
             return
+        self._measured.add(step)
         args, started = self.trainer.args, time.monotonic()
         law = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
         law["samples"] = self.options.evaluate_samples
@@ -135,6 +149,10 @@ class HeldOut(TrainerCallback):
                 append_line(
                     self.file, {**line, "seconds": round(self.course.seconds, 3), "how": how, **values, **took}
                 )
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """What was measured after the checkpoint of a resumed run is taken back with its records."""
+        self._measured = {step for step in self._measured if step <= state.global_step}
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure, every `evaluate_every` steps."""

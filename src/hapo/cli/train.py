@@ -89,7 +89,7 @@ def main(argv: list[str]) -> int:
         f"{len(task.eval)} held out; run folder {args.output_dir}",
         soft_wrap=True,
     )
-    course, held_out = Course(folder, options.token_budget), None
+    course, held_out = Course(folder, options.token_budget, fresh=checkpoint is None), None
     if options.evaluate:
         held_out = HeldOut(trainer, task.eval, task.reward_funcs, options, course, console)
         if checkpoint is None:
@@ -104,10 +104,18 @@ def main(argv: list[str]) -> int:
             course.finish(trainer.state)
         console.print(f"model: {folder / 'model'}", soft_wrap=True)
     if options.report and args.process_index == 0:
-        console.print(f"report: {write_report([folder], folder / 'report.html')}", soft_wrap=True)
+        _report(folder, console)
     trainer.accelerator.wait_for_everyone()  # gloo aborts a rank whose peer has gone
     trainer.end()
     return 0 if finished else INTERRUPTED
+
+
+def _report(folder: Path, console: Console) -> None:
+    """The page of the run; whatever it trips over, the run is complete without it."""
+    try:
+        console.print(f"report: {write_report([folder], folder / 'report.html')}", soft_wrap=True)
+    except Exception as error:
+        console.print(f"no report ({type(error).__name__}: {error}); try: hapo report {folder}", soft_wrap=True)
 
 
 def build_trainer(task: Task, args: HAPOConfig, model_config: ModelConfig) -> HAPOTrainer:

@@ -137,6 +137,8 @@ class RunRecords:
             temperature: what each token was drawn at.
         """
         mask = mask.cpu()
+        if not mask.any():
+            return
         kept = batch.mask if batch.keep is None else batch.mask & batch.keep
         made = {  # means nothing where a group was dropped
             "signal": out.tokens.get("signal"),

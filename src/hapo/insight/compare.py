@@ -24,6 +24,12 @@ SAME_GRADIENT = 0.999
 FEW_CLIPPED = 1e-3
 """Share of clipped tokens below which the clip bounds do nothing."""
 
+LITTLE = 0.01
+"""Gain of held-out accuracy below which nothing was learned."""
+
+UNEQUAL = 0.05
+"""Share by which the tokens that arms generated may differ without a warning."""
+
 NO_MOVE = 1e-7
 """Mean k3 divergence from the rollout policy, nats a token, below which all ratios are 1."""
 
@@ -112,7 +118,7 @@ def read_comparison(
     if target is None:
         mine = sampled[sampled.arm == reference].groupby("seed")["mean"]
         target = round(float((mine.first().mean() + mine.last().mean()) / 2), 3)
-    budget = sampled.groupby(["arm", "seed"])[["num_tokens", "seconds"]].last().max()
+    budget = sampled.groupby(["arm", "seed"])[["num_tokens", "seconds"]].last().min()
     rows = [_row(arm, seed, run, target, budget) for (arm, seed), run in found.items()]
     runs = pd.DataFrame(rows)
     runs["gradient_cosine"] = [_cosine(run, found.get((reference, seed))) for (_, seed), run in found.items()]
@@ -132,9 +138,12 @@ def _row(arm: str, seed: int, run: Run, target: float, budget: pd.Series) -> dic
         n = int(last["samples"])
         correct = np.rint(np.asarray(last["scores"]) * n)
         row |= {f"pass@{k}": float(pass_at_k(correct, n, k).mean()) for k in _powers(n)}
-    row["auc"] = area_under_curve(sampled["num_tokens"], sampled["mean"])
+    curve = sampled.drop_duplicates("num_tokens", keep="last")  # tokens stand still within a rollout batch
+    shared = curve[curve["num_tokens"] < budget["num_tokens"]]
+    at_end = np.interp(budget["num_tokens"], curve["num_tokens"], curve["mean"])
+    row["auc"] = area_under_curve([*shared["num_tokens"], budget["num_tokens"]], [*shared["mean"], at_end])
     for name, column in (("tokens", "num_tokens"), ("seconds", "seconds")):
-        reached = first_reaching(sampled[column], sampled["mean"], target)
+        reached = first_reaching(curve[column], curve["mean"], target)
         restricted, arrived = restrict([reached], float(budget[column]))
         row |= {f"{name}_to_target": float(restricted[0]), "reached": bool(arrived[0])}
     best = sampled.loc[sampled["mean"].idxmax()]
@@ -167,15 +176,15 @@ def _cosine(run: Run, other: Run | None) -> float:
 
 
 def _check_weights(runs: dict[tuple[str, int], Run]) -> None:
-    hashes: dict[str, tuple[str, int]] = {}
-    for key, run in runs.items():
-        hashes.setdefault(run.manifest.get("weights_sha256", ""), key)
-    if len(hashes) > 1:
-        (a, seed_a), (b, seed_b) = list(hashes.values())[:2]
-        raise ValueError(
-            f"{a} (seed {seed_a}) and {b} (seed {seed_b}) began with different weights: compare runs of "
-            "one model, in a fresh folder"
-        )
+    first: dict[int, tuple[str, str]] = {}  # a seed decides how adapters are initialised
+    for (arm, seed), run in runs.items():
+        weights = str(run.manifest.get("weights_sha256", ""))
+        other, theirs = first.setdefault(seed, (arm, weights))
+        if weights != theirs:
+            raise ValueError(
+                f"{other} and {arm} began with different weights in seed {seed}: compare runs of one model, in a "
+                "fresh folder"
+            )
 
 
 def _warnings(runs: pd.DataFrame, reference: str) -> list[str]:
@@ -206,7 +215,13 @@ def _warnings(runs: pd.DataFrame, reference: str) -> list[str]:
                 f"{arm}: the policy never leaves the rollout policy, every ratio is 1; raise steps_per_generation "
                 "or num_iterations"
             )
-    flat = by_arm[["start", "best"]].mean()
-    if ((flat["best"] - flat["start"]) < 0.01).all():
+    ends = by_arm[["start", "sampled"]].mean()
+    if ((ends["sampled"] - ends["start"]) < LITTLE).all():
         found.append("no arm learned anything (under one point): train longer, or raise the learning rate")
+    tokens = by_arm["num_tokens"].mean().dropna()
+    if len(tokens) and tokens.max() > (1 + UNEQUAL) * tokens.min():
+        found.append(
+            f"the budgets are not equal: {tokens.idxmax()} generated {tokens.max():,.0f} tokens a run, "
+            f"{tokens.idxmin()} {tokens.min():,.0f}; set token_budget, and compare by the curve over tokens"
+        )
     return found

@@ -54,6 +54,7 @@ def summary(comparison: Comparison) -> pd.DataFrame:
         row = {"seeds": str(len(runs))}
         for measure in comparison.measures:
             row[measure.title] = _mean(runs[measure.column], measure)
+        row["tokens"] = f"{runs['num_tokens'].mean() / 1e3:,.1f} thousand"
         row["reached the target"] = f"{int(runs['reached'].sum())} of {len(runs)}"
         row["collapsed"] = f"{int(runs['collapsed'].sum())} of {len(runs)}"
         if "clip_low" in runs and runs["clip_low"].notna().any():
@@ -95,7 +96,8 @@ def _curves(comparison: Comparison) -> Figure:
     return Figure(
         "accuracy",
         "Held-out accuracy over tokens",
-        "Means over seeds with 95 % intervals; overlapping bands do not mean equal, pairs are compared below.",
+        "Means over seeds, with 95 % intervals from five seeds on; bands that overlap do not mean equal arms: "
+        "pairs are compared below.",
         band + line,
     )
 

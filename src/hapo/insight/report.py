@@ -21,6 +21,10 @@ from .page import new_nonce, render, write_page
 from .run import Run, recompute
 from .token_figures import ROLLOUTS, analysed, token_figures, visible
 
+PARTIAL = (
+    "Rollout batches were recorded in part (record_tokens_rows), so that what a method takes over a whole batch, its "
+    "statistics and counts, is taken over that part here: the order holds, the last digits may not."
+)
 ROWS = 15
 """Tokens in each table of the most amplified and the most suppressed."""
 BEFORE = 5
@@ -98,14 +102,14 @@ def write_figures(folders: Sequence[Path | str], output: Path, kind: Literal["pn
 def _shown(run: Run, name: str) -> dict[str, Any]:
     """What the template reads of one run."""
     tokens = analysed(run)
-    pushes, reason = _pushes(run, tokens, name)
+    pushes, note = _pushes(run, tokens, name)
     return {
         "label": name,
         "summary": _summary(run),
         "results": _results(run),
         "figures": token_figures(tokens),
         "pushes": pushes,
-        "no_pushes": reason,
+        "pushes_note": note,
     }
 
 
@@ -211,14 +215,15 @@ def _method(run: Run) -> str:
 
 
 def _pushes(run: Run, tokens: pd.DataFrame, name: str) -> tuple[dict[str, dict[str, list[dict[str, Any]]]], str]:
-    """The tokens with the greatest push each way: {among: {side: rows}}; or none, and why."""
+    """The tokens with the greatest push each way: {among: {side: rows}}; or none; and what to know of it."""
     if tokens.empty:
         return {}, "It is made of token records (`record_tokens_every`), and none were found."
     try:
         method = run.method()
     except ValueError as error:
         return {}, f"Neither made nor in the microscope, as the method cannot be rebuilt: {error}."
-    push = [recompute(run.rollout(first), method)["push"] for first in tokens["rollout"].unique()]
+    rollouts = [run.rollout(first) for first in tokens["rollout"].unique()]
+    push = [recompute(rollout, method)["push"] for rollout in rollouts]
     text, position = tokens["text"], tokens["position"]
     before = [text.shift(n, fill_value="").where(position >= n, "") for n in range(BEFORE, 0, -1)]
     table = tokens.assign(push=pd.concat(push).to_numpy(), before=sum(before, text.str[:0]))
@@ -229,7 +234,7 @@ def _pushes(run: Run, tokens: pd.DataFrame, name: str) -> tuple[dict[str, dict[s
             "amplified": [_push(row, name) for row in _most(some[some["push"] > 0], ascending=False)],
             "suppressed": [_push(row, name) for row in _most(some[some["push"] < 0], ascending=True)],
         }
-    return found, ""
+    return found, "" if all(rollout.complete for rollout in rollouts) else PARTIAL
 
 
 def _most(table: pd.DataFrame, ascending: bool) -> Any:

@@ -129,6 +129,8 @@ class Run:
             ValueError: there is no such rollout batch.
         """
         table = self.tokens(first)
+        if "logp_sampler" in table:  # where vLLM has none, training takes the old policy's
+            table["logp_sampler"] = table["logp_sampler"].fillna(table["logp_old"])
         rows = table.groupby(["response", "step"], sort=False).ngroup().to_numpy()
         heads = table.drop_duplicates(["response", "step"])
         place = torch.tensor(rows), torch.tensor(table["position"].to_numpy())
