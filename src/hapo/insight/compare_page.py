@@ -72,7 +72,10 @@ def figures(comparison: Comparison, tuning: pd.DataFrame | None) -> list[Figure]
 def _curves(comparison: Comparison) -> Figure:
     rows = []
     sampled = comparison.curves[comparison.curves.how == "sampled"]
+    seeds = comparison.runs.groupby("arm")["seed"].nunique()
     for (arm, _), some in sampled.groupby(["arm", sampled.groupby(["arm", "seed"]).cumcount()], sort=False):
+        if len(some) < seeds[arm]:  # some runs had spent their tokens before
+            continue
         found = _interval(some["mean"])
         rows.append(
             {
