@@ -102,11 +102,11 @@ def test_tuning_takes_the_best_rate_of_each_arm_on_problems_of_its_own(tmp_path,
 
 
 def test_a_run_that_fails_is_named_and_the_others_stay(tmp_path, capsys):
-    argv = compare(tmp_path, "dapo", "trl:dapo:cast_lm_head_to_fp32=true", seeds=1)
+    argv = compare(tmp_path, "dapo", "trl:dapo:learning_rate=abc", seeds=1)
     assert main(argv) == 1
     out = capsys.readouterr().out
-    folder = tmp_path / "runs/trl_dapo_cast_lm_head_to_fp32=true/seed-1"
-    assert f"failed: trl:dapo:cast_lm_head_to_fp32=true, seed 1: see {folder / 'log.txt'}" in out
+    folder = tmp_path / "runs/trl_dapo_learning_rate=abc/seed-1"
+    assert f"failed: trl:dapo:learning_rate=abc, seed 1: see {folder / 'log.txt'}" in out
     assert "Traceback" in (folder / "log.txt").read_text()
     assert results(tmp_path).arm.tolist() == ["dapo"]
 

@@ -145,7 +145,9 @@ def _row(arm: str, seed: int, run: Run, target: float, budget: pd.Series) -> dic
     for name, column in (("tokens", "num_tokens"), ("seconds", "seconds")):
         reached = first_reaching(curve[column], curve["mean"], target)
         restricted, arrived = restrict([reached], float(budget[column]))
-        row |= {f"{name}_to_target": float(restricted[0]), "reached": bool(arrived[0])}
+        row[f"{name}_to_target"] = float(restricted[0])
+        if name == "tokens":
+            row["reached"] = bool(arrived[0])
     best = sampled.loc[sampled["mean"].idxmax()]
     row["collapsed"] = bool(last["high"] < best["low"])
     row |= {"steps": end.get("steps"), "num_tokens": end.get("num_tokens"), "seconds": end.get("seconds")}
