@@ -109,7 +109,7 @@ def test_records_can_be_read_without_the_library(tmp_path):
     assert manifest["versions"]["trl"].startswith("1.16")
     assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"checkpoint-2", "checkpoint-4"}
     tokens = pd.read_parquet(tmp_path / "tokens")
-    assert set(tokens["step"]) == {1}
+    assert set(tokens["step"]) == {1, 2, 3, 4}  # the whole rollout batch
     assert {"prompt", "text", "entropy", "signal", "ratio", "reward", "group", "clipped"} <= set(tokens.columns)
     one = tokens[tokens["response"] == 0].sort_values("position")
     assert one["position"].tolist() == list(range(len(one)))
