@@ -32,7 +32,7 @@ from ..trl import HAPOConfig
 from . import UsageError, nearest
 from .held_out import Course, HeldOut
 from .recipe import RecipeParser, told
-from .train import TrainOptions, build_trainer, model_path, prepare_process
+from .train import TrainOptions, build_trainer, model_options, model_path, prepare_process
 
 TRL = "trl:"
 TRL_OPTIONS: dict[str, dict[str, Any]] = {"dapo": {"epsilon_high": 0.28}}
@@ -254,12 +254,7 @@ def _trl_trainer(
     given |= {"loss_type": loss, **TRL_OPTIONS.get(loss, {})}
     given |= {name: value for name, value in flags.items() if name in names}
     config = GRPOConfig(**given)
-    config.model_init_kwargs = {
-        "revision": model_config.model_revision,
-        "attn_implementation": model_config.attn_implementation,
-        "dtype": model_config.dtype,
-        **(config.model_init_kwargs or {}),
-    }
+    config.model_init_kwargs = model_options(model_config, config.model_init_kwargs)
     trainer = GRPOTrainer(
         model_path(model_config),
         task.reward_funcs,

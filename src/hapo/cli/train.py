@@ -8,6 +8,7 @@ import warnings
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -121,12 +122,7 @@ def _report(folder: Path, console: Console) -> None:
 def build_trainer(task: Task, args: HAPOConfig, model_config: ModelConfig) -> HAPOTrainer:
     """The trainer of a task, its model loaded as the options say."""
     given = args.model_init_kwargs
-    args.model_init_kwargs = {
-        "revision": model_config.model_revision,
-        "attn_implementation": model_config.attn_implementation,
-        "dtype": model_config.dtype,
-        **(given or {}),
-    }
+    args.model_init_kwargs = model_options(model_config, given)
     trainer = HAPOTrainer(
         model_path(model_config),
         task.reward_funcs,
@@ -138,6 +134,16 @@ def build_trainer(task: Task, args: HAPOConfig, model_config: ModelConfig) -> HA
     )
     trainer.args.model_init_kwargs = given  # the run's config.yaml has them under the names that the user gave
     return trainer
+
+
+def model_options(model_config: ModelConfig, given: dict[str, Any] | None) -> dict[str, Any]:
+    """How the model is loaded: the options of the model, and over them `model_init_kwargs` as given."""
+    return {
+        "revision": model_config.model_revision,
+        "attn_implementation": model_config.attn_implementation,
+        "dtype": model_config.dtype,
+        **(given or {}),
+    }
 
 
 def model_path(model_config: ModelConfig) -> str:
