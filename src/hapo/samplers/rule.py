@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..batch import EntropyStats
+from ..method import Method
 from ..methods._options import AdaptiveTemperature, check_names, check_number, require
 from ..parts.entropy import CHUNK, entropy_from_logits
 
@@ -106,6 +107,24 @@ class TemperatureRule:
                 f"{path} holds no parameter that begins with {PREFIX!r}; `hapo calibrate` writes them"
             )
         return rule
+
+
+HARMLESS = TemperatureRule(AdaptiveTemperature(law="edt", theta=0.0))
+"""A rule that changes nothing, to ask an engine with."""
+
+
+def law_of(method: Method) -> AdaptiveTemperature | None:
+    """The law that the options of a named method describe, which a request can carry; None for any other."""
+    options = method.options.get("temperature")
+    if options is None or "factor" in method.options.get("replaced", ()):
+        return None
+    return AdaptiveTemperature.of(options)
+
+
+def rule_of(method: Method, stats: EntropyStats | None) -> TemperatureRule | None:
+    """The method's law with these statistics; None where it would not act, or has none yet: T_base."""
+    law = law_of(method)
+    return TemperatureRule(law, stats) if law is not None and law.acts and stats is not None else None
 
 
 def temper_(

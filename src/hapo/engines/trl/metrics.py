@@ -12,18 +12,7 @@ from torch import Tensor
 
 from ...batch import TokenBatch
 from ...method import LossOutput
-
-NAMES = {
-    "clip/low": "clip_ratio/low_mean",
-    "clip/high": "clip_ratio/high_mean",
-    "sampler_weight": "sampler_weight/mean",
-    "ratio": "ratio/mean",
-    "kl_old": "kl_old",
-    "kept": "kept",
-    "reshaped": "reshaped",
-    "kl": "kl",
-}
-"""`LossOutput.metrics` -> the name in the log: TRL's where TRL has one."""
+from ..metrics import NAMES, rollout_metrics, sampler_gap
 
 MOST_REPLAY_GAP = 0.1
 """Mean |old - sampler| in nats that rounding may explain: bfloat16 stays well below, another policy does not."""
@@ -108,29 +97,14 @@ class MetricLog:
             RuntimeError: generation and scoring disagree where the sampler is the policy itself.
         """
         trainer = self.trainer
-        metrics = trainer._metrics["train"]
-        used = batch.group[batch.mask.any(1)].unique().numel()
-        metrics["groups/used"].append(used / batch.group.unique().numel())
-        assert batch.verdict is not None
-        length, right = scored.sum(1), batch.verdict > 0
-        for name, rows in (("right", right), ("wrong", ~right)):
-            rows = rows & (length > 0)
-            if rows.any():
-                metrics[f"completions/mean_length_{name}"].append(length[rows].float().mean().item())
-        if batch.sampler_logp is not None and batch.mask.any():
-            gap = (batch.old_logp - batch.sampler_logp)[batch.mask].abs()
-            if not trainer.use_vllm:  # with vLLM, TRL logs the same
-                metrics["sampling/sampling_logp_difference/mean"].append(gap.mean().item())
-                metrics["sampling/sampling_logp_difference/max"].append(gap.max().item())
-            self._check_replay(gap.mean().item())
-        if batch.stats is not None:
-            for name in ("pivot", "sigma", "floored"):
-                metrics[f"entropy_stats/{name}"].append(getattr(batch.stats, name))
-        factor, stats = trainer.method.factor, trainer._sampled_with
-        if factor is not None and stats is not None and batch.old_entropy is not None and batch.mask.any():
-            temperature = trainer.temperature * factor(batch.old_entropy[batch.mask], stats)
-            for name in ("mean", "min", "max"):
-                metrics[f"temperature/{name}"].append(getattr(temperature, name)().item())
+        figures = rollout_metrics(batch, scored, trainer.method.factor, trainer._sampled_with, trainer.temperature)
+        gap = sampler_gap(batch)
+        if not trainer.use_vllm:  # with vLLM, TRL logs the same
+            figures |= gap
+        for name, value in figures.items():
+            trainer._metrics["train"][name].append(value)
+        if gap:
+            self._check_replay(gap["sampling/sampling_logp_difference/mean"])
 
     def add_times(self) -> None:
         """Seconds of the phases, of this process."""

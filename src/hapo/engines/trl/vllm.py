@@ -10,16 +10,12 @@ from typing import Any
 
 from ...batch import EntropyStats
 from ...method import Method
-from ...methods import AdaptiveTemperature
-from ...samplers.rule import PREFIX, TemperatureRule
-
-HARMLESS = TemperatureRule(AdaptiveTemperature(law="edt", theta=0.0))
-"""A rule that changes nothing, to ask with."""
+from ...samplers.rule import HARMLESS, PREFIX, law_of, rule_of
 
 
 def check_law(method: Method) -> None:
     """Raise a ValueError unless the method's law can be told to vLLM: by the options of `AdaptiveTemperature`."""
-    if method.factor is None or _law(method) is not None:
+    if method.factor is None or law_of(method) is not None:
         return
     raise ValueError(
         f"method {method.name!r} adapts the sampling temperature by a function of its own, and requests to vLLM "
@@ -38,8 +34,7 @@ def check_images(trainer: Any) -> None:
 
 def send_rule(trainer: Any, stats: EntropyStats | None) -> None:
     """Give the method's rule with these statistics to the following requests; without statistics, T_base."""
-    law = _law(trainer.method)
-    rule = TemperatureRule(law, stats) if law is not None and law.acts and stats is not None else None
+    rule = rule_of(trainer.method, stats)
     generation = trainer.vllm_generation
     key = "vllm_xargs" if generation.mode == "server" else "extra_args"
     others = {k: v for k, v in generation.generation_kwargs.items() if k != key}
@@ -109,14 +104,6 @@ def _check_server(client: Any) -> None:
     right = ask(HARMLESS.to_args())
     if right.status_code != 200:
         raise RuntimeError(f"the vLLM server refuses adaptive temperatures: {right.text}")
-
-
-def _law(method: Method) -> AdaptiveTemperature | None:
-    """The law that the options of a named method describe."""
-    options = method.options.get("temperature")
-    if options is None or "factor" in method.options.get("replaced", ()):
-        return None
-    return AdaptiveTemperature.of(options)
 
 
 def _reload_weights(generation: Any) -> None:

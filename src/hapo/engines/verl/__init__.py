@@ -1,0 +1,18 @@
+"""The verl engine: any `Method` as advantage estimator, policy loss and sampling law of an unmodified verl.
+
+Importing it registers the trainer mode, the estimator and the loss, each under the name "hapo".
+"""
+
+import sys
+
+from .config import refuse_half_set
+from .version import require_verl
+
+require_verl()
+refuse_half_set(sys.argv[1:])
+
+from .estimator import estimate  # noqa: E402
+from .loss import policy_loss  # noqa: E402
+from .trainer import HAPOTrainer  # noqa: E402
+
+__all__ = ["HAPOTrainer", "estimate", "policy_loss"]

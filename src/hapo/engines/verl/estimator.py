@@ -1,0 +1,75 @@
+"""verl's advantage estimator "hapo": `Method.prepare` over the rollout batch of all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from verl.trainer.ppo.core_algos import register_adv_est
+
+from ...batch import TokenBatch
+from ...method import Method
+from .config import NAME, wrong_mode
+
+
+@dataclass
+class Rollout:
+    """What the estimator needs besides verl's arguments, and what it leaves behind."""
+
+    method: Method
+    fields: dict[str, Tensor]
+    """Fields of `TokenBatch`: old_logp, old_entropy, verdict, ..."""
+    prepared: TokenBatch | None = None
+    """What `Method.prepare` made; its mask lacks the groups that the method drops."""
+
+
+_ROLLOUT: ContextVar[Rollout] = ContextVar("rollout")
+
+
+@contextmanager
+def rollout(method: Method, fields: dict[str, Tensor]) -> Iterator[Rollout]:
+    """Give `estimate` what verl's registry does not hand on."""
+    current = Rollout(method, fields)
+    token = _ROLLOUT.set(current)
+    try:
+        yield current
+    finally:
+        _ROLLOUT.reset(token)
+
+
+@register_adv_est(NAME)
+def estimate(
+    token_level_rewards: Float[Tensor, "B T"],
+    response_mask: Float[Tensor, "B T"],
+    config: Any = None,
+    index: np.ndarray | None = None,
+    **others: Any,
+) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+    """Advantages and returns, which are the same here, by the method of the running trainer.
+
+    The reward of a response is the sum of its token rewards; rows with equal `index` are one group.
+
+    Raises:
+        RuntimeError: another trainer than hapo's called it.
+    """
+    current = _ROLLOUT.get(None)
+    if current is None:
+        raise RuntimeError(wrong_mode())
+    assert index is not None
+    _, group = np.unique(index.astype(str), return_inverse=True)
+    batch = TokenBatch(
+        mask=response_mask.bool(),
+        reward=token_level_rewards.float().sum(1),
+        group=torch.as_tensor(group, device=response_mask.device),
+        **current.fields,  # type: ignore[arg-type]
+    )
+    current.prepared = current.method.prepare(batch)
+    assert current.prepared.advantage is not None
+    return current.prepared.advantage, current.prepared.advantage

@@ -1,0 +1,108 @@
+"""Run records of verl's trainer: its configuration and metrics under the names that every engine uses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..records import RunRecords, append_line, check_writable, manifest
+from .config import NAME, Settings, select
+
+NAMES = {
+    "actor/loss": "loss",
+    "actor/grad_norm": "grad_norm",
+    "actor/lr": "learning_rate",
+    "actor/entropy": "entropy",
+    "actor/kl_loss": "kl",
+    "critic/score/mean": "reward",
+    "response_length/mean": "completions/mean_length",
+    "response_length/max": "completions/max_length",
+    "response_length/min": "completions/min_length",
+    "response_length/clip_ratio": "completions/clipped_ratio",
+    "timing_s/gen": "time/generate",
+    "timing_s/reward": "time/reward",
+    "timing_s/old_log_prob": "time/score",
+    "timing_s/update_actor": "time/update",
+}
+"""verl's metric -> its name in the records of every engine; the others keep theirs."""
+
+
+class Records:
+    """Feeds the folder of a run, `trainer.default_local_dir`."""
+
+    def __init__(self, folder: Path, settings: Settings, config: dict[str, Any]) -> None:
+        self.folder, self.settings, self.config = folder, settings, config
+        self._records: RunRecords | None = None
+        self._tokens = 0.0
+        self._begun = False
+
+    @classmethod
+    def open(cls, config: Mapping[str, Any], settings: Settings, recipe: dict[str, Any]) -> Records | None:
+        """Check the folder, before any work; None where no records are wanted.
+
+        Raises:
+            FileExistsError: it holds a run, and nothing is resumed.
+            OSError: it cannot be written to.
+        """
+        if not settings.run_records:
+            return None
+        folder = Path(select(config, "trainer.default_local_dir"))
+        if select(config, "trainer.resume_mode") == "disable" and (folder / "manifest.json").exists():
+            raise FileExistsError(
+                f"the run folder {folder} exists: choose another trainer.default_local_dir, remove it, or set "
+                "trainer.resume_mode=auto"
+            )
+        check_writable(folder)
+        return cls(folder.resolve(), settings, recipe)
+
+    def begin(self, step: int, fresh: bool) -> None:
+        """Open the records after optimiser step `step`; those of later steps are taken back."""
+        if (self.folder / "manifest.json").exists():
+            self._records = RunRecords.resume(self.folder, step)
+            return
+        verl = self.config["verl"]
+        nodes = [select(verl, f"trainer.{name}", 1) for name in ("nnodes", "n_gpus_per_node")]
+        self._records = RunRecords.create(
+            self.folder,
+            config=self.config,
+            manifest=manifest(
+                seed=select(verl, "actor_rollout_ref.rollout.seed"),
+                model=str(self.config.get("model_name_or_path")),
+                processes=nodes[0] * nodes[1],
+                **({} if fresh else {"resumed_at": step}),
+            ),
+        )
+
+    def tokens_of(self, global_step: int) -> str | None:
+        """The folder, if this rollout batch is one whose tokens are recorded."""
+        every = self.settings.record_tokens_every
+        due = every and (not self._begun or global_step % every == 0)
+        self._begun = True
+        return str(self.folder) if due else None
+
+    def add_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """One line a rollout batch, at its last optimiser step."""
+        assert self._records is not None
+        scalars = {k: float(v) for k, v in metrics.items() if isinstance(v, Real)}
+        line = {NAMES.get(k, k.removeprefix(f"{NAME}/")): v for k, v in scalars.items()}
+        self._tokens += scalars.get("perf/total_num_tokens", 0.0)
+        self._records.add_metrics({"step": step, **line, "num_tokens": self._tokens})
+
+    def add_evaluation(self, step: int, uids: Sequence[str], infos: Mapping[str, Sequence[Any]]) -> None:
+        """One line a validation: accuracy where the reward function returns `acc`, else its reward."""
+        scores = [float(v) for v in (infos.get("acc") or infos["reward"])]
+        problems = len(set(uids))
+        line = {
+            "step": step,
+            "num_tokens": self._tokens,
+            "how": "sampled",
+            "mean": float(np.mean(scores)),
+            "problems": problems,
+            "samples": len(scores) // max(problems, 1),
+            "binary": set(scores) <= {0.0, 1.0},
+        }
+        append_line(self.folder / "evaluations.jsonl", line)

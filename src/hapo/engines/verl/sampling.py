@@ -1,0 +1,82 @@
+"""The temperature rule on its way to verl's rollout servers, in every request."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+
+from ...samplers.rule import HARMLESS, PREFIX, TemperatureRule
+
+Args = dict[str, float | str]
+"""A rule as parameters of a request."""
+
+
+class RuleBoard:
+    """Holds the rule of the current rollout. The trainer sets it, the clients in the agent loops read it."""
+
+    def __init__(self) -> None:
+        self._args: Args = {}
+
+    def set(self, args: Args) -> None:
+        """The rule of the requests that follow; empty: T_base."""
+        self._args = args
+
+    def get(self) -> Args:
+        """The rule to send."""
+        return self._args
+
+
+class TemperedClient:
+    """verl's client of its rollout servers, with the rule added to the sampling parameters of each request."""
+
+    def __init__(self, client: Any, board: Any) -> None:
+        self.client = client
+        self.board = board
+
+    async def generate(self, request_id: Any, *, sampling_params: dict[str, Any], **others: Any) -> Any:
+        """As verl's."""
+        args = await self.board.get.remote()
+        if args:
+            given = sampling_params.get("extra_args") or {}
+            sampling_params = {**sampling_params, "extra_args": {**given, **args}}
+        return await self.client.generate(request_id, sampling_params=sampling_params, **others)
+
+
+class Tempering:
+    """The trainer's side: one board for all clients."""
+
+    def __init__(self) -> None:
+        self.board = ray.remote(RuleBoard).options(num_cpus=0).remote()
+
+    def send(self, rule: TemperatureRule | None) -> None:
+        """Set the rule of the following requests; returns when it is set."""
+        ray.get(self.board.set.remote({} if rule is None else rule.to_args()))
+
+    def client(self, client: Any) -> TemperedClient:
+        """A client that sends it."""
+        return TemperedClient(client, self.board)
+
+
+async def check_rollout(client: Any, prompt: list[int]) -> None:
+    """The rollout server takes a right rule, and refuses a wrong one, as one that applies no rule does not.
+
+    Raises:
+        RuntimeError: it would sample without the adaptive temperature.
+    """
+
+    async def ask(args: Args) -> None:
+        params = {"max_tokens": 1, "temperature": 1.0, "extra_args": args}
+        await client.generate("hapo-check", prompt_ids=prompt, sampling_params=params)
+
+    await ask(HARMLESS.to_args())
+    try:
+        await ask({f"{PREFIX}tau": 2.0})
+    except Exception as error:
+        if "tau must be" in str(error):
+            return
+        raise
+    raise RuntimeError(
+        "the rollout server takes a temperature rule that cannot be without a word, so it would apply none: "
+        "install hapo in its environment, where vLLM finds the entry point (group vllm.logits_processors)"
+    )
