@@ -6,10 +6,12 @@ BIN = $(VENV)/bin
 PARITY ?= .venv-parity
 # vLLM brings its own torch and transformers.
 VLLM ?= .venv-vllm
+# So is verl itself, with Ray.
+VERL ?= .venv-verl
 # Tiny models are fastest on one thread a process.
 ONE = OMP_NUM_THREADS=1
 
-.PHONY: setup demo test test-browser test-parity test-vllm lint format docs smollm2 clean
+.PHONY: setup demo test test-browser test-parity test-vllm test-verl lint format docs smollm2 clean
 
 setup: $(VENV)/.ready
 
@@ -56,6 +58,16 @@ $(VLLM)/.ready: pyproject.toml
 	$(VLLM)/bin/python -m pip install --quiet --editable .
 	touch $@
 
+test-verl: $(VERL)/.ready  ## verl's own main_ppo on CPU, with any method, against a plain replay (docs/verl.md).
+	$(ONE) $(VERL)/bin/python -m pytest tests_verl --ignore tests_verl/test_vllm.py
+
+$(VERL)/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(not (3, 11) <= v < (3, 13) and f"verl 0.9.1 needs Python 3.11 or 3.12, this is {v.major}.{v.minor}; set PYTHON=")'
+	$(PYTHON) -m venv $(VERL)
+	$(VERL)/bin/python -m pip install --quiet "torch==2.13.0"
+	$(VERL)/bin/python -m pip install --quiet --editable ".[verl]" "pytest>=8" "pytest-timeout>=2.3"
+	touch $@
+
 lint: setup  ## Style and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -75,4 +87,4 @@ smollm2: setup  ## A real small model, offline: SmolLM2-135M-Instruct, and its w
 	$(BIN)/python scripts/warm_up_smollm2.py
 
 clean:
-	rm -rf $(VENV) $(PARITY) $(VLLM) site .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PARITY) $(VLLM) $(VERL) site .mypy_cache .pytest_cache .ruff_cache

@@ -362,6 +362,16 @@ def test_a_broken_run_has_its_finding_and_no_other(name, severity, options, text
     assert text in f"{finding.saw} {finding.why} {finding.change}"
 
 
+def test_a_run_of_verl_is_told_the_options_of_verl(make_run, tmp_path):
+    lines = put(**{"completions/clipped_ratio": lambda done, step: 0.9})
+    own = only(examine_run(Run(make_run(tmp_path / "own", steps=STEPS, tokens=False, **lines))))
+    config = {**lines.get("config", {}), "engine": "verl"}
+    theirs = only(examine_run(Run(make_run(tmp_path / "verl", steps=STEPS, tokens=False, **lines, config=config))))
+    assert own.name == theirs.name == "truncated"
+    assert "--max_completion_length" in own.change and "data.max_response_length" in theirs.change
+    assert "--" not in theirs.change.replace("(--chat)", "")
+
+
 def with_scores(folder: Path, *measured: list[float]) -> Run:
     """The run with these scores of the held-out problems, in the order of training."""
     lines = []

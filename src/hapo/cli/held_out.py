@@ -19,8 +19,9 @@ from rich.table import Table
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl import GRPOTrainer
 
+from ..engines.estimate import Estimate
 from ..engines.records import append_line, write_whole
-from .measure import Answer, Decoding, Estimate, draw_answers, estimate
+from .measure import Answer, Decoding, draw_answers, estimate
 from .progress import counting
 
 if TYPE_CHECKING:

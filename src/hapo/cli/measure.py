@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset
-from scipy.stats import binomtest, norm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..engines.estimate import Estimate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,33 +40,6 @@ class Answer:
     score: float
     truncated: bool = False
     """It does not end with an end-of-sequence token: it was cut off."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Mean score over problems, with its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-    problems: int
-    samples: int
-    binary: bool
-    """Every score is 0 or 1: the mean is an accuracy."""
-
-    def __str__(self) -> str:
-        if self.binary:
-            return f"{100 * self.mean:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]"
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def of(cls, values: dict[str, Any]) -> Estimate:
-        """From what `to_dict` gave, among other values."""
-        return cls(**{f.name: values[f.name] for f in fields(cls)})
 
 
 def draw_answers(
@@ -105,25 +79,11 @@ def draw_answers(
 
 
 def estimate(answers: list[Answer]) -> Estimate:
-    """Mean score with its 95 % interval over problems.
-
-    One 0/1 score a problem: Wilson's interval. Several answers a problem, or other scores: the normal interval
-    of the per-problem means, since answers to one problem are not independent.
-    """
+    """Mean score of the answers with its 95 % interval over problems."""
     by_problem: dict[int, list[float]] = {}
     for answer in answers:
         by_problem.setdefault(answer.problem, []).append(answer.score)
-    means = [math.fsum(scores) / len(scores) for scores in by_problem.values()]
-    n, samples = len(means), len(answers) // len(means)
-    mean = math.fsum(means) / n
-    binary = all(answer.score in (0.0, 1.0) for answer in answers)
-    if binary and samples == 1:
-        interval = binomtest(round(mean * n), n).proportion_ci(0.95, method="wilson")
-        return Estimate(mean, float(interval.low), float(interval.high), n, samples, binary)
-    variance = math.fsum((m - mean) ** 2 for m in means) / (n - 1) if n > 1 else math.inf
-    half = float(norm.ppf(0.975)) * math.sqrt(variance / n)
-    low, high = mean - half, mean + half
-    return Estimate(mean, max(low, 0.0) if binary else low, min(high, 1.0) if binary else high, n, samples, binary)
+    return Estimate.from_scores(list(by_problem.values()))
 
 
 def judge(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..tasks import Task, TaskConfig
 from . import checks_config, checks_data, checks_policy, checks_reward
 from .checks_config import Plan
-from .finding import Finding
+from .finding import Finding, in_verl
 from .run import Run
 
 if TYPE_CHECKING:
@@ -109,7 +109,8 @@ def examine_run(run: Run) -> list[Finding]:
     """
     findings = _worst_first(check(run) for check in RUN_CHECKS)
     symptoms = {symptom for finding in findings for symptom in CAUSES.get(finding.name, ())}
-    return [finding for finding in findings if finding.name not in symptoms]
+    kept = [finding for finding in findings if finding.name not in symptoms]
+    return [in_verl(finding) for finding in kept] if run.config.get("engine") == "verl" else kept
 
 
 def _worst_first(found: Iterable[Finding | None]) -> list[Finding]:

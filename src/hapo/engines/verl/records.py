@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ..records import RunRecords, append_line, check_writable, manifest
+from ..estimate import Estimate
+from ..records import RunRecords, append_line, check_writable, manifest, write_whole
 from .config import NAME, Settings, select
 
 NAMES = {
@@ -37,8 +37,11 @@ class Records:
     def __init__(self, folder: Path, settings: Settings, config: dict[str, Any]) -> None:
         self.folder, self.settings, self.config = folder, settings, config
         self._records: RunRecords | None = None
-        self._tokens = 0.0
-        self._begun = False
+        self.tokens = 0
+        """Of prompts and responses, so far."""
+        self.seconds = 0.0
+        """Of training, without validation."""
+        self._measured: set[int] = set()
 
     @classmethod
     def open(cls, config: Mapping[str, Any], settings: Settings, recipe: dict[str, Any]) -> Records | None:
@@ -63,6 +66,7 @@ class Records:
         """Open the records after optimiser step `step`; those of later steps are taken back."""
         if (self.folder / "manifest.json").exists():
             self._records = RunRecords.resume(self.folder, step)
+            self._measured = {line["step"] for line in self._lines("evaluations.jsonl")}
             return
         verl = self.config["verl"]
         nodes = [select(verl, f"trainer.{name}", 1) for name in ("nnodes", "n_gpus_per_node")]
@@ -71,6 +75,7 @@ class Records:
             config=self.config,
             manifest=manifest(
                 seed=select(verl, "actor_rollout_ref.rollout.seed"),
+                command=["python", "-m", "verl.trainer.main_ppo"],  # config.yaml has the whole configuration
                 model=str(self.config.get("model_name_or_path")),
                 processes=nodes[0] * nodes[1],
                 **({} if fresh else {"resumed_at": step}),
@@ -80,29 +85,40 @@ class Records:
     def tokens_of(self, global_step: int) -> str | None:
         """The folder, if this rollout batch is one whose tokens are recorded."""
         every = self.settings.record_tokens_every
-        due = every and (not self._begun or global_step % every == 0)
-        self._begun = True
-        return str(self.folder) if due else None
+        return str(self.folder) if every and (global_step == 1 or global_step % every == 0) else None
 
     def add_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
         """One line a rollout batch, at its last optimiser step."""
         assert self._records is not None
         scalars = {k: float(v) for k, v in metrics.items() if isinstance(v, Real)}
         line = {NAMES.get(k, k.removeprefix(f"{NAME}/")): v for k, v in scalars.items()}
-        self._tokens += scalars.get("perf/total_num_tokens", 0.0)
-        self._records.add_metrics({"step": step, **line, "num_tokens": self._tokens})
+        self._records.add_metrics({"step": step, **line, "num_tokens": self.tokens, "seconds": self.seconds})
 
     def add_evaluation(self, step: int, uids: Sequence[str], infos: Mapping[str, Sequence[Any]]) -> None:
         """One line a validation: accuracy where the reward function returns `acc`, else its reward."""
-        scores = [float(v) for v in (infos.get("acc") or infos["reward"])]
-        problems = len(set(uids))
+        if step in self._measured:  # verl validates again before it goes on with a run
+            return
+        self._measured.add(step)
+        by_problem: dict[str, list[float]] = {}
+        for uid, score in zip(uids, infos.get("acc") or infos["reward"], strict=True):
+            by_problem.setdefault(uid, []).append(float(score))
+        scores = list(by_problem.values())
+        greedy = not select(self.config["verl"], "actor_rollout_ref.rollout.val_kwargs.do_sample")
         line = {
             "step": step,
-            "num_tokens": self._tokens,
-            "how": "sampled",
-            "mean": float(np.mean(scores)),
-            "problems": problems,
-            "samples": len(scores) // max(problems, 1),
-            "binary": set(scores) <= {0.0, 1.0},
+            "num_tokens": self.tokens,
+            "seconds": self.seconds,
+            "how": "greedy" if greedy else "sampled",
+            **Estimate.from_scores(scores).to_dict(),
+            "scores": [sum(of) / len(of) for of in scores],
         }
         append_line(self.folder / "evaluations.jsonl", line)
+
+    def finish(self, step: int) -> None:
+        """Write finished.json: the run is complete."""
+        end = {"steps": step, "num_tokens": self.tokens, "seconds": self.seconds, "why": "max_steps"}
+        write_whole(self.folder / "finished.json", json.dumps(end, indent=2) + "\n")
+
+    def _lines(self, name: str) -> list[dict[str, Any]]:
+        file = self.folder / name
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []

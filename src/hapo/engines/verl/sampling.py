@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import ray
+from verl.workers.rollout.llm_server import LLMServerClient
 
 from ...samplers.rule import HARMLESS, PREFIX, TemperatureRule
 
@@ -27,11 +28,11 @@ class RuleBoard:
         return self._args
 
 
-class TemperedClient:
+class TemperedClient(LLMServerClient):
     """verl's client of its rollout servers, with the rule added to the sampling parameters of each request."""
 
-    def __init__(self, client: Any, board: Any) -> None:
-        self.client = client
+    def __init__(self, *args: Any, board: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.board = board
 
     async def generate(self, request_id: Any, *, sampling_params: dict[str, Any], **others: Any) -> Any:
@@ -40,7 +41,7 @@ class TemperedClient:
         if args:
             given = sampling_params.get("extra_args") or {}
             sampling_params = {**sampling_params, "extra_args": {**given, **args}}
-        return await self.client.generate(request_id, sampling_params=sampling_params, **others)
+        return await super().generate(request_id, sampling_params=sampling_params, **others)
 
 
 class Tempering:
@@ -52,10 +53,6 @@ class Tempering:
     def send(self, rule: TemperatureRule | None) -> None:
         """Set the rule of the following requests; returns when it is set."""
         ray.get(self.board.set.remote({} if rule is None else rule.to_args()))
-
-    def client(self, client: Any) -> TemperedClient:
-        """A client that sends it."""
-        return TemperedClient(client, self.board)
 
 
 async def check_rollout(client: Any, prompt: list[int]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from ..records import write_whole
 from .config import NAME, Settings, check, recipe, resolve_method
 from .estimator import rollout
 from .records import Records
-from .sampling import Tempering, check_rollout
+from .sampling import TemperedClient, Tempering, check_rollout
 from .worker import HAPOWorker, Plan
 
 STATE = "hapo.json"
@@ -76,8 +77,9 @@ class HAPOTrainer(PPOTrainerSync):
 
     def get_llm_client(self) -> Any:
         """verl's client; with an adaptive temperature one that sends the rule."""
-        client = super().get_llm_client()
-        return client if self.tempering is None else self.tempering.client(client)
+        if self.tempering is None:
+            return super().get_llm_client()
+        return self.llm_server_manager.get_client(client_cls=TemperedClient, board=self.tempering.board)
 
     def on_init_end(self) -> None:
         """As verl's; then the rollout servers are asked whether they apply rules."""
@@ -170,6 +172,15 @@ class HAPOTrainer(PPOTrainerSync):
             groups=max(1, self.settings.record_tokens_rows // self.config.actor_rollout_ref.rollout.n),
         )
 
+    def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> Any:
+        """As verl's; its tokens and seconds are counted for the records."""
+        began = time.perf_counter()
+        batch = super().step(metrics, timing_raw)
+        if self.records is not None:
+            self.records.tokens += sum(tag["seq_len"] for tag in batch.tags if not tag.get("is_padding"))
+            self.records.seconds += time.perf_counter() - began
+        return batch
+
     def _update_actor(self, batch: Any, metrics: dict[str, Any]) -> Any:
         assert self._plan is not None
         batch.extra_info[NAME] = self._plan.to_dict()
@@ -192,6 +203,8 @@ class HAPOTrainer(PPOTrainerSync):
             "steps": self._steps,
             "stats": None if stats is None else stats.to_dict(),
         }
+        if self.records is not None:
+            state |= {"tokens": self.records.tokens, "seconds": self.records.seconds}
         write_whole(folder / STATE, json.dumps(state, indent=2) + "\n")
         super()._save_checkpoint()  # names the folder the latest one when all of it is written
 
@@ -222,6 +235,8 @@ class HAPOTrainer(PPOTrainerSync):
             )
         self._steps = state["steps"]
         self.temperature_stats = None if state["stats"] is None else EntropyStats(**state["stats"])
+        if self.records is not None:
+            self.records.tokens, self.records.seconds = state.get("tokens", 0), state.get("seconds", 0.0)
 
     def _val_metrics_update(
         self, data_sources: Any, sample_uids: Any, infos: Any, *args: Any, **kwargs: Any
@@ -234,6 +249,8 @@ class HAPOTrainer(PPOTrainerSync):
         super()._compute_metrics(batch, metrics, timing_raw, global_steps=global_steps, epoch=epoch)
         if self.records is not None:
             self.records.add_metrics(self._steps, metrics)
+            if global_steps >= self.total_training_steps:
+                self.records.finish(self._steps)
 
 
 def _refuse_split_sessions(keys: list[str]) -> None:

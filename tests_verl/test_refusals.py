@@ -1,0 +1,147 @@
+"""What cannot be honoured is refused before any worker starts, with the reason and what to set."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+import hapo.verl_cpu  # noqa: F401 - registers the platform before verl asks for it
+from hapo.engines.verl import HAPOTrainer
+from hapo.engines.verl.config import Settings, recipe, resolve_method
+from hapo.engines.verl.config import check as check_config
+from hapo.engines.verl.version import require_verl
+from hapo.insight.finding import IN_VERL
+from tests_verl.launch import ACTOR, METHOD, ROLLOUT, overrides_of
+
+HAPO = "+hapo.method=hapo"
+OFF = "+hapo.options.components=BCD"
+
+
+def compose(tmp_path: Path, *overrides: str) -> DictConfig:
+    """verl's own configuration with these overrides."""
+    given: dict[str, str] = {}
+    for line in (*overrides_of(tmp_path, tmp_path, 1), *overrides):
+        key, _, value = line.partition("=")
+        given[key.lstrip("+")] = f"{key}={value}"
+    import verl.trainer
+
+    with hydra.initialize_config_dir(str(Path(verl.trainer.__file__).parent / "config"), version_base=None):
+        return hydra.compose("ppo_trainer", list(given.values()))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        ((), r"needs a method: set \+hapo.method="),
+        ((HAPO, "+hapo.methods=gspo"), "methods.*method"),
+        (("+hapo.method=gsop",), "gspo"),
+        ((HAPO, "+hapo.options.eps_hgih=0.3"), "eps_high"),
+        ((HAPO, "+hapo.record_tokens_every=-1"), "record_tokens_every must be an integer >= 0, got -1"),
+        ((HAPO, "+hapo.options.kl_coef=0.1"), "use_kl_loss=True"),
+        ((HAPO, "+hapo.options.sampler_cap=3"), "rollout_is_threshold"),
+        ((HAPO, "algorithm.adv_estimator=grpo"), "algorithm.adv_estimator=hapo, got grpo"),
+        ((HAPO, f"{ACTOR}.policy_loss.loss_mode=vanilla"), "loss_mode=hapo, got vanilla"),
+        ((HAPO, "algorithm.rollout_correction.bypass_mode=True"), "bypass_mode=True.*set it to False"),
+        ((HAPO, f"{ACTOR}.strategy=megatron"), "strategy=megatron was not tested: set fsdp2"),
+        ((HAPO, "critic.enable=True"), "critic.enable=True cannot be honoured"),
+        ((HAPO, f"{ACTOR}.clip_ratio_high=0.28"), r"clip_ratio_high=0.28.*set \+hapo.options.eps_high"),
+        ((HAPO, "algorithm.gamma=0.9"), "no method discounts"),
+        (
+            (HAPO, "algorithm.rollout_correction.rollout_is=null"),
+            "set algorithm.rollout_correction.rollout_is=token",
+        ),
+        ((HAPO, f"{ROLLOUT}.calculate_log_probs=False"), "set .*calculate_log_probs=True"),
+        ((HAPO, f"{ROLLOUT}.name=sglang"), "not tested in verl's sglang rollout: set .*name=vllm"),
+        ((HAPO, "+hapo.options.entropy_source=current"), "set .*calculate_entropy=True"),
+        (("+hapo.method=archer",), "kl_loss_coef=0"),
+    ],
+)
+def test_refused(tmp_path: Path, overrides: tuple[str, ...], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        HAPOTrainer(compose(tmp_path, *overrides))
+
+
+def test_missing_vllm(tmp_path: Path) -> None:
+    with pytest.raises(ImportError, match="vLLM is not installed"):
+        HAPOTrainer(compose(tmp_path, HAPO, f"{ROLLOUT}.name=vllm"))
+
+
+def test_existing_run(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "manifest.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="resume_mode=auto"):
+        HAPOTrainer(compose(tmp_path, HAPO, "trainer.resume_mode=disable"))
+
+
+def resolved(tmp_path: Path, *overrides: str) -> tuple[Any, dict[str, Any]]:
+    config: Any = OmegaConf.to_container(compose(tmp_path, *overrides), resolve=True)
+    method = resolve_method(config, Settings.of(config))
+    check_config(config, method)
+    return method, recipe(config, method)
+
+
+def test_what_verl_decides(tmp_path: Path) -> None:
+    """The cap of the sampler's weight and the weight of the KL penalty come from verl's options."""
+    method, told = resolved(tmp_path, HAPO, "algorithm.rollout_correction.rollout_is_threshold=3.0")
+    assert method.sampler_cap == 3.0 and told["beta"] == 0.0 and told["method"] == "hapo"
+    none, _ = resolved(tmp_path, HAPO, OFF, "algorithm.rollout_correction.rollout_is=null")
+    assert none.sampler_cap is None
+    kl = (f"{ACTOR}.use_kl_loss=True", f"{ACTOR}.kl_loss_coef=0.02")
+    method, told = resolved(tmp_path, "+hapo.method=grpo", *kl)
+    assert method.kl_coef == 0 and told["beta"] == 0.02
+    kl = (f"{ACTOR}.use_kl_loss=True", f"{ACTOR}.kl_loss_coef=0")
+    method, told = resolved(tmp_path, "+hapo.method=archer", *kl, f"{ACTOR}.calculate_entropy=True")
+    assert callable(method.kl_coef) and told["beta"] == 0.001
+
+
+def test_penalty_of_the_paper_is_missed(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="kl_loss_coef=0.04"):
+        resolved(tmp_path, "+hapo.method=grpo")
+
+
+def test_one_update_a_rollout_is_warned_of(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="nothing is ever clipped"):
+        resolved(tmp_path, HAPO, f"{ACTOR}.ppo_mini_batch_size=4", f"{ACTOR}.ppo_epochs=1")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        ((*METHOD[1:], HAPO), "set trainer.v1.trainer_mode=hapo"),
+        ((*METHOD[1:], HAPO, "trainer.v1.trainer_mode=colocate_async"), "colocate_async mixes rollouts"),
+        ((*METHOD, HAPO, "trainer.use_v1=False"), "leave trainer.use_v1 out"),
+    ],
+)
+def test_main_refuses_other_trainers(tmp_path: Path, overrides: tuple[str, ...], reason: str) -> None:
+    """verl's main itself, at once: before Ray, before the configuration is composed."""
+    command = [sys.executable, "-m", "verl.trainer.main_ppo", *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode and reason in done.stderr
+    assert "ray init kwargs" not in done.stdout
+
+
+def test_remedies_name_options_of_verl(tmp_path: Path) -> None:
+    """The doctor's, for runs of verl."""
+    config = compose(tmp_path)
+    for text in IN_VERL.values():
+        for path in re.findall(r"(?<!\+)\b[a-z_]+(?:\.[a-z_]+)+", text):  # "+" says that it is not there yet
+            parent, _, key = path.rpartition(".")
+            assert key in OmegaConf.select(config, parent), path
+
+
+def test_other_verl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another minor release is refused when verl imports the module."""
+    folder = tmp_path / "verl-0.10.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: verl\nVersion: 0.10.0\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    done = subprocess.run([sys.executable, "-c", "import verl"], capture_output=True, text=True, timeout=120)
+    assert done.returncode and "tested with verl 0.9 and refuses 0.10.0" in done.stderr
+    monkeypatch.setattr("hapo.engines.verl.version.version", lambda name: "0.9.7")
+    require_verl()

@@ -1,0 +1,137 @@
+"""What a run of verl must not depend on, what it leaves behind, and how it goes on after a kill."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from hapo import EntropyStats
+from hapo.insight.report import write_report
+from hapo.insight.run import Run, recompute
+from tests_verl.launch import ACTOR, VerlRun, launch
+from tests_verl.replay import tokens
+
+HAPO = ("+hapo.method=hapo", f"{ACTOR}.ppo_mini_batch_size=4", f"{ACTOR}.optim.lr=2e-3")
+"""One mini-batch: verl puts responses in the order in which they were ready, which no seed decides."""
+LONGER = (*HAPO, "trainer.total_training_steps=3", "trainer.test_freq=3", "trainer.val_before_train=True")
+
+
+def metrics(run: VerlRun) -> dict[int, dict[str, float]]:
+    found = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line for line in found}
+
+
+def by_token(run: VerlRun) -> pd.DataFrame:
+    """Token records in an order that no rank or reordering changes."""
+    table = tokens(run.out)
+    table["text of all"] = table.groupby(["step", "response"])["text"].transform("".join)
+    return table.sort_values(["step", "prompt", "text of all", "response", "position"], ignore_index=True)
+
+
+def same(one: VerlRun, other: VerlRun, within: float) -> None:
+    """The same tokens with the same advantages, signals and ratios, the same losses and gradient norms."""
+    a, b = by_token(one), by_token(other)
+    assert (a["id"] == b["id"]).all() and (a["prompt"] == b["prompt"]).all()
+    for column in ("advantage", "signal", "ratio", "logp_new", "temperature", "weight"):
+        assert np.allclose(a[column], b[column], rtol=within, atol=within, equal_nan=True), column
+    for step, line in metrics(other).items():  # verl saves before it logs: a kill in between costs a line
+        for name in ("loss", "grad_norm", "clip_ratio/low_mean", "ratio/mean", "entropy_stats/pivot"):
+            assert line[name] == pytest.approx(metrics(one)[step][name], rel=within, abs=within), name
+    assert len(metrics(other)) >= len(metrics(one)) - 1
+
+
+def test_two_ranks(run: Callable[..., VerlRun]) -> None:
+    """The same advantages, signals and gradient norms on 2 ranks as on 1."""
+    same(run(*HAPO), run(*HAPO, ranks=2), within=1e-4)
+
+
+def test_split(run: Callable[..., VerlRun]) -> None:
+    """Micro-batches of equal tokens instead of equal rows: the same gradients."""
+    packed = (
+        f"{ACTOR}.use_dynamic_bsz=True",
+        f"{ACTOR}.ppo_max_token_len_per_gpu=48",
+        "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=True",
+        "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=64",
+    )
+    same(run(*HAPO), run(*HAPO, *packed), within=1e-4)
+
+
+def test_kill_and_resume(
+    run: Callable[..., VerlRun], inputs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Killed after a checkpoint, the same command goes on with the same statistics to the same numbers."""
+    whole = run(*LONGER)
+    folder = tmp_path_factory.mktemp("killed")
+    killed = launch(inputs, folder, *LONGER)
+    saved = killed.out / "latest_checkpointed_iteration.txt"
+    deadline = time.monotonic() + 240
+    while not saved.is_file() and killed.process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    killed.kill()
+    at = int(saved.read_text())
+    assert at < 3, "the run was over before it could be killed"
+    resumed = launch(inputs, folder, *LONGER).wait()
+    for step in (at, 3):
+        ours, theirs = (
+            json.loads((of.out / f"global_step_{step}/hapo.json").read_text()) for of in (whole, resumed)
+        )
+        assert ours["steps"] == theirs["steps"] == 3 * step
+        assert theirs["stats"] == pytest.approx(ours["stats"], rel=1e-4)
+    same(whole, resumed, within=1e-4)
+    once, again = (Run(of.out) for of in (whole, resumed))
+    assert once.finished is not None and again.finished is not None
+    assert {**again.finished, "seconds": 0} == {**once.finished, "seconds": 0}
+    columns = ["step", "num_tokens", "mean", "problems"]
+    later = again.evaluations[again.evaluations["step"].isin(once.evaluations["step"])]  # verl validates once more
+    assert later[columns].to_numpy().tolist() == once.evaluations[columns].to_numpy().tolist()
+
+
+def test_records(run: Callable[..., VerlRun], tmp_path: Path) -> None:
+    """Report and microscope read the run, and the core makes of its records what training made."""
+    found = Run(run(*LONGER).out)
+    assert found.manifest["versions"]["verl"].startswith("0.9.") and found.finished is not None
+    assert found.rollouts == [1, 4, 7]
+    assert found.evaluations["step"].tolist() == [0, 9]
+    assert found.evaluations["binary"].all() and found.evaluations["problems"].tolist() == [8, 8]
+    for first in found.rollouts:
+        rollout = found.rollout(first)
+        assert rollout.complete
+        table = found.tokens(first).sort_values(["response", "step", "position"], ignore_index=True)
+        again = recompute(rollout, found.method())
+        for column in ("advantage", "advantage_used", "signal", "ratio", "bound_low", "bound_high"):
+            assert np.allclose(table[column], again[column], atol=2e-6, rtol=1e-5, equal_nan=True), column
+        assert (table["clipped"] == again["clipped"]).all()
+    write_report([found.folder], tmp_path / "report.html")
+    assert "microscope" in (tmp_path / "report.html").read_text()
+
+
+def test_first_rollout_is_drawn_at_the_base_temperature(run: Callable[..., VerlRun]) -> None:
+    """Then every token at T_base times the factor of its entropy, by the statistics of the rollout before."""
+    found = run(*LONGER)
+    table, method = tokens(found.out), Run(found.out).method()
+    assert method.factor is not None
+    apart = (table["logp_sampler"] - table["logp_old"]).abs()
+    first = table["rollout"] == 1
+    assert (table[first]["temperature"] == 1).all() and apart[first].max() < 1e-5
+    drawn = table[table["rollout"] == 4]
+    stats = EntropyStats(**json.loads((found.out / "global_step_1/hapo.json").read_text())["stats"])
+    factor = method.factor(torch.tensor(drawn["entropy"].to_numpy()), stats).numpy()
+    assert np.allclose(drawn["temperature"], factor, atol=1e-6) and factor.std() > 0.01
+    assert apart[drawn.index].max() > 0.05
+    assert np.allclose(
+        drawn["weight"], np.minimum(np.exp(drawn["logp_old"] - drawn["logp_sampler"]), 2), atol=1e-5
+    )
+
+
+def test_another_method_does_not_resume(run: Callable[..., VerlRun], inputs: Path, tmp_path: Path) -> None:
+    """A checkpoint goes on with the method that made it."""
+    shutil.copytree(run(*LONGER).out, tmp_path / "run")
+    other = launch(inputs, tmp_path, "+hapo.method=gspo", "trainer.total_training_steps=4")
+    assert other.end() not in (0, -1)
+    assert "is a checkpoint of method 'hapo', and the run is of 'gspo'" in other.log
