@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hapo
-from hapo.parts.entropy import entropy_from_logits
 
 COLUMNS = {"logp_old": "old_logp", "logp_sampler": "sampler_logp", "entropy": "old_entropy"}
 
@@ -47,13 +46,16 @@ def tokens(folder: Path) -> pd.DataFrame:
     return pd.concat([pq.read_table(file).to_pandas() for file in files], ignore_index=True)
 
 
-def replay(inputs: Path, folder: Path, method: hapo.Method) -> list[RolloutBatch]:
-    """Train the model of `inputs` again, on what the run in `folder` drew."""
+def replay(inputs: Path, folder: Path, method: hapo.Method, bonus: float = 0.0) -> list[RolloutBatch]:
+    """Train the model of `inputs` again, on what the run in `folder` drew; `bonus` is verl's on the entropy."""
     tokenizer = AutoTokenizer.from_pretrained(inputs / "model")
     model = AutoModelForCausalLM.from_pretrained(inputs / "model", dtype=torch.float32)
     optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.999), weight_decay=0.01)
     table = tokens(folder)
-    return [_rollout(part, tokenizer, model, optimiser, method) for _, part in table.groupby("rollout", sort=True)]
+    return [
+        _rollout(part, tokenizer, model, optimiser, method, bonus)
+        for _, part in table.groupby("rollout", sort=True)
+    ]
 
 
 def _rollout(
@@ -62,6 +64,7 @@ def _rollout(
     model: torch.nn.Module,
     optimiser: torch.optim.Optimizer,
     method: hapo.Method,
+    bonus: float,
 ) -> RolloutBatch:
     first = table.drop_duplicates(["response", "position"]).sort_values(["response", "position"])
     whole = _Rows(first, tokenizer)
@@ -87,17 +90,19 @@ def _rollout(
         rows = _Rows(part, tokenizer)
         chosen = prepared.rows([whole.responses.index(r) for r in rows.responses])
         logp, entropy = rows.score(model)
+        more = -bonus * entropy[rows.mask].mean()
         width = whole.mask.shape[1] - logp.shape[1]
         logp = torch.nn.functional.pad(logp, (0, width))
         entropy = torch.nn.functional.pad(entropy, (0, width))
         chosen = method.step(chosen.replace(logp=logp.detach(), entropy=entropy.detach()))
         out = method.loss(chosen.replace(logp=logp))
+        loss = out.loss + more
         optimiser.zero_grad()
-        out.loss.backward()
+        loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         valid = torch.nn.functional.pad(rows.mask, (0, width))
-        steps.append(Step(part, logp.detach()[valid], float(out.loss.detach()), float(norm)))
+        steps.append(Step(part, logp.detach()[valid], float(loss.detach()), float(norm)))
     used = prepared.mask[whole.mask].numpy()
 
     def pair(column: str, ours: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,8 +142,10 @@ class _Rows:
         logps, entropies, width = [], [], self.mask.shape[1]
         for prompt, ids in zip(self.prompts, self.ids, strict=True):
             logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
-            logp = logits.log_softmax(-1).gather(1, torch.tensor(ids).unsqueeze(1)).squeeze(1)
+            all_logps = logits.log_softmax(-1)
+            logp = all_logps.gather(1, torch.tensor(ids).unsqueeze(1)).squeeze(1)
+            entropy = -(all_logps.exp() * all_logps).sum(-1)
             pad = (0, width - len(ids))
             logps.append(torch.nn.functional.pad(logp, pad))
-            entropies.append(torch.nn.functional.pad(entropy_from_logits(logits.detach()), pad))
+            entropies.append(torch.nn.functional.pad(entropy, pad))
         return torch.stack(logps), torch.stack(entropies)

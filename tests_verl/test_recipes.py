@@ -1,8 +1,10 @@
 """The commands of recipes/verl against verl's own configuration and checks, and against the recipes of the TRL engine."""
 
 import os
+import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ from verl.trainer.ppo.v1 import get_trainer_cls
 from verl.utils.config import omega_conf_to_dataclass, validate_config
 
 import hapo
-from hapo.engines.verl.config import Settings, check, recipe, resolve_method, select
+from hapo.engines.metrics import NAMES as METRICS
+from hapo.engines.verl.config import DECIDED_BY_METHOD, Settings, check, recipe, resolve_method, select
+from hapo.engines.verl.records import NAMES as RECORDED
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
@@ -141,3 +145,17 @@ def test_problems_and_rewards(tmp_path: Path) -> None:
     assert score("addition", "7+6=13;0933", "933") == {"score": 0.0, "acc": 0.0}
     assert score("gsm8k", r"so \boxed{\frac{1}{2}}", "#### 0.5", {"index": 0})["acc"] == 1.0
     assert score("gsm8k", r"\boxed{10**10**10}", "3")["score"] == 0.0
+
+
+def test_the_page_of_the_engine_is_complete() -> None:
+    """Every setting with its default, every option that the method decides, every name in records and trackers."""
+    page = (ROOT / "docs/verl.md").read_text()
+    for setting in fields(Settings):
+        told = re.search(rf"^\| `{setting.name}` \| (.*?) \|", page, re.MULTILINE)
+        assert told and (not isinstance(setting.default, int) or told[1] == str(setting.default)), setting.name
+    for path, (_, remedy) in DECIDED_BY_METHOD.items():
+        assert f"| `{path}` | {remedy} |" in page
+    for theirs, ours in RECORDED.items():
+        assert f"| `{theirs}` | `{ours}`" in page
+    for name in METRICS.values():
+        assert f"`hapo/{name}`" in page

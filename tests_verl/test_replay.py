@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hapo.insight.run import Run
-from tests_verl.launch import VerlRun
+from tests_verl.launch import ACTOR, VerlRun
 from tests_verl.replay import replay
 
 CASES = {
@@ -16,7 +16,13 @@ CASES = {
     "gspo": ("+hapo.method=gspo",),
     "stapo": ("+hapo.method=stapo",),
     "gtpo": ("+hapo.method=gtpo",),
+    "grpo": (
+        "+hapo.method=grpo",
+        "+hapo.options.kl_coef=0",
+        f"{ACTOR}.entropy_coeff=0.05",
+    ),
 }
+BONUS = {"grpo": 0.05}
 
 
 def apart(pair: tuple[torch.Tensor, torch.Tensor]) -> float:
@@ -33,7 +39,7 @@ def test_replay(run: Callable[..., VerlRun], inputs: Path, name: str, ranks: int
     found = run(*CASES[name], ranks=ranks)
     method = Run(found.out).method()
     assert method.name == name
-    batches = replay(inputs, found.out, method)
+    batches = replay(inputs, found.out, method, BONUS.get(name, 0.0))
     assert len(batches) == 2
     for batch, line in zip(batches, lines(found), strict=True):
         assert apart(batch.old_logp) < 2e-4

@@ -19,7 +19,13 @@ from tests_verl.replay import tokens
 
 HAPO = ("+hapo.method=hapo", f"{ACTOR}.ppo_mini_batch_size=4", f"{ACTOR}.optim.lr=2e-3")
 """One mini-batch: verl puts responses in the order in which they were ready, which no seed decides."""
-LONGER = (*HAPO, "trainer.total_training_steps=3", "trainer.test_freq=3", "trainer.val_before_train=True")
+LONGER = (
+    *HAPO,
+    "trainer.total_training_steps=3",
+    "trainer.test_freq=3",
+    "trainer.val_before_train=True",
+    "algorithm.filter_groups.metric=acc",
+)
 
 
 def metrics(run: VerlRun) -> dict[int, dict[str, float]]:
@@ -107,6 +113,7 @@ def test_records(run: Callable[..., VerlRun], tmp_path: Path) -> None:
         for column in ("advantage", "advantage_used", "signal", "ratio", "bound_low", "bound_high"):
             assert np.allclose(table[column], again[column], atol=2e-6, rtol=1e-5, equal_nan=True), column
         assert (table["clipped"] == again["clipped"]).all()
+        assert (table["verdict"] == (table["reward"] > 0)).all()  # `acc`, and the score
     write_report([found.folder], tmp_path / "report.html")
     assert "microscope" in (tmp_path / "report.html").read_text()
 

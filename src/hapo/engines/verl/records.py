@@ -17,7 +17,6 @@ NAMES = {
     "actor/grad_norm": "grad_norm",
     "actor/lr": "learning_rate",
     "actor/entropy": "entropy",
-    "actor/kl_loss": "kl",
     "critic/score/mean": "reward",
     "response_length/mean": "completions/mean_length",
     "response_length/max": "completions/max_length",

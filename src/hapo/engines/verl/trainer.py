@@ -21,6 +21,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.utils import tensordict_utils as tu
 from verl.workers.utils.padding import response_to_nested
 
 from ...batch import EntropyStats, TokenBatch
@@ -134,7 +135,7 @@ class HAPOTrainer(PPOTrainerSync):
         if name == "reward":
             return torch.stack([row.float().sum() for row in data["rm_scores"].unbind()])
         found = []
-        for extra in data["extra_fields"].tolist():
+        for extra in tu.get(data, "extra_fields"):
             info = extra.get("reward_extra_info", {})
             if name not in info:
                 raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields
 from typing import Any
 
 import torch
@@ -103,7 +103,7 @@ class HAPOActor(TrainingWorker):
         """Write the totals of the optimiser step, and the tokens that it keeps, beside the data."""
         batch = token_batch(data)
         if method.keep is None:
-            local = torch.tensor(asdict_values(batch.count()), device=get_device_id())
+            local = torch.tensor(astuple(batch.count()), device=get_device_id())
             dist.all_reduce(local, group=self.engine.get_data_parallel_group())
             tu.assign_non_tensor(data, hapo_totals=tuple(local.tolist()))
             return
@@ -114,7 +114,7 @@ class HAPOActor(TrainingWorker):
         assert step.keep is not None and step.totals is not None
         keep = step.keep[first : first + len(batch), : batch.mask.shape[1]].cpu()
         data["hapo_keep"] = response_to_nested(keep, data["response_mask"])
-        tu.assign_non_tensor(data, hapo_totals=asdict_values(step.totals))
+        tu.assign_non_tensor(data, hapo_totals=astuple(step.totals))
 
     def _score(self, data: TensorDict, width: int) -> dict[str, Tensor]:
         """Log-probs and entropies of the current policy for all rows of this rank."""
@@ -173,8 +173,3 @@ class HAPOWorker(ActorRolloutRefWorker):
         if get_device_name() == "cpu":
             initialize_global_process_group_ray(backend="cpu:gloo")
         super().init_model()
-
-
-def asdict_values(totals: StepTotals) -> tuple[int, int, int]:
-    """Plain numbers, in the order of the fields."""
-    return totals.sequences, totals.tokens, totals.kept
