@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from hapo.cli import UsageError, main
 from hapo.cli.arms import Arm
 from tests.cli.small import flags
+from tests.insight.conftest import make_run
 
 SMALL = {
     "config": "demo",
@@ -145,3 +146,79 @@ def test_the_ablation_is_one_flag(tmp_path, capsys):
     options = CompareOptions(ablation=True)
     assert options.reference == "dapo"
     assert options.arms == ["dapo", *(f"hapo:components={c}" for c in ("A", "B", "C", "D", "AB", "ABC")), "hapo"]
+
+
+def of_verl(folder: Path, method: str, seed: int) -> str:
+    """A finished run as verl leaves it: greedy validation alone, no hash of the weights."""
+    make_run(folder, method, seed=seed, tokens=False, config={"engine": "verl"})
+    told = json.loads((folder / "manifest.json").read_text())
+    del told["weights_sha256"]
+    (folder / "manifest.json").write_text(json.dumps(told))
+    lines = (folder / "evaluations.jsonl").read_text().splitlines(keepends=True)
+    (folder / "evaluations.jsonl").write_text("".join(line for line in lines if '"greedy"' in line))
+    return str(folder)
+
+
+def test_finished_runs_of_verl_are_compared_without_training(tmp_path, capsys):
+    """Labels and folders may hold a `=`; the seeds are the manifests'."""
+    named = [f"dapo={of_verl(tmp_path / f'd{seed}', 'dapo', seed)}" for seed in (5, 9)]
+    named += [f"hapo:alpha=2={of_verl(tmp_path / f'alpha=2/{seed}', 'hapo', seed)}" for seed in (9, 5)]
+    out = tmp_path / "out"
+    assert main(["compare", "--runs", *reversed(named), "--target", "0.4", "--output_dir", str(out)]) == 0
+    told = capsys.readouterr().out
+    assert "held-out accuracy at the end, greedy\n  hapo:alpha=2: no interval: 2 pairs with dapo" in told
+    assert "warning: accuracy here is that of greedy answers" in told
+    assert f"page: {out / 'compare.html'}" in told
+    found = pd.read_csv(out / "results.csv")
+    assert list(zip(found.arm, found.seed, strict=True)) == [
+        ("hapo:alpha=2", 5),
+        ("hapo:alpha=2", 9),
+        ("dapo", 9),
+        ("dapo", 5),
+    ]
+    assert "Target: 40.0 % held-out, greedy." in (out / "comparison.md").read_text()
+    assert not (out / "runs").exists()
+    other = ["--runs", *named, "--reference", "hapo:alpha=2", "--output_dir", str(out)]
+    assert main(["compare", *other]) == 0
+    assert "dapo: no interval: 2 pairs with hapo:alpha=2" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """Of one run, at seed 3."""
+    return make_run(tmp_path_factory.mktemp("finished") / "run", "dapo", seed=3, tokens=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["dapo={run}", "--arms", "dapo", "--tune=1e-4"], "--runs trains nothing: drop --arms, --tune"),
+        (["dapo={run}", "--config", "demo", "--max-steps", "3"], "drop --config, --max_steps"),
+        (["dapo={run}", "--reference", "hapo"], "the reference 'hapo' is none of the arms (dapo)"),
+        (["dapo={run}", "dapo={run}"], "are both seed 3 of arm 'dapo'"),
+        (["dapo={run}x"], "x' is no ARM=FOLDER with the folder of a run"),
+        (["{run}"], "is no ARM=FOLDER"),
+        (["=" + "{run}"], "is no ARM=FOLDER"),
+    ],
+)
+def test_runs_that_cannot_be_told_apart_or_found_are_refused(words, message, finished, tmp_path, capsys):
+    given = [word.format(run=finished) for word in words]
+    assert main(["compare", "--output_dir", str(tmp_path / "out"), "--runs", *given]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out/results.csv").exists()
+
+
+def test_a_run_that_was_stopped_or_names_no_seed_is_refused(tmp_path, capsys):
+    stopped = make_run(tmp_path / "stopped", "dapo", tokens=False, finished=False)
+    nameless = make_run(tmp_path / "nameless", "dapo", tokens=False, manifest={"seed": None})
+    for folder, message in ((stopped, "has no finished.json"), (nameless, "has the seed None")):
+        assert main(["compare", "--runs", f"dapo={folder}", "--output_dir", str(tmp_path / "out")]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_runs_are_not_written_over_a_run_or_a_comparison_that_trains(finished, tmp_path, capsys):
+    assert main(["compare", "--runs", f"dapo={finished}", "--output_dir", str(finished)]) == 2
+    assert "is the folder of a run" in capsys.readouterr().err
+    (tmp_path / "compare.json").write_text("{}")
+    assert main(["compare", "--runs", f"dapo={finished}", "--output_dir", str(tmp_path)]) == 2
+    assert "holds a comparison that trains its runs" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +24,17 @@ def write_run(
     *,
     gradient: list[float],
     clipped: float = 0.02,
-    weights: str = "same",
+    weights: str | None = "same",
+    model: str = "tiny",
     kl_old: float = 1e-3,
+    hows: Sequence[str] = ("greedy", "sampled"),
+    problems: int = 10,
 ) -> Path:
     """A run measured at 0, 1,000, ... tokens on ten problems with two answers each."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text("method: dapo\n")
-    (folder / "manifest.json").write_text(json.dumps({"weights_sha256": weights}))
+    told = {"model": model} if weights is None else {"model": model, "weights_sha256": weights}
+    (folder / "manifest.json").write_text(json.dumps(told))
     metrics = {"loss": 0.0, "entropy": 0.5, "completions/mean_length": 20.0, "kl_old": kl_old}
     metrics |= {"clip_ratio/low_mean": clipped, "clip_ratio/high_mean": 0.0}
     (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": s, **metrics}) + "\n" for s in range(1, 11)))
@@ -38,9 +43,9 @@ def write_run(
         solved = round(20 * accuracy)
         scores = [1.0] * (solved // 2) + [0.5] * (solved % 2)
         scores += [0.0] * (10 - len(scores))
-        for how in ("greedy", "sampled"):
+        for how in hows:
             values = {"mean": accuracy, "low": accuracy - 0.05, "high": accuracy + 0.05, "samples": 2}
-            more = {"problems": 10, "binary": True, "scores": scores, "how": how}
+            more = {"problems": problems, "binary": True, "scores": scores, "how": how}
             lines.append({"step": 4 * k, "num_tokens": 1000.0 * k, "seconds": 2.0 * k, **values, **more})
     (folder / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     end = {"steps": 4 * (len(accuracies) - 1), "num_tokens": 1000.0 * (len(accuracies) - 1), "seconds": 4.0}
@@ -145,6 +150,66 @@ def test_a_comparison_that_can_show_nothing_says_why(quirk, words, tmp_path):
 def test_arms_that_began_with_different_weights_are_refused(tmp_path):
     with pytest.raises(ValueError, match="a and b began with different weights in seed 1"):
         read_comparison(two_arms(tmp_path, weights="other"), "a")
+
+
+def of_verl(folder: Path, **other) -> dict[tuple[str, int], Path]:
+    """The two arms as verl leaves them: one kind of measurement, no hash of the weights, no first gradient."""
+    runs = {}
+    for seed in SEEDS:
+        for arm, changes in (("a", {}), ("b", other)):
+            end = 0.6 + 0.05 * (seed % 3) + 0.1 * (arm == "b")
+            options = {"gradient": [1.0], "weights": None, "hows": ["greedy"], **changes}
+            runs[arm, seed] = write_run(folder / arm / str(seed), [0.2, 0.4, end], **options)
+            (runs[arm, seed] / "first_gradient.safetensors").unlink()
+    return runs
+
+
+def test_where_no_answers_were_sampled_accuracy_is_that_of_greedy_ones_and_is_said_to_be(tmp_path):
+    found = read_comparison(of_verl(tmp_path / "arms"), "a", target=0.5)
+    assert found.how == "greedy"
+    assert "sampled" not in found.runs and "pass@1" not in found.runs
+    assert found.runs.gradient_cosine.isna().all()
+    row = found.runs.set_index(["arm", "seed"]).loc[("b", 3)]
+    assert (row.start, row.greedy, row.best) == (0.2, pytest.approx(0.7), pytest.approx(0.7))
+    assert row.auc == pytest.approx((0.3 + 0.55) / 2)
+    assert row.tokens_to_target == pytest.approx(1000 + 1000 / 3)
+    assert [m.column for m in found.measures[:2]] == ["greedy", "auc"]
+    (warning,) = found.warnings
+    assert warning.startswith("accuracy here is that of greedy answers")
+    page = write_comparison(found, tmp_path).read_text()
+    assert "b better than a by 10.0 points" in page
+    assert "50.0 % held-out accuracy, greedy; a run" in page
+    assert "held-out accuracy, greedy" in page
+    assert "accuracy, sampled" not in page and "at the end, sampled" not in page
+
+
+def test_where_every_answer_was_sampled_there_is_no_greedy_column(tmp_path):
+    runs = two_arms(tmp_path / "arms", hows=["sampled"])  # b alone
+    found = read_comparison(runs, "a", target=0.5)
+    assert (found.how, found.warnings) == ("sampled", [])
+    assert "greedy" not in found.runs
+    assert "greedy" not in (write_comparison(found, tmp_path).parent / "comparison.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"model": "large"}, r"a and b began with different weights in seed 1 \(model tiny and large\)"),
+        ({"weights": "known", "model": "large"}, "began with different weights in seed 1"),
+        ({"problems": 11}, "a, seed 1 was measured on 10 held-out problems and b, seed 1 on 11"),
+        ({"hows": ["sampled"]}, r"a/1 has no accuracy of sampled answers and .*b/1 none of greedy ones"),
+    ],
+)
+def test_runs_that_cannot_be_compared_are_refused(other, message, tmp_path):
+    assert read_comparison(of_verl(tmp_path / "equal", weights="known"), "a").arms == ["a", "b"]
+    with pytest.raises(ValueError, match=message):
+        read_comparison(of_verl(tmp_path / "unequal", **other), "a")
+
+
+def test_a_run_measured_once_is_refused(tmp_path):
+    once = write_run(tmp_path / "once", [0.2], gradient=[1.0])
+    with pytest.raises(ValueError, match="once has no curve of held-out accuracy"):
+        read_comparison({("a", 1): once}, "a")
 
 
 def test_the_files_hold_every_run_and_the_page_every_verdict(comparison, tmp_path):

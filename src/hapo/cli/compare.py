@@ -3,42 +3,38 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 import yaml
 from filelock import FileLock, Timeout
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from trl import ModelConfig
 
 from ..engines.records import check_writable, write_whole
-from ..insight.compare import MEASURES, Comparison, read_comparison
+from ..insight.compare import MEASURES, read_comparison
 from ..insight.compare_page import summary, write_comparison
 from ..insight.run import Run
 from ..tasks import TaskConfig
 from ..trl import HAPOConfig
 from . import UsageError
-from .arms import TRL, Arm, Job, parse_flags, run_job, split_task
+from .arms import TRL, Arm, Job, parse_flags, split_task
+from .finished import finished_runs, split_named
+from .jobs import find_gpus, run_all
 from .recipe import DEFAULT, RecipeParser, read_recipe
 from .train import TrainOptions
 
 DESCRIPTION = """Compare methods on one recipe: same problems, initial weights and sampling seeds, paired by seed.
 Takes the flags of `hapo train`, which hold for every arm. An arm is a method with options, hapo:components=BCD, or
 trl:LOSS_TYPE, TRL's own loss in TRL's own trainer. Run again with the same output_dir it goes on where it was
-stopped; with more arms or seeds it adds them."""
+stopped; with more arms or seeds it adds them. With --runs it trains nothing, and compares runs that are there."""
 
 OUTPUT = "runs/compare"
 """Folder of a comparison that names none; a recipe's own is that of its run."""
@@ -53,6 +49,10 @@ EVERY = 10
 class CompareOptions:
     """What `hapo compare` takes beside a recipe."""
 
+    runs: list[str] = field(
+        default_factory=list,
+        metadata={"help": "ARM=FOLDER, each: compare these finished runs, from any engine, and train nothing"},
+    )
     arms: list[str] = field(
         default_factory=list, metadata={"help": "NAME[:option=value,...] or trl:LOSS_TYPE[:flag=value,...], each"}
     )
@@ -93,6 +93,8 @@ class CompareOptions:
         if self.ablation:
             self.arms = [*(["dapo"] if "dapo" not in self.arms else []), *self.arms]
             self.arms += [arm for arm in ABLATION if arm not in self.arms]
+        if self.runs:
+            self.arms = list(dict.fromkeys(split_named(word)[0] for word in self.runs))
         if not self.arms:
             self.arms = ["hapo", "dapo", "grpo", "trl:dapo"]
         if len(set(self.arms)) < len(self.arms):
@@ -109,16 +111,31 @@ def main(argv: list[str]) -> int:
     parser = RecipeParser("hapo compare", DESCRIPTION, kinds)
     parser.set_defaults(run_records=True)
     task_config, args, _, training, options, _ = parser.read(argv)
-    arms = [Arm(label) for label in options.arms]
     given = {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
-    if "seed" in given:
-        raise UsageError("the seeds of a comparison count up from --first_seed; drop --seed")
     folder = Path(args.output_dir) if "output_dir" in given else Path(OUTPUT)
     console = Console(highlight=False, markup=False)
+    if options.runs:
+        return _compare_finished(folder, options, given, console)
+    if "seed" in given:
+        raise UsageError("the seeds of a comparison count up from --first_seed; drop --seed")
+    arms = [Arm(label) for label in options.arms]
     tune_size = options.tune_size if options.tune else 0
     _check(folder, args, training, arms)
     with _alone(folder):
         return _compare(argv, folder, task_config, args, training, options, arms, tune_size, console)
+
+
+def _compare_finished(folder: Path, options: CompareOptions, given: set[str], console: Console) -> int:
+    """Compare runs that exist already."""
+    if trained := sorted(given - {"runs", "reference", "target", "output_dir"}):
+        raise UsageError(f"--runs trains nothing: drop {', '.join(f'--{name}' for name in trained)}")
+    runs = finished_runs(options.runs)
+    _check_folder(folder)
+    if (folder / "compare.json").exists():
+        raise UsageError(f"{folder} holds a comparison that trains its runs: choose another --output_dir")
+    with _alone(folder):
+        _conclude(runs, folder, options, None, console)
+    return 0
 
 
 def _compare(
@@ -146,7 +163,7 @@ def _compare(
         flags["max_num_gen_batches"] = 1
     if training.evaluate_every is None:
         flags["evaluate_every"] = max(1, args.max_steps // EVERY)
-    jobs = options.jobs or len(_gpus()) or max(1, (os.cpu_count() or 1) // threads)
+    jobs = options.jobs or len(find_gpus()) or max(1, (os.cpu_count() or 1) // threads)
 
     def job(arm: Arm, seed: int, where: Path, **changes: Any) -> Job:
         return Job(arm, seed, where / f"seed-{seed}", recipe, {**flags, **changes}, tune_size)
@@ -168,7 +185,7 @@ def _compare(
             for arm in arms
             if "learning_rate" not in arm.flags
         }
-        if not _run_all(list(tuning.values()), jobs, "tuning", console):
+        if not run_all(list(tuning.values()), jobs, "tuning", console):
             return 1
         tuned = _tuning_table(tuning)
         tuned.to_csv(folder / "tuning.csv", index=False)
@@ -183,19 +200,24 @@ def _compare(
         for seed in range(options.first_seed, options.first_seed + options.seeds)
         for arm in arms
     }
-    complete = _run_all(list(runs.values()), jobs, "runs", console)
+    complete = run_all(list(runs.values()), jobs, "runs", console)
     finished = {key: one.folder for key, one in runs.items() if one.done}
-    comparison = read_comparison(finished, str(options.reference), options.target)
-    page = write_comparison(comparison, folder, tuned)
-    _print(comparison, console)
-    console.print(f"page: {page}; raw numbers: results.csv, curves.csv beside it", soft_wrap=True)
+    _conclude(finished, folder, options, tuned, console)
     return 0 if complete else 1
 
 
-def _print(comparison: Comparison, console: Console) -> None:
-    """The table of arms, the verdicts, and what the comparison cannot show."""
+def _conclude(
+    runs: dict[tuple[str, int], Path],
+    folder: Path,
+    options: CompareOptions,
+    tuned: pd.DataFrame | None,
+    console: Console,
+) -> None:
+    """Write the page and the tables; print the table of arms, the verdicts, and what cannot be shown."""
+    comparison = read_comparison(runs, str(options.reference), options.target)
+    page = write_comparison(comparison, folder, tuned)
     found = summary(comparison)
-    shown = [measure.title for measure in MEASURES[:2]] + ["reached the target", "collapsed"]
+    shown = [*(measure.title for measure in comparison.accuracies), "reached the target", "collapsed"]
     table = Table("arm", *shown, box=box.SIMPLE)
     for arm in found.index:
         table.add_row(arm, *found.loc[arm, shown])
@@ -208,58 +230,7 @@ def _print(comparison: Comparison, console: Console) -> None:
                 console.print(f"  {arm}: {words}", soft_wrap=True)
     for warning in comparison.warnings:
         console.print(f"warning: {warning}", soft_wrap=True)
-
-
-def _run_all(jobs: list[Job], at_once: int, what: str, console: Console) -> bool:
-    """Run what is not done, each in a process of its own; False if any failed."""
-    waiting = [job for job in jobs if not job.done]
-    failed: list[Job] = []
-    context: Any = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
-    if hasattr(os, "fork"):
-        context.set_forkserver_preload(["hapo.cli.arms"])  # the libraries are loaded once
-    slots: dict[int, tuple[BaseProcess, Job]] = {}
-    gpus = _gpus()
-    began, done_before = time.monotonic(), len(jobs) - len(waiting)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[left]}"),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=len(jobs), completed=done_before, left="")
-        try:
-            while waiting or slots:
-                while waiting and len(slots) < at_once:
-                    slot = next(i for i in range(at_once) if i not in slots)
-                    job = waiting.pop(0)
-                    device = gpus[slot % len(gpus)] if gpus else None
-                    process = context.Process(target=run_job, args=(job, device))
-                    process.start()
-                    slots[slot] = process, job
-                wait([process.sentinel for process, _ in slots.values()])
-                for slot, (process, job) in list(slots.items()):
-                    if process.is_alive():
-                        continue
-                    process.join()
-                    del slots[slot]
-                    if not job.done:
-                        failed.append(job)
-                        console.print(
-                            f"failed: {job.arm.label}, seed {job.seed}: see {job.folder / 'log.txt'}",
-                            soft_wrap=True,
-                        )
-                    finished = len(jobs) - len(waiting) - len(slots)
-                    left = (time.monotonic() - began) / (finished - done_before) * (len(waiting) + len(slots))
-                    bar.update(task, completed=finished, left=f"{_duration(left)} left")
-                    if not console.is_terminal and not failed and (finished == len(jobs) or finished % 10 == 0):
-                        console.print(f"{what}: {finished}/{len(jobs)} done, {_duration(left)} left")
-        except KeyboardInterrupt:
-            for process, _ in slots.values():
-                process.terminate()
-            console.print("stopped; the same command goes on: finished runs stay, the others begin again")
-            raise
-    return not failed
+    console.print(f"page: {page}; raw numbers: results.csv, curves.csv beside it", soft_wrap=True)
 
 
 def _tuning_table(tuning: dict[tuple[str, float, int], Job]) -> pd.DataFrame:
@@ -297,6 +268,10 @@ def _check(folder: Path, args: HAPOConfig, training: TrainOptions, arms: list[Ar
         for name in ("use_vllm", "overlong_buffer"):
             if arm.of_trl and getattr(args, name):
                 raise UsageError(f"arm {arm.label}: {TRL} arms run without {name}; drop it, or the arm")
+    _check_folder(folder)
+
+
+def _check_folder(folder: Path) -> None:
     if (folder / "manifest.json").exists():
         raise UsageError(f"{folder} is the folder of a run: choose another --output_dir for the comparison")
     check_writable(folder)
@@ -348,13 +323,6 @@ def _alone(folder: Path) -> Iterator[None]:
         raise UsageError(f"another `hapo compare` is at work in {folder}") from error
 
 
-def _gpus() -> list[str]:
-    """The devices of this process, as CUDA_VISIBLE_DEVICES names them."""
-    count = torch.cuda.device_count()
-    allotted = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    return allotted.split(",")[:count] if allotted else [str(n) for n in range(count)]
-
-
 def _without(argv: list[str], options: CompareOptions) -> tuple[str | None, list[str]]:
     """The recipe's file, and the flags of the recipe alone."""
     own = {*vars(options), "no_ablation", "output_dir", "config"}
@@ -371,14 +339,3 @@ def _without(argv: list[str], options: CompareOptions) -> tuple[str | None, list
             kept.append(word)
     named = any(word.partition("=")[0].replace("-", "_") in ("--model", "--model_name_or_path") for word in kept)
     return (config or (None if named else DEFAULT)), kept
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return (
-        f"{minutes // 60} h {minutes % 60} min"
-        if minutes >= 60
-        else f"{minutes} min"
-        if minutes
-        else "under a minute"
-    )

@@ -1,13 +1,15 @@
 """What a comparison found: arms x seeds of finished runs, as tables and words.
 
-Reads a folder `runs/ARM/seed-N/` of run folders and nothing else, so that it works on runs of any engine. Held-out
-accuracy is the sampled one of evaluations.jsonl; arms are paired by seed.
+Reads run folders and nothing else, so that it works on runs of any engine. Held-out accuracy is the sampled one of
+evaluations.jsonl, or the greedy one where a run has no other; arms are paired by seed.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +65,12 @@ class Comparison:
 
     Attributes:
         reference: the arm that the others are compared with.
-        target: held-out accuracy, sampled, that `tokens_to_target` and `seconds_to_target` are about.
+        target: held-out accuracy that `tokens_to_target` and `seconds_to_target` are about.
         runs: one row a run; the columns are described in docs/compare.md.
         curves: one row a measurement of a run.
         warnings: why the comparison cannot show a difference, where that can be known.
+        how: the answers that accuracy is of, `sampled` or, where not every run has sampled ones, `greedy`; the
+            column of `runs` that holds it at the end.
     """
 
     reference: str
@@ -74,6 +78,7 @@ class Comparison:
     runs: pd.DataFrame
     curves: pd.DataFrame
     warnings: list[str]
+    how: str
 
     @property
     def arms(self) -> list[str]:
@@ -88,11 +93,16 @@ class Comparison:
         return compare_arms(wide, self.reference, better=measure.better, unit=measure.unit, scale=measure.scale)
 
     @property
+    def accuracies(self) -> list[Measure]:
+        """At the end: sampled, greedy, or both, as all runs have them."""
+        return [m for m in MEASURES[:2] if m.column in self.runs]
+
+    @property
     def measures(self) -> list[Measure]:
         """Those that the runs have, with pass@k for every k sampled."""
         passes = [c for c in self.runs if c.startswith("pass@") and c != "pass@1"]
         more = [Measure(c, f"{c} at the end, sampled", **POINTS) for c in passes]
-        return [m for m in (*MEASURES[:2], *more, *MEASURES[2:]) if m.column in self.runs]
+        return [*self.accuracies, *more, *(m for m in MEASURES[2:] if m.column in self.runs)]
 
 
 def read_comparison(
@@ -103,42 +113,63 @@ def read_comparison(
     `target` is by default half way from the start to the reference's mean accuracy at the end.
 
     Raises:
-        ValueError: no finished run of the reference arm; a run without held-out accuracy; initial weights that
-            differ between arms of a seed.
+        ValueError: no finished run of the reference arm; a run without a curve of held-out accuracy; runs
+            measured in different ways, or on different numbers of problems; initial weights that differ between
+            arms of a seed.
     """
     if not any(arm == reference for arm, _ in folders):
         raise ValueError(f"no finished run of the reference arm {reference!r}: its log.txt says why")
     found = {key: Run(folder) for key, folder in folders.items()}
+    hows = _measured(found.values())
     curves = pd.concat(
         [run.evaluations.drop(columns="scores").assign(arm=arm, seed=seed) for (arm, seed), run in found.items()],
         ignore_index=True,
     )
     _check_weights(found)
-    sampled = curves[curves.how == "sampled"]
+    accuracy = curves[curves.how == hows[0]]
+    _check_problems(accuracy)
     if target is None:
-        mine = sampled[sampled.arm == reference].groupby("seed")["mean"]
+        mine = accuracy[accuracy.arm == reference].groupby("seed")["mean"]
         target = round(float((mine.first().mean() + mine.last().mean()) / 2), 3)
-    budget = sampled.groupby(["arm", "seed"])[["num_tokens", "seconds"]].last().min()
-    rows = [_row(arm, seed, run, target, budget) for (arm, seed), run in found.items()]
-    runs = pd.DataFrame(rows)
+    budget = accuracy.groupby(["arm", "seed"])[["num_tokens", "seconds"]].last().min()
+    runs = pd.DataFrame([_row(arm, seed, run, target, budget, hows) for (arm, seed), run in found.items()])
     runs["gradient_cosine"] = [_cosine(run, found.get((reference, seed))) for (_, seed), run in found.items()]
-    return Comparison(reference, target, runs, curves, _warnings(runs, reference))
+    return Comparison(reference, target, runs, curves, _warnings(runs, reference, hows[0]), hows[0])
 
 
-def _row(arm: str, seed: int, run: Run, target: float, budget: pd.Series) -> dict[str, Any]:
-    sampled = run.evaluations[run.evaluations.how == "sampled"]
-    greedy = run.evaluations[run.evaluations.how == "greedy"]
-    if sampled.empty:
-        raise ValueError(f"{run.folder} has no held-out accuracy: compare needs evaluate on")
-    last, end = sampled.iloc[-1], run.finished or {}
-    row: dict[str, Any] = {"arm": arm, "seed": seed, "start": sampled["mean"].iloc[0], "sampled": last["mean"]}
-    row["greedy"] = greedy["mean"].iloc[-1]
-    row["best"] = sampled["mean"].max()
-    if last["binary"]:
+def _measured(runs: Collection[Run]) -> list[str]:
+    """The ways in which every run was measured, the one to compare by first."""
+    for run in runs:
+        if run.evaluations["num_tokens"].nunique() < 2:
+            raise ValueError(
+                f"{run.folder} has no curve of held-out accuracy, measured twice at least: compare needs evaluate "
+                "on (verl: trainer.test_freq)"
+            )
+    hows = [how for how in ("sampled", "greedy") if all(how in set(run.evaluations["how"]) for run in runs)]
+    if not hows:
+        one, other = (
+            next(run.folder for run in runs if how not in set(run.evaluations["how"]))
+            for how in ("sampled", "greedy")
+        )
+        raise ValueError(
+            f"{one} has no accuracy of sampled answers and {other} none of greedy ones: measure both runs alike "
+            "(verl: actor_rollout_ref.rollout.val_kwargs.do_sample)"
+        )
+    return hows
+
+
+def _row(arm: str, seed: int, run: Run, target: float, budget: pd.Series, hows: list[str]) -> dict[str, Any]:
+    measured = {how: run.evaluations[run.evaluations.how == how] for how in hows}
+    lines = measured[hows[0]]
+    last, end = lines.iloc[-1], run.finished or {}
+    row: dict[str, Any] = {"arm": arm, "seed": seed, "start": lines["mean"].iloc[0]}
+    row |= {how: of["mean"].iloc[-1] for how, of in measured.items()}
+    row["best"] = lines["mean"].max()
+    if last["binary"] and last["how"] == "sampled":
         n = int(last["samples"])
         correct = np.rint(np.asarray(last["scores"]) * n)
         row |= {f"pass@{k}": float(pass_at_k(correct, n, k).mean()) for k in _powers(n)}
-    curve = sampled.drop_duplicates("num_tokens", keep="last")  # tokens stand still within a rollout batch
+    curve = lines.drop_duplicates("num_tokens", keep="last")  # tokens stand still within a rollout batch
     shared = curve[curve["num_tokens"] < budget["num_tokens"]]
     at_end = np.interp(budget["num_tokens"], curve["num_tokens"], curve["mean"])
     row["auc"] = area_under_curve([*shared["num_tokens"], budget["num_tokens"]], [*shared["mean"], at_end])
@@ -148,7 +179,7 @@ def _row(arm: str, seed: int, run: Run, target: float, budget: pd.Series) -> dic
         row[f"{name}_to_target"] = float(restricted[0])
         if name == "tokens":
             row["reached"] = bool(arrived[0])
-    best = sampled.loc[sampled["mean"].idxmax()]
+    best = lines.loc[lines["mean"].idxmax()]
     row["collapsed"] = bool(last["high"] < best["low"])
     row |= {"steps": end.get("steps"), "num_tokens": end.get("num_tokens"), "seconds": end.get("seconds")}
     return row | _training(run.metrics)
@@ -178,20 +209,35 @@ def _cosine(run: Run, other: Run | None) -> float:
 
 
 def _check_weights(runs: dict[tuple[str, int], Run]) -> None:
-    first: dict[int, tuple[str, str]] = {}  # a seed decides how adapters are initialised
-    for (arm, seed), run in runs.items():
-        weights = str(run.manifest.get("weights_sha256", ""))
-        other, theirs = first.setdefault(seed, (arm, weights))
-        if weights != theirs:
+    """By their hash, or by the model's name where a run has none."""
+    for ((arm, seed), run), ((other, of), theirs) in combinations(runs.items(), 2):
+        both = run.manifest, theirs.manifest
+        name = "weights_sha256" if all("weights_sha256" in manifest for manifest in both) else "model"
+        a, b = (manifest.get(name) for manifest in both)
+        if seed == of and a != b:  # a seed decides how adapters are initialised
             raise ValueError(
-                f"{other} and {arm} began with different weights in seed {seed}: compare runs of one model, in a "
-                "fresh folder"
+                f"{arm} and {other} began with different weights in seed {seed} ({name} {a} and {b}): compare "
+                "runs of one model, in a fresh folder"
             )
 
 
-def _warnings(runs: pd.DataFrame, reference: str) -> list[str]:
+def _check_problems(accuracy: pd.DataFrame) -> None:
+    if accuracy["problems"].nunique() > 1:
+        one, other, *_ = accuracy.drop_duplicates("problems").itertuples()
+        raise ValueError(
+            f"{one.arm}, seed {one.seed} was measured on {one.problems} held-out problems and {other.arm}, seed "
+            f"{other.seed} on {other.problems}: compare runs with the same ones"
+        )
+
+
+def _warnings(runs: pd.DataFrame, reference: str, how: str) -> list[str]:
     """Reasons why arms cannot differ."""
     found = []
+    if how != "sampled":
+        found.append(
+            "accuracy here is that of greedy answers and says nothing of sampled ones, by which not every run was "
+            "measured (verl: actor_rollout_ref.rollout.val_kwargs.do_sample=True)"
+        )
     by_arm = runs.groupby("arm", sort=False)
     cosine = by_arm["gradient_cosine"].mean()
     for arm, value in cosine.items():
@@ -207,23 +253,24 @@ def _warnings(runs: pd.DataFrame, reference: str) -> list[str]:
         if len(still):
             found.append(
                 f"next to nothing is clipped ({', '.join(f'{a} {100 * v:.2g} %' for a, v in still.items())} "
-                "of the tokens): methods that act by their bounds cannot show it; raise steps_per_generation or "
-                "learning_rate"
+                "of the tokens): methods that act by their bounds cannot show it; take more optimiser steps a "
+                "rollout batch, or a larger learning rate"
             )
     if "kl_old" in runs:
         moved = by_arm["kl_old"].mean().dropna()
         for arm in moved[moved < NO_MOVE].index:
             found.append(
-                f"{arm}: the policy never leaves the rollout policy, every ratio is 1; raise steps_per_generation "
-                "or num_iterations"
+                f"{arm}: the policy never leaves the rollout policy, every ratio is 1; take more optimiser "
+                "steps a rollout batch"
             )
-    ends = by_arm[["start", "sampled"]].mean()
-    if ((ends["sampled"] - ends["start"]) < LITTLE).all():
+    ends = by_arm[["start", how]].mean()
+    if ((ends[how] - ends["start"]) < LITTLE).all():
         found.append("no arm learned anything (under one point): train longer, or raise the learning rate")
     tokens = by_arm["num_tokens"].mean().dropna()
     if len(tokens) and tokens.max() > (1 + UNEQUAL) * tokens.min():
         found.append(
             f"the budgets are not equal: {tokens.idxmax()} generated {tokens.max():,.0f} tokens a run, "
-            f"{tokens.idxmin()} {tokens.min():,.0f}; set token_budget, and compare by the curve over tokens"
+            f"{tokens.idxmin()} {tokens.min():,.0f}; compare by the curve over tokens, or "
+            "train with one token_budget"
         )
     return found

@@ -7,7 +7,7 @@ from pathlib import Path
 import altair as alt
 import pandas as pd
 
-from .compare import MEASURES, Comparison, Measure
+from .compare import Comparison, Measure
 from .figures import Figure, printable, short
 from .page import new_nonce, render, write_page
 from .statistics import MIN_SEEDS, Interval, mean_interval
@@ -71,9 +71,9 @@ def figures(comparison: Comparison, tuning: pd.DataFrame | None) -> list[Figure]
 
 def _curves(comparison: Comparison) -> Figure:
     rows = []
-    sampled = comparison.curves[comparison.curves.how == "sampled"]
+    measured = comparison.curves[comparison.curves.how == comparison.how]
     seeds = comparison.runs.groupby("arm")["seed"].nunique()
-    for (arm, _), some in sampled.groupby(["arm", sampled.groupby(["arm", "seed"]).cumcount()], sort=False):
+    for (arm, _), some in measured.groupby(["arm", measured.groupby(["arm", "seed"]).cumcount()], sort=False):
         if len(some) < seeds[arm]:  # some runs had spent their tokens before
             continue
         found = _interval(some["mean"])
@@ -92,7 +92,9 @@ def _curves(comparison: Comparison) -> Figure:
     band = data.mark_area(opacity=0.15).encode(x=x, y=alt.Y("low:Q"), y2="high:Q", color=colour)
     line = data.mark_line(point=True, strokeWidth=2).encode(
         x=x,
-        y=alt.Y("accuracy:Q", title="held-out accuracy, sampled", axis=alt.Axis(format="%")).scale(zero=False),
+        y=alt.Y("accuracy:Q", title=f"held-out accuracy, {comparison.how}", axis=alt.Axis(format="%")).scale(
+            zero=False
+        ),
         color=colour,
         tooltip=["arm:N", "tokens:Q", alt.Tooltip("accuracy:Q", format=".1%")],
     )
@@ -111,10 +113,10 @@ def _differences(comparison: Comparison) -> Figure:
         "Intervals that hold 0 show nothing.",
     )
     rows = []
-    for measure in MEASURES[:2]:
+    for measure in comparison.accuracies:
         table = comparison.table(measure)
         if table is None or table["low"].isna().all():
-            missing = f"an interval needs two arms with {MIN_SEEDS} seeds each (--seeds)"
+            missing = f"an interval needs two arms with {MIN_SEEDS} seeds each"
             return Figure("differences", title, look, missing=missing)
         for row in table.dropna(subset="low").itertuples():
             values = {k: short(100 * getattr(row, k)) for k in ("difference", "low", "high")}
@@ -137,12 +139,14 @@ def _differences(comparison: Comparison) -> Figure:
 def _seeds(comparison: Comparison) -> Figure:
     runs = comparison.runs
     rows = [
-        {"arm": r.arm, "seed": r.seed, "accuracy": short(r.sampled)}
-        for r in runs[["arm", "seed", "sampled"]].itertuples()
+        {"arm": arm, "seed": seed, "accuracy": short(value)}
+        for _, arm, seed, value in runs[["arm", "seed", comparison.how]].itertuples()
     ]
     data = alt.Chart(alt.Data(values=rows))
     x = alt.X("arm:N", title=None, sort=comparison.arms, axis=alt.Axis(labelAngle=-30))
-    y = alt.Y("accuracy:Q", title="held-out accuracy, sampled", axis=alt.Axis(format="%")).scale(zero=False)
+    y = alt.Y("accuracy:Q", title=f"held-out accuracy, {comparison.how}", axis=alt.Axis(format="%")).scale(
+        zero=False
+    )
     line = data.mark_line(opacity=0.25, strokeWidth=1).encode(x=x, y=y, detail="seed:N")
     dot = data.mark_point(filled=True, opacity=0.8).encode(
         x=x,
@@ -206,7 +210,7 @@ def _mean(values: pd.Series, measure: Measure) -> str:
 def _markdown(comparison: Comparison, verdicts: list[tuple[Measure, pd.DataFrame]]) -> str:
     table = summary(comparison).T
     lines = [
-        f"Reference: {comparison.reference}. Target: {100 * comparison.target:.1f} % held-out, sampled.",
+        f"Reference: {comparison.reference}. Target: {100 * comparison.target:.1f} % held-out, {comparison.how}.",
         "",
         "| | " + " | ".join(map(str, table.columns)) + " |",
         "|---|" + "---|" * len(table.columns),
