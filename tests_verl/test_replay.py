@@ -50,7 +50,7 @@ def test_replay(run: Callable[..., VerlRun], inputs: Path, name: str, ranks: int
         assert len(batch.steps) == 6
         for step in batch.steps:
             theirs = torch.tensor(step.theirs["logp_new"].to_numpy())
-            assert (theirs - step.logp).abs().max() < 1e-3
+            assert (theirs - step.logp).abs().max() < 2e-4
         mean = sum(step.loss for step in batch.steps) / 6
         assert line["loss"] == pytest.approx(mean, abs=1e-4)
         norm = sum(step.grad_norm for step in batch.steps) / 6

@@ -19,6 +19,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import hapo
 
+from ..identity import differences, identity
+
 STATE = "hapo_state.json"
 
 
@@ -50,12 +52,12 @@ def check_checkpoint(trainer: Any, resume: bool | str | None) -> str | None:
         )
     state = json.loads((path / STATE).read_text())
     new = "start a new run from its weights with model_name_or_path"
-    if details := _differences(state["method"], _identity(trainer.method)):
+    if details := differences(state["method"], identity(trainer.method)):
         raise ValueError(
             f"{path} is a checkpoint of another method ({details}); resume with the method it was written with, "
             f"or {new}"
         )
-    if details := _differences(state["layout"], _layout(trainer)):
+    if details := differences(state["layout"], _layout(trainer)):
         raise ValueError(
             f"{path} was written under another schedule ({details}), and its rollout batch cannot be split anew; "
             f"resume with the same one, or {new}"
@@ -81,7 +83,7 @@ def save_state(trainer: Any, folder: Path) -> None:
     dynamic = trainer._dynamic
     state = {
         "version": hapo.__version__,
-        "method": _identity(trainer.method),
+        "method": identity(trainer.method),
         "layout": _layout(trainer),
         "stats": _to_json(trainer.temperature_stats),
         "sampled_with": _to_json(trainer._sampled_with),
@@ -128,12 +130,6 @@ class _RestoreLoss(TrainerCallback):
         self.trainer.remove_callback(self)
 
 
-def _differences(there: dict[str, Any], here: dict[str, Any]) -> str:
-    """What differs, in words; empty where nothing does."""
-    differing = sorted(k for k in {*there, *here} if there.get(k) != here.get(k))
-    return ", ".join(f"{k}: {there.get(k)!r} there, {here.get(k)!r} here" for k in differing)
-
-
 def _layout(trainer: Any) -> dict[str, Any]:
     """How a rollout batch is cut into micro-batches, optimiser steps and ranks."""
     names = (
@@ -143,11 +139,6 @@ def _layout(trainer: Any) -> dict[str, Any]:
         "num_iterations",
     )
     return {"processes": trainer.accelerator.num_processes, **{n: getattr(trainer.args, n) for n in names}}
-
-
-def _identity(method: hapo.Method) -> dict[str, Any]:
-    """What must agree for a resume to continue the same run, as JSON gives it back."""
-    return json.loads(json.dumps({"method": method.name, **method.options}))
 
 
 def _to_json(stats: hapo.EntropyStats | None) -> dict[str, float] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
@@ -26,6 +27,8 @@ CORRECTION = "algorithm.rollout_correction"
 
 TEMPERED_BY = ("vllm", "transformers")
 """Rollouts that apply the rule of a request."""
+
+TESTED_VLLM = "0.32."
 
 DECIDED_BY_METHOD: dict[str, tuple[Any, str]] = {
     f"{ACTOR}.clip_ratio": (0.2, "+hapo.options.eps_low and eps_high"),
@@ -84,15 +87,15 @@ class Settings:
 
 
 def refuse_half_set(arguments: Sequence[str]) -> None:
-    """Look at a command line of verl, before its configuration is even composed.
-
-    The stock trainers would call the estimator and the loss without the entropies that they need.
+    """Look at a command line of verl: only there can a stock trainer be refused, which would ignore the section,
+    or call the estimator after its first rollout, without the entropies.
 
     Raises:
-        ValueError: the estimator or the loss is hapo's, and the trainer is not.
+        ValueError: it asks for hapo, and the trainer is not hapo's.
     """
     given = dict(a.lstrip("+").partition("=")[::2] for a in arguments if "=" in a)
-    if NAME not in (given.get(ADVANTAGE), given.get(LOSS)):
+    section = any(key.startswith(f"{NAME}.") for key in given)
+    if not section and NAME not in (given.get(ADVANTAGE), given.get(LOSS)):
         return
     if given.get("trainer.use_v1", "true").lower() == "false":
         raise ValueError(f"{ADVANTAGE}={NAME} needs verl's v1 trainer: leave trainer.use_v1 out")
@@ -102,17 +105,16 @@ def refuse_half_set(arguments: Sequence[str]) -> None:
 
 
 def wrong_mode(mode: str | None = None) -> str:
-    """Why a stock trainer cannot run a method."""
-    asynchronous = (
-        ""
-        if mode is None or "async" not in mode
-        else (f"; {mode} mixes rollouts of several policies and temperatures in one batch, which is not supported")
+    """Why a stock trainer, of this mode, cannot run a method."""
+    reason = (
+        f"a method needs the rollout's entropies, which verl's own trainers do not hand on: set {MODE}={NAME}, "
+        "which runs verl's synchronous trainer"
     )
-    got = "" if mode is None else f", got {mode}"
-    return (
-        f"a method needs the rollout's entropies, which verl's own trainers do not hand on: set {MODE}={NAME} "
-        f"(it runs verl's synchronous trainer){got}{asynchronous}"
-    )
+    if mode is None:
+        return reason
+    if "async" in mode:
+        reason += ". Batches that mix rollouts of several policies and temperatures are not supported"
+    return f"{reason} (got {mode})"
 
 
 def select(config: Mapping[str, Any], path: str, default: Any = None) -> Any:
@@ -174,7 +176,8 @@ def check(config: Mapping[str, Any], method: Method) -> None:
         value = select(config, path, default)
         if value != default:
             raise ValueError(f"{path}={value} cannot be honoured: the method decides it; set {instead}")
-    if method.live_signal and not select(config, f"{ACTOR}.calculate_entropy"):
+    computed = select(config, f"{ACTOR}.calculate_entropy") or select(config, f"{ACTOR}.entropy_coeff")
+    if method.live_signal and not computed:
         raise ValueError(
             f"method {method.name!r} reads the current policy's entropy: set {ACTOR}.calculate_entropy=True"
         )
@@ -182,6 +185,19 @@ def check(config: Mapping[str, Any], method: Method) -> None:
         raise ValueError(
             f"method {method.name!r} with these options takes statistics over micro-batches, and "
             f"{ACTOR}.use_dynamic_bsz=True makes those by length: set it to False"
+        )
+    sequence = f"{ACTOR}.ulysses_sequence_parallel_size"
+    if method.live_keep and select(config, sequence, 1) > 1:
+        raise ValueError(
+            f"method {method.name!r} scores the current policy before each step, which was not tested with "
+            f"{sequence}={select(config, sequence)}: set it to 1, or +hapo.options.entropy_source=old"
+        )
+    verdict = select(config, "algorithm.filter_groups.metric", "reward")
+    reward_model = select(config, "reward.reward_model", {})
+    if verdict != "reward" and reward_model.get("enable") and not reward_model.get("enable_resource_pool"):
+        raise ValueError(
+            f"algorithm.filter_groups.metric={verdict} names the verdict, and a colocated reward model has none: "
+            "set it to reward, or reward.reward_model.enable_resource_pool=True"
         )
     _check_correction(config)
     if method.factor is not None:
@@ -218,6 +234,12 @@ def _check_temperature(config: Mapping[str, Any], method: Method) -> None:
             f"the adaptive temperature was not tested in verl's {rollout} rollout: set {ROLLOUT}.name=vllm, or "
             f"switch it off ({off})"
         )
+    mode = select(config, f"{ROLLOUT}.logprobs_mode", "processed_logprobs")
+    if mode != "processed_logprobs":
+        raise ValueError(
+            f"{ROLLOUT}.logprobs_mode={mode} returns log-probs of another distribution than the one that draws: "
+            "set processed_logprobs"
+        )
     if not select(config, f"{CORRECTION}.rollout_is"):
         raise ValueError(
             "with an adaptive temperature another distribution draws than the policy, and the importance ratio "
@@ -228,21 +250,18 @@ def _check_temperature(config: Mapping[str, Any], method: Method) -> None:
 def _check_vllm(tempered: bool) -> None:
     if find_spec("vllm") is None:
         raise ImportError(f"{ROLLOUT}.name=vllm, and vLLM is not installed: pip install vllm")
-    if tempered:
-        from vllm import __version__
-
-        from ...samplers.vllm import TESTED
-
-        if not __version__.startswith(TESTED):
-            raise ImportError(
-                f"the adaptive temperature was tested with vLLM {TESTED}x and refuses {__version__}: install "
-                f"vllm=={TESTED}*, or switch the temperature off"
-            )
+    found = version("vllm")
+    if tempered and not found.startswith(TESTED_VLLM):
+        raise ImportError(
+            f"the adaptive temperature was tested with vLLM {TESTED_VLLM}x and refuses {found}: install "
+            f"vllm=={TESTED_VLLM}*, or switch the temperature off"
+        )
 
 
 def _cap(config: Mapping[str, Any]) -> float | None:
     """The cap of a truncated token weight; None where verl weighs in another way, or not at all."""
-    if select(config, f"{CORRECTION}.rollout_is") != "token":
+    other = select(config, f"{CORRECTION}.rollout_is_batch_normalize")
+    if select(config, f"{CORRECTION}.rollout_is") != "token" or other:
         return None
     try:
         return float(select(config, f"{CORRECTION}.rollout_is_threshold", 2.0))
@@ -271,5 +290,5 @@ def recipe(config: Mapping[str, Any], method: Method) -> dict[str, Any]:
         "method": method.name,
         "method_options": {k: v for k, v in method.options.items() if k not in ("method", "kl_coef")},
         "beta": penalty if own is None else own,
-        "verl": dict(config),
+        "verl": {k: v for k, v in config.items() if k != "ray_kwargs"},  # which may hold keys of trackers
     }

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from verl.trainer.ppo.core_algos import register_adv_est
 
@@ -26,6 +26,8 @@ class Rollout:
     method: Method
     fields: dict[str, Tensor]
     """Fields of `TokenBatch`: old_logp, old_entropy, verdict, ..."""
+    scored: Bool[Tensor, "B T"] | None = None
+    """Valid response tokens, without those that verl's rollout correction rejects."""
     prepared: TokenBatch | None = None
     """What `Method.prepare` made; its mask lacks the groups that the method drops."""
 
@@ -64,8 +66,9 @@ def estimate(
         raise RuntimeError(wrong_mode())
     assert index is not None
     _, group = np.unique(index.astype(str), return_inverse=True)
+    current.scored = response_mask.bool()
     batch = TokenBatch(
-        mask=response_mask.bool(),
+        mask=current.scored,
         reward=token_level_rewards.float().sum(1),
         group=torch.as_tensor(group, device=response_mask.device),
         **current.fields,  # type: ignore[arg-type]

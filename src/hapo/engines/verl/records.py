@@ -43,25 +43,27 @@ class Records:
         self._measured: set[int] = set()
 
     @classmethod
-    def open(cls, config: Mapping[str, Any], settings: Settings, recipe: dict[str, Any]) -> Records | None:
+    def open(
+        cls, config: Mapping[str, Any], settings: Settings, recipe: dict[str, Any], checkpoint: Path | None
+    ) -> Records | None:
         """Check the folder, before any work; None where no records are wanted.
 
         Raises:
-            FileExistsError: it holds a run, and nothing is resumed.
+            FileExistsError: it holds another run than the one that is resumed.
             OSError: it cannot be written to.
         """
         if not settings.run_records:
             return None
-        folder = Path(select(config, "trainer.default_local_dir"))
-        if select(config, "trainer.resume_mode") == "disable" and (folder / "manifest.json").exists():
+        folder = Path(select(config, "trainer.default_local_dir")).resolve()
+        if (folder / "manifest.json").exists() and (checkpoint is None or checkpoint.parent != folder):
             raise FileExistsError(
-                f"the run folder {folder} exists: choose another trainer.default_local_dir, remove it, or set "
-                "trainer.resume_mode=auto"
+                f"the run folder {folder} holds another run, and none of its checkpoints is resumed: choose "
+                "another trainer.default_local_dir, or remove it"
             )
         check_writable(folder)
-        return cls(folder.resolve(), settings, recipe)
+        return cls(folder, settings, recipe)
 
-    def begin(self, step: int, fresh: bool) -> None:
+    def begin(self, step: int) -> None:
         """Open the records after optimiser step `step`; those of later steps are taken back."""
         if (self.folder / "manifest.json").exists():
             self._records = RunRecords.resume(self.folder, step)
@@ -77,7 +79,7 @@ class Records:
                 command=["python", "-m", "verl.trainer.main_ppo"],  # config.yaml has the whole configuration
                 model=str(self.config.get("model_name_or_path")),
                 processes=nodes[0] * nodes[1],
-                **({} if fresh else {"resumed_at": step}),
+                **({"resumed_at": step} if step else {}),
             ),
         )
 
@@ -99,10 +101,12 @@ class Records:
             return
         self._measured.add(step)
         by_problem: dict[str, list[float]] = {}
-        for uid, score in zip(uids, infos.get("acc") or infos["reward"], strict=True):
+        correct = infos.get("acc") or [None]
+        chosen = infos["reward"] if None in correct else correct  # not every data source may have a verdict
+        for uid, score in zip(uids, chosen, strict=True):
             by_problem.setdefault(uid, []).append(float(score))
         scores = list(by_problem.values())
-        greedy = not select(self.config["verl"], "actor_rollout_ref.rollout.val_kwargs.do_sample")
+        greedy = not select(self.config["verl"], "actor_rollout_ref.rollout.val_kwargs.temperature")
         line = {
             "step": step,
             "num_tokens": self.tokens,
@@ -113,9 +117,9 @@ class Records:
         }
         append_line(self.folder / "evaluations.jsonl", line)
 
-    def finish(self, step: int) -> None:
+    def finish(self, step: int, why: str) -> None:
         """Write finished.json: the run is complete."""
-        end = {"steps": step, "num_tokens": self.tokens, "seconds": self.seconds, "why": "max_steps"}
+        end = {"steps": step, "num_tokens": self.tokens, "seconds": self.seconds, "why": why}
         write_whole(self.folder / "finished.json", json.dumps(end, indent=2) + "\n")
 
     def _lines(self, name: str) -> list[dict[str, Any]]:

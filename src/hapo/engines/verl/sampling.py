@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -55,25 +56,26 @@ class Tempering:
         ray.get(self.board.set.remote({} if rule is None else rule.to_args()))
 
 
-async def check_rollout(client: Any, prompt: list[int]) -> None:
-    """The rollout server takes a right rule, and refuses a wrong one, as one that applies no rule does not.
+def check_rollout(servers: Sequence[Any], prompt: list[int]) -> None:
+    """Each rollout server takes a right rule, and refuses a wrong one, as one that applies no rule does not.
 
     Raises:
-        RuntimeError: it would sample without the adaptive temperature.
+        RuntimeError: one would sample without the adaptive temperature.
     """
 
-    async def ask(args: Args) -> None:
+    def ask(server: Any, args: Args) -> None:
         params = {"max_tokens": 1, "temperature": 1.0, "extra_args": args}
-        await client.generate("hapo-check", prompt_ids=prompt, sampling_params=params)
+        ray.get(server.generate.remote(prompt, params, "hapo-check"))
 
-    await ask(HARMLESS.to_args())
-    try:
-        await ask({f"{PREFIX}tau": 2.0})
-    except Exception as error:
-        if "tau must be" in str(error):
-            return
-        raise
-    raise RuntimeError(
-        "the rollout server takes a temperature rule that cannot be without a word, so it would apply none: "
-        "install hapo in its environment, where vLLM finds the entry point (group vllm.logits_processors)"
-    )
+    for server in servers:
+        ask(server, HARMLESS.to_args())
+        try:
+            ask(server, {f"{PREFIX}tau": 2.0})
+        except Exception as error:
+            if "tau must be" in str(error):
+                continue
+            raise
+        raise RuntimeError(
+            "a rollout server takes a temperature rule that cannot be without a word, so it would apply none: "
+            "install hapo in its environment, where vLLM finds the entry point (group vllm.logits_processors)"
+        )

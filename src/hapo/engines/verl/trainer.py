@@ -7,9 +7,9 @@ checkpoints (statistics, and the count of optimiser steps), and what is recorded
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,15 @@ from torch import Tensor
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
+from verl.utils.checkpoint.checkpoint_manager import find_latest_ckpt_path
 from verl.workers.utils.padding import response_to_nested
 
 from ...batch import EntropyStats, TokenBatch
 from ...samplers.rule import rule_of
+from ..identity import differences, identity
 from ..metrics import rollout_metrics, sampler_gap
 from ..records import write_whole
-from .config import NAME, Settings, check, recipe, resolve_method
+from .config import NAME, Settings, check, recipe, resolve_method, select
 from .estimator import rollout
 from .records import Records
 from .sampling import TemperedClient, Tempering, check_rollout
@@ -58,11 +60,14 @@ class HAPOTrainer(PPOTrainerSync):
         self.settings = Settings.of(plain)
         self.method = resolve_method(plain, self.settings)
         check(plain, self.method)
-        self.records = Records.open(plain, self.settings, recipe(plain, self.method))
         self.temperature_stats: EntropyStats | None = None
         self._sampled_with: EntropyStats | None = None
         self._plan: Plan | None = None
         self._steps = 0
+        checkpoint = resumed_from(plain)
+        self.records = Records.open(plain, self.settings, recipe(plain, self.method), checkpoint)
+        if checkpoint is not None:
+            self._load_state(checkpoint / STATE)
         with open_dict(config):
             config.trainer.v1.trainer_mode = "sync"  # verl asks for the name of its own
         super().__init__(config)
@@ -86,7 +91,7 @@ class HAPOTrainer(PPOTrainerSync):
         """As verl's; then the rollout servers are asked whether they apply rules."""
         super().on_init_end()
         if self.tempering is not None:
-            asyncio.run(check_rollout(super().get_llm_client(), self.tokenizer.encode("1")))
+            check_rollout(self.llm_server_manager.server_handles, self.tokenizer.encode("1"))
 
     def on_validate_begin(self) -> None:
         """Validation samples at its own temperature."""
@@ -117,7 +122,8 @@ class HAPOTrainer(PPOTrainerSync):
             batch = super()._compute_advantage(batch, metrics)
         prepared = current.prepared
         assert prepared is not None
-        scored = padded["response_mask"].bool()
+        scored = current.scored
+        assert scored is not None
         batch = self._freeze(batch, prepared, nested)
         if "rollout_log_probs" in found:
             prepared = prepared.replace(sampler_logp=padded["rollout_log_probs"])
@@ -173,6 +179,13 @@ class HAPOTrainer(PPOTrainerSync):
             groups=max(1, self.settings.record_tokens_rows // self.config.actor_rollout_ref.rollout.n),
         )
 
+    def on_train_end(self) -> None:
+        """Reached where the epochs end before the steps, or a finished run is started again."""
+        super().on_train_end()
+        if self.records is not None:
+            why = "max_steps" if self.global_steps > self.total_training_steps else "epochs"
+            self.records.finish(self._steps, why)
+
     def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> Any:
         """As verl's; its tokens and seconds are counted for the records."""
         began = time.perf_counter()
@@ -200,7 +213,7 @@ class HAPOTrainer(PPOTrainerSync):
         folder.mkdir(parents=True, exist_ok=True)
         stats = self.temperature_stats
         state = {
-            "method": self.method.name,
+            "method": identity(self.method),
             "steps": self._steps,
             "stats": None if stats is None else stats.to_dict(),
         }
@@ -211,16 +224,8 @@ class HAPOTrainer(PPOTrainerSync):
 
     def _load_checkpoint(self) -> None:
         super()._load_checkpoint()
-        if self.global_steps:
-            self._load_state(self._resumed_from() / STATE)
         if self.records is not None:
-            self.records.begin(self._steps, fresh=not self.global_steps)
-
-    def _resumed_from(self) -> Path:
-        trainer = self.config.trainer
-        if trainer.resume_mode == "resume_path":
-            return Path(trainer.resume_from_path)
-        return Path(trainer.default_local_dir) / f"global_step_{self.global_steps}"
+            self.records.begin(self._steps)
 
     def _load_state(self, file: Path) -> None:
         if not file.is_file():
@@ -229,10 +234,10 @@ class HAPOTrainer(PPOTrainerSync):
                 "are not known. Set trainer.resume_mode=disable and actor_rollout_ref.model.path to its weights"
             )
         state = json.loads(file.read_text())
-        if state["method"] != self.method.name:
+        if details := differences(state["method"], identity(self.method)):
             raise ValueError(
-                f"{file.parent} is a checkpoint of method {state['method']!r}, and the run is of "
-                f"{self.method.name!r}: set +hapo.method={state['method']}, or begin another run"
+                f"{file.parent} is a checkpoint of another method ({details}): resume with the method that it was "
+                "written with, or begin another run (trainer.default_local_dir)"
             )
         self._steps = state["steps"]
         self.temperature_stats = None if state["stats"] is None else EntropyStats(**state["stats"])
@@ -251,7 +256,16 @@ class HAPOTrainer(PPOTrainerSync):
         if self.records is not None:
             self.records.add_metrics(self._steps, metrics)
             if global_steps >= self.total_training_steps:
-                self.records.finish(self._steps)
+                self.records.finish(self._steps, "max_steps")
+
+
+def resumed_from(config: Mapping[str, Any]) -> Path | None:
+    """The folder of the checkpoint that verl will resume, by its own rules."""
+    mode = select(config, "trainer.resume_mode")
+    if mode == "resume_path":
+        return Path(select(config, "trainer.resume_from_path", "")).resolve()
+    found = find_latest_ckpt_path(select(config, "trainer.default_local_dir")) if mode == "auto" else None
+    return None if found is None else Path(found).resolve()
 
 
 def _refuse_split_sessions(keys: list[str]) -> None:

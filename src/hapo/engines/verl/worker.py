@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, astuple, dataclass, fields
 from typing import Any
 
@@ -20,6 +21,7 @@ import hapo
 
 from ...batch import EntropyStats, StepTotals, TokenBatch
 from ...method import Method
+from ...parts.entropy import entropy_from_logits
 from .config import NAME
 from .loss import micro_batch, shares, token_batch
 from .recorder import TokenRecorder
@@ -63,11 +65,25 @@ class Plan:
         return cls(**{**told, **stats})
 
 
+def accurate_entropy(verls: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The engine's entropy from logits; where no gradient is asked for, the core's.
+
+    verl's log-sum-exp minus mean logit loses entropies below about 1e-5 nats to rounding, and HAPO's statistics
+    are of their logarithm. Not reached with fused kernels, nor with `use_remove_padding=False`.
+    """
+
+    def entropy(logits: Tensor, **options: Any) -> Tensor:
+        return verls(logits, **options) if torch.is_grad_enabled() else entropy_from_logits(logits)
+
+    return entropy
+
+
 class HAPOActor(TrainingWorker):
     """verl's training worker: the same engine, optimiser, micro-batches and checkpoints."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
+        self.engine.compute_entropy_from_logits = accurate_entropy(self.engine.compute_entropy_from_logits)
         self._method: tuple[tuple[str, str], Method] | None = None
         self._at = (0, 0)
         self._recorder: TokenRecorder | None = None
