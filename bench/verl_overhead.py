@@ -4,7 +4,7 @@
 
 Each is a run of verl's main_ppo: the same random model, prompts and batch sizes, at T_base. A pair is one run of
 each, in turns first and second. Of each run: medians over its steps, but the first, of its timers. Before that, in
-this process: the plug-in's work on a rollout batch of the paper's size, 512 responses of up to 10,240 tokens.
+this process: the plug-in's work on 512 and on 8192 responses (the paper's batch) of up to 10,240 tokens.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -66,7 +67,7 @@ def timers(inputs: Path, folder: Path, contender: str) -> dict[str, float]:
     return {name: statistics.median(step[f"timing_s/{name}"] for step in steps) for name in TIMERS}
 
 
-def at_scale(responses: int = 512, most: int = 10_240, group: int = 16, micro: int = 16) -> dict[str, Any]:
+def at_scale(responses: int, repeats: int, most: int = 10_240, group: int = 16, micro: int = 16) -> dict[str, Any]:
     """Seconds on one core of what the plug-in does once a rollout batch, and once a micro-batch."""
     generator = torch.Generator().manual_seed(0)
     length = torch.randint(most // 8, most + 1, (responses,), generator=generator)
@@ -86,7 +87,7 @@ def at_scale(responses: int = 512, most: int = 10_240, group: int = 16, micro: i
     logp = (rows.old_logp + 0.1).requires_grad_()
 
     def wall(work: Callable[[], object]) -> float:
-        return round(statistics.median(seconds(work)[1] for _ in range(5)), 3)
+        return round(statistics.median(seconds(work)[1] for _ in range(repeats)), 3)
 
     return {
         "responses": responses,
@@ -96,6 +97,7 @@ def at_scale(responses: int = 512, most: int = 10_240, group: int = 16, micro: i
             lambda: [response_to_nested(x, nested) for x in (prepared.mask, prepared.signal)]
         ),
         f"loss, s a micro-batch of {micro}": wall(lambda: method.loss(rows.replace(logp=logp))),
+        "peak memory of the process, GiB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 1),
     }
 
 
@@ -105,8 +107,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    result: dict[str, Any] = {"machine": machine(packages=("torch", "verl")), "paper scale": at_scale()}
-    print(json.dumps(result["paper scale"], indent=2), flush=True)
+    result: dict[str, Any] = {
+        "machine": machine(packages=("torch", "verl")),
+        "at scale": [at_scale(512, 5), at_scale(8192, 1)],
+    }
+    print(json.dumps(result["at scale"], indent=2), flush=True)
     pairs: list[dict[str, dict[str, float]]] = []
     with tempfile.TemporaryDirectory() as name:
         inputs = Path(name) / "inputs"

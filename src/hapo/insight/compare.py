@@ -153,7 +153,7 @@ def _measured(runs: Collection[Run]) -> list[str]:
         )
         raise ValueError(
             f"{one} has no accuracy of sampled answers and {other} none of greedy ones: measure both runs alike "
-            "(verl: actor_rollout_ref.rollout.val_kwargs.do_sample)"
+            "(verl: actor_rollout_ref.rollout.val_kwargs.temperature)"
         )
     return hows
 
@@ -236,7 +236,7 @@ def _warnings(runs: pd.DataFrame, reference: str, how: str) -> list[str]:
     if how != "sampled":
         found.append(
             "accuracy here is that of greedy answers and says nothing of sampled ones, by which not every run was "
-            "measured (verl: actor_rollout_ref.rollout.val_kwargs.do_sample=True)"
+            "measured (verl: actor_rollout_ref.rollout.val_kwargs.temperature above 0)"
         )
     by_arm = runs.groupby("arm", sort=False)
     cosine = by_arm["gradient_cosine"].mean()
