@@ -16,8 +16,7 @@ from hapo.parts.temperature import bounded_factor
 from tests_verl.launch import ACTOR, ROLLOUT, VerlRun
 from tests_verl.replay import tokens
 
-ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-os.environ |= ENVIRONMENT
+os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 T_BASE, TAU = 0.9, 0.5
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
@@ -250,7 +250,13 @@ def _check_temperature(config: Mapping[str, Any], method: Method) -> None:
 def _check_vllm(tempered: bool) -> None:
     if find_spec("vllm") is None:
         raise ImportError(f"{ROLLOUT}.name=vllm, and vLLM is not installed: pip install vllm")
-    found = version("vllm")
+    try:
+        found = version("vllm")
+    except PackageNotFoundError:
+        raise ImportError(
+            "verl looks for a distribution named vllm, and this vLLM has another name: install it as vllm, or beside "
+            "it a distribution of that name without modules, as tests_verl/vllm_name is"
+        ) from None
     if tempered and not found.startswith(TESTED_VLLM):
         raise ImportError(
             f"the adaptive temperature was tested with vLLM {TESTED_VLLM}x and refuses {found}: install "
