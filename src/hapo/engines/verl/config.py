@@ -254,8 +254,8 @@ def _check_vllm(tempered: bool) -> None:
         found = version("vllm")
     except PackageNotFoundError:
         raise ImportError(
-            "verl looks for a distribution named vllm, and this vLLM has another name: install it as vllm, or beside "
-            "it a distribution of that name without modules, as tests_verl/vllm_name is"
+            "verl looks for a distribution named vllm, and this vLLM has another name: install it as vllm, or a "
+            "distribution of that name without modules beside it, as tests_verl/vllm_name is"
         ) from None
     if tempered and not found.startswith(TESTED_VLLM):
         raise ImportError(
