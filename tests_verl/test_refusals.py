@@ -18,7 +18,7 @@ from hapo.engines.verl import HAPOTrainer
 from hapo.engines.verl.config import Settings, recipe, resolve_method
 from hapo.engines.verl.config import check as check_config
 from hapo.engines.verl.records import Records
-from hapo.engines.verl.version import require_verl
+from hapo.engines.version import require
 from hapo.insight.finding import IN_VERL
 from tests_verl.launch import ACTOR, METHOD, ROLLOUT, overrides_of
 
@@ -173,8 +173,8 @@ def test_other_verl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     done = subprocess.run([sys.executable, "-c", "import verl"], capture_output=True, text=True, timeout=120)
     assert done.returncode and "tested with verl 0.9 and refuses 0.10.0" in done.stderr
-    monkeypatch.setattr("hapo.engines.verl.version.version", lambda name: "0.9.7")
-    require_verl()
+    monkeypatch.setattr("hapo.engines.version.version", lambda name: "0.9.7")
+    require("verl", "0.9")
 
 
 def test_other_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

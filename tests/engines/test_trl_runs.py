@@ -15,7 +15,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 import hapo
-from hapo.engines.trl.version import require_trl
+from hapo.engines.version import require
 from hapo.trl import HAPOConfig, HAPOTrainer
 from tests.engines import tiny
 
@@ -360,18 +360,18 @@ def test_trl_config_is_refused_with_the_remedy(tmp_path):
 @pytest.mark.parametrize("found", ["1.15.2", "1.17.0", "2.0.0"])
 def test_another_trl_is_refused(monkeypatch, found):
     monkeypatch.setattr(metadata, "version", lambda _: found)
-    monkeypatch.setattr("hapo.engines.trl.version.version", lambda _: found)
-    with pytest.raises(ImportError, match=rf"tested with TRL 1.16 and refuses {found}.*pip install"):
-        require_trl()
+    monkeypatch.setattr("hapo.engines.version.version", lambda _: found)
+    with pytest.raises(ImportError, match=rf"tested with trl 1.16 and refuses {found}.*pip install"):
+        require("trl", "1.16")
 
 
 def test_a_missing_trl_is_named(monkeypatch):
     def missing(name):
         raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr("hapo.engines.trl.version.version", missing)
-    with pytest.raises(ImportError, match="TRL is not installed"):
-        require_trl()
+    monkeypatch.setattr("hapo.engines.version.version", missing)
+    with pytest.raises(ImportError, match="trl 1.16, which is not installed"):
+        require("trl", "1.16")
 
 
 def test_a_checkpoint_of_another_method_is_refused(tmp_path):

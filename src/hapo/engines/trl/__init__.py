@@ -1,8 +1,8 @@
 """The TRL engine: TRL's GRPO trainer with the advantage, loss, scoring and sampling of a `Method`."""
 
-from .version import require_trl
+from ..version import require
 
-require_trl()
+require("trl", "1.16")
 
 from .config import HAPOConfig  # noqa: E402
 from .trainer import HAPOTrainer  # noqa: E402

@@ -5,10 +5,10 @@ Importing it registers the trainer mode, the estimator and the loss, each under 
 
 import sys
 
+from ..version import require
 from .config import refuse_half_set
-from .version import require_verl
 
-require_verl()
+require("verl", "0.9")
 refuse_half_set(sys.argv[1:])
 
 from .estimator import estimate  # noqa: E402
