@@ -3,7 +3,7 @@
 # The scripts hapo_*.sh set the model and call this one. Not run so far on GPUs; every override is checked against
 # verl 0.9.1 (tests_verl/test_recipes.py), and smoke_cpu.sh runs.
 #
-# Needs: pip install "hapo[verl]" and vLLM 0.32 on every node (docs/verl.md), this repository and its runs/ in a folder
+# Needs: pip install -e ".[verl]" and vLLM 0.32 on every node (docs/verl.md), this repository and its runs/ in a folder
 # that all nodes share.
 #
 #                     4 nodes x 8 GPUs of 80 GB     one GPU of 80 GB: NNODES=1 GPUS=1

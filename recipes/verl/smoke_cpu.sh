@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # HAPO on stock verl, on one machine without a GPU: the bundled tiny model learns three-digit addition.
 #
-# Needs: pip install "hapo[verl]"; two cores, 8 GB of memory. No download.
+# Needs: pip install -e ".[verl]"; two cores, 8 GB of memory. No download.
 # Time: about four minutes; docs/verl.md has the figures.
 # Command: bash recipes/verl/smoke_cpu.sh [further overrides of verl]
 # Afterwards: hapo report runs/verl_smoke; hapo doctor runs/verl_smoke   (both need hapo[insight])
