@@ -12,6 +12,9 @@ LIMIT = 300
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 
+RATE = 2e-3
+"""High enough that tokens are clipped, low enough that rounding does not grow to 1e-4 within twelve steps."""
+
 METHOD = (
     "trainer.v1.trainer_mode=hapo",
     "algorithm.adv_estimator=hapo",
@@ -40,7 +43,7 @@ def overrides_of(inputs: Path, folder: Path, ranks: int) -> list[str]:
         f"{ACTOR}.ppo_mini_batch_size=2",
         f"{ACTOR}.ppo_micro_batch_size_per_gpu=2",
         f"{ACTOR}.ppo_epochs=3",
-        f"{ACTOR}.optim.lr=5e-3",
+        f"{ACTOR}.optim.lr={RATE}",
         f"{ACTOR}.use_dynamic_bsz=False",
         f"{ACTOR}.use_torch_compile=False",
         f"{ACTOR}.fsdp_config.model_dtype=fp32",

@@ -17,7 +17,7 @@ from hapo.insight.run import Run, recompute
 from tests_verl.launch import ACTOR, VerlRun, launch
 from tests_verl.replay import tokens
 
-HAPO = ("+hapo.method=hapo", f"{ACTOR}.ppo_mini_batch_size=4", f"{ACTOR}.optim.lr=2e-3")
+HAPO = ("+hapo.method=hapo", f"{ACTOR}.ppo_mini_batch_size=4")
 """One mini-batch: verl puts responses in the order in which they were ready, which no seed decides."""
 LONGER = (
     *HAPO,
