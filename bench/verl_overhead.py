@@ -1,10 +1,9 @@
-"""What the plug-in adds to a step of verl on CPU: the stock GRPO trainer and hapo's, in turns.
+"""The plug-in's own work in verl, once a rollout batch on the driver and once a micro-batch on an actor.
 
-    python -m bench.verl_overhead --pairs 7 --output bench/results/verl_overhead.json
+    python -m bench.verl_overhead --output bench/results/verl_overhead.json
 
-Each is a run of verl's main_ppo: the same random model, prompts and batch sizes, at T_base. A pair is one run of
-each, in turns first and second. Of each run: medians over its steps, but the first, of its timers. Before that, in
-this process: the plug-in's work on 512 and on 8192 responses (the paper's batch) of up to 10,240 tokens.
+On 512 and on 8192 responses (the paper's rollout batch) of up to 10,240 tokens, one thread. Shares of a step are
+in docs/verl.md.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import json
 import os
 import resource
 import statistics
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,45 +24,8 @@ from verl.workers.utils.padding import response_to_nested
 
 import hapo.verl_cpu
 from hapo.batch import StepTotals, TokenBatch
-from tests_verl.inputs import make_inputs
-from tests_verl.launch import ACTOR, ROLLOUT, launch
 
-from .paired import machine, seconds, summary
-
-STEPS = 12
-SAME = (
-    "data.train_batch_size=8",
-    "data.max_response_length=64",
-    f"{ACTOR}.ppo_mini_batch_size=2",
-    f"{ACTOR}.ppo_epochs=1",
-    f"{ACTOR}.ppo_micro_batch_size_per_gpu=8",
-    f"{ACTOR}.optim.lr=1e-5",
-    f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu=16",
-    f"{ROLLOUT}.n=8",
-    "trainer.logger=[file]",
-    "trainer.save_freq=-1",
-    f"trainer.total_training_steps={STEPS}",
-    "+hapo.record_tokens_every=0",
-)
-CONTENDERS = {
-    "stock": (
-        "trainer.v1.trainer_mode=sync",
-        "algorithm.adv_estimator=grpo",
-        f"{ACTOR}.policy_loss.loss_mode=vanilla",
-    ),
-    "hapo": ("+hapo.method=hapo", "+hapo.options.components=BCD"),
-}
-TIMERS = ("step", "gen", "old_log_prob", "adv", "update_actor")
-
-
-def timers(inputs: Path, folder: Path, contender: str) -> dict[str, float]:
-    """Medians over the steps of one run, seconds."""
-    folder.mkdir()
-    log = folder / "metrics.jsonl"
-    os.environ["VERL_FILE_LOGGER_PATH"] = str(log)
-    launch(inputs, folder, *SAME, *CONTENDERS[contender]).wait()
-    steps = [json.loads(line)["data"] for line in log.read_text().splitlines()][1:]
-    return {name: statistics.median(step[f"timing_s/{name}"] for step in steps) for name in TIMERS}
+from .paired import machine, seconds
 
 
 def at_scale(responses: int, repeats: int, most: int = 10_240, group: int = 16, micro: int = 16) -> dict[str, Any]:
@@ -103,7 +64,6 @@ def at_scale(responses: int, repeats: int, most: int = 10_240, group: int = 16, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -112,22 +72,7 @@ def main() -> None:
         "at scale": [at_scale(512, 5), at_scale(8192, 1)],
     }
     print(json.dumps(result["at scale"], indent=2), flush=True)
-    pairs: list[dict[str, dict[str, float]]] = []
-    with tempfile.TemporaryDirectory() as name:
-        inputs = Path(name) / "inputs"
-        inputs.mkdir()
-        make_inputs(inputs, width=256, layers=5, sharpness=1.0)
-        for pair in range(args.pairs):
-            order = list(CONTENDERS)[:: 1 if pair % 2 else -1]
-            pairs.append({who: timers(inputs, Path(name) / f"{pair}-{who}", who) for who in order})
-            print(json.dumps(pairs[-1]), flush=True)
-            if pair:
-                added = {
-                    timer: [100 * (p["hapo"][timer] - p["stock"][timer]) / p["stock"]["step"] for p in pairs]
-                    for timer in TIMERS
-                }
-                result["added, % of a stock step"] = {timer: summary(found) for timer, found in added.items()}
-            args.output.write_text(json.dumps({**result, "pairs": pairs}, indent=2) + "\n")
+    args.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -117,12 +117,13 @@ class VerlRun:
 
 
 def launch(inputs: Path, folder: Path, *overrides: str, ranks: int = 1) -> VerlRun:
-    """Start a run; later overrides replace earlier ones."""
+    """Start a run; later overrides replace earlier ones, and `~key` takes one out."""
     given: dict[str, str] = {}
     for line in (*overrides_of(inputs, folder, ranks), *overrides):
         key, _, value = line.partition("=")
-        given.pop(key.lstrip("+"), None)
-        given[key.lstrip("+")] = f"{key}={value}"
+        given.pop(key.lstrip("+~"), None)
+        if not key.startswith("~"):
+            given[key.lstrip("+")] = f"{key}={value}"
     with (folder / "log").open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "verl.trainer.main_ppo", *given.values()],
