@@ -25,6 +25,9 @@ from ..parts.entropy import CHUNK, entropy_from_logits
 PREFIX = "hapo_"
 """Begins the name of every parameter of a request; all others are left to the engine."""
 
+TESTED_VLLM = "0.32."
+"""Versions of vLLM in which requests with a rule are accepted."""
+
 LAW = {f.name for f in fields(AdaptiveTemperature)}
 STATS = ("pivot", "sigma", "h_max", "h_min")
 

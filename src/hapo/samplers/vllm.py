@@ -20,7 +20,7 @@ from vllm.sampling_params import SamplingParams, SamplingType
 from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 from vllm.v1.sample.logits_processor import LogitsProcessor as ProcessorV1
 
-from .rule import TemperatureRule, temper_
+from .rule import TESTED_VLLM, TemperatureRule, temper_
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -31,9 +31,6 @@ try:
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as ProcessorV2
 except ImportError:  # An older vLLM: the entry point must not keep it from starting, and requests are refused.
     ProcessorV2 = object
-
-TESTED = "0.32."
-"""Versions of vLLM that requests are accepted in."""
 
 Group = tuple[TemperatureRule, "Int[Tensor, ' n'] | None"]
 """A rule and the rows of logits that it acts on; None: all of them."""
@@ -73,8 +70,10 @@ class AdaptiveTemperature(ProcessorV1, ProcessorV2):
         """
         if TemperatureRule.from_args(sampling_params.extra_args) is None:
             return
-        if not vllm.__version__.startswith(TESTED):
-            raise ValueError(f"the adaptive temperature is tested with vLLM {TESTED}x, this is {vllm.__version__}")
+        if not vllm.__version__.startswith(TESTED_VLLM):
+            raise ValueError(
+                f"the adaptive temperature is tested with vLLM {TESTED_VLLM}x, this is {vllm.__version__}"
+            )
         engine = _admitting_engine()
         if engine is None:
             return

@@ -13,7 +13,7 @@ import hapo
 
 from ...method import Method
 from ...methods._options import check_names
-from ...samplers.rule import law_of
+from ...samplers.rule import TESTED_VLLM, law_of
 
 NAME = "hapo"
 """Of the trainer mode, the advantage estimator, the policy loss, and the section of the configuration."""
@@ -27,8 +27,6 @@ CORRECTION = "algorithm.rollout_correction"
 
 TEMPERED_BY = ("vllm", "transformers")
 """Rollouts that apply the rule of a request."""
-
-TESTED_VLLM = "0.32."
 
 DECIDED_BY_METHOD: dict[str, tuple[Any, str]] = {
     f"{ACTOR}.clip_ratio": (0.2, "+hapo.options.eps_low and eps_high"),
