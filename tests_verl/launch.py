@@ -12,8 +12,9 @@ LIMIT = 300
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 
-RATE = 2e-3
-"""High enough that tokens are clipped, low enough that rounding does not grow to 1e-4 within twelve steps."""
+RATE, EPS = 4e-3, 1e-2
+"""Of AdamW: the rate so high that tokens are clipped, epsilon so large that it does not blow up the rounding of small
+gradients within twelve steps."""
 
 METHOD = (
     "trainer.v1.trainer_mode=hapo",
@@ -44,6 +45,7 @@ def overrides_of(inputs: Path, folder: Path, ranks: int) -> list[str]:
         f"{ACTOR}.ppo_micro_batch_size_per_gpu=2",
         f"{ACTOR}.ppo_epochs=3",
         f"{ACTOR}.optim.lr={RATE}",
+        f"{ACTOR}.optim.override_optimizer_config={{eps:{EPS}}}",
         f"{ACTOR}.use_dynamic_bsz=False",
         f"{ACTOR}.use_torch_compile=False",
         f"{ACTOR}.fsdp_config.model_dtype=fp32",

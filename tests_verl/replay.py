@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hapo
-from tests_verl.launch import RATE
+from tests_verl.launch import EPS, RATE
 
 COLUMNS = {"logp_old": "old_logp", "logp_sampler": "sampler_logp", "entropy": "old_entropy"}
 
@@ -51,7 +51,7 @@ def replay(inputs: Path, folder: Path, method: hapo.Method, bonus: float = 0.0) 
     """Train the model of `inputs` again, on what the run in `folder` drew; `bonus` is verl's on the entropy."""
     tokenizer = AutoTokenizer.from_pretrained(inputs / "model")
     model = AutoModelForCausalLM.from_pretrained(inputs / "model", dtype=torch.float32)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.999), weight_decay=0.01)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.999), eps=EPS, weight_decay=0.01)
     table = tokens(folder)
     return [
         _rollout(part, tokenizer, model, optimiser, method, bonus)
