@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from .batch import TOKEN_FIELDS, EntropyStats, StepTotals, TokenBatch, masked
+from .batch import (
+    TOKEN_FIELDS,
+    EntropyStats,
+    StepTotals,
+    TokenBatch,
+    all_masked,
+    compact_blocks,
+    lengths,
+    masked,
+    some,
+    working_dtype,
+)
 from .parts.bounds import Bounds, constant_bounds
 from .parts.entropy import entropy_from_logits
 from .parts.keep import mixed_groups
@@ -28,9 +41,21 @@ class LossOutput:
     """This slice's share of the optimiser step's loss: the shares of all slices add up to it."""
     metrics: dict[str, Tensor]
     """Scalars, detached, shares like the loss: add them up over the slices of a step."""
+    _tokens: Callable[[], dict[str, Tensor]] = field(repr=False)
+
+    @cached_property
+    def tokens(self) -> dict[str, Tensor]:
+        """Per token (B,T), detached: ratio, advantage (as used), low and high bound, clipped, and the signal where
+        the method has one. Made when they are first asked for: training needs none of them."""
+        return self._tokens()
+
+
+class _Terms(NamedTuple):
+    """What the loss stages make of some rows."""
+
+    loss: Float[Tensor, ""]
+    metrics: dict[str, Tensor]
     tokens: dict[str, Tensor]
-    """Per token (B,T), detached: ratio, advantage (as used), low and high bound, clipped, and the signal where
-    the method has one."""
 
 
 def _no_reshape(advantage: Tensor, ratio: Tensor, signal: Tensor | None, bounds: Bounds) -> Float[Tensor, "B T"]:
@@ -109,11 +134,12 @@ class Method:
         Raises:
             ValueError: a field that this method reads is missing.
         """
-        batch = _frozen(batch).replace(**dict.fromkeys(("signal", "weight", "keep", "stats", "totals")))
+        batch = batch.replace(**dict.fromkeys(("advantage", "signal", "weight", "keep", "stats", "totals")))
         if self.filter_groups:
             verdict = batch.reward if batch.verdict is None else batch.verdict
-            rows = mixed_groups(verdict, batch.group, batch.mask.any(-1))
-            batch = _frozen(batch.replace(mask=batch.mask & rows.unsqueeze(1)))
+            rows = mixed_groups(verdict, batch.group, some(batch.mask))
+            batch = batch.replace(mask=batch.mask & rows.unsqueeze(1))
+        batch = _clean(batch, [name for name in TOKEN_FIELDS if name not in _CURRENT])
         if self.stats is not None:
             self._need(batch, "old_entropy")
             batch = batch.replace(stats=self.stats(batch))
@@ -148,7 +174,8 @@ class Method:
     def loss(self, batch: TokenBatch) -> LossOutput:
         """Loss of an optimiser step, or of any slice of it (`batch.rows(...)`); see `LossOutput`.
 
-        Differentiable in `batch.logp` alone. An empty batch has loss 0 and gradient 0.
+        Differentiable in `batch.logp` alone, once: the gradient is taken together with the value, over blocks of
+        rows that fit a processor's cache. An empty batch has loss 0 and gradient 0.
 
         Raises:
             ValueError: the batch was not prepared, or a field that this method reads is missing.
@@ -165,11 +192,37 @@ class Method:
             raise ValueError("loss() needs TokenBatch.logp, the log-probs under the current policy")
         if self.signal is not None and not self.live_signal and batch.signal is None:
             raise ValueError(f"this batch was not prepared by {self.name!r}: it has no signal")
-        batch = _clean(batch)
+        whole: list[tuple[slice | Tensor, int]] = [(slice(None), batch.mask.shape[1])]
+        frozen = batch.replace(logp=batch.logp.detach())
+        read = [name for name in TOKEN_FIELDS if self.live_signal or name not in _ENTROPIES]
+        needs_grad = torch.is_grad_enabled() and batch.logp.requires_grad
+        gradient = torch.zeros_like(batch.logp, dtype=working_dtype(batch.logp)) if needs_grad else None
+        metrics: dict[str, Tensor] = {}
+        for rows, width in whole if "split" in self.breaks else compact_blocks(batch.mask):
+            part = _clean(frozen.columns(width).rows(rows), read)
+            assert part.logp is not None
+            with torch.set_grad_enabled(needs_grad):
+                terms = self._terms(part.replace(logp=part.logp.requires_grad_(needs_grad)))
+            if gradient is not None:
+                (gradient[rows, :width],) = torch.autograd.grad(terms.loss, part.logp, materialize_grads=True)
+            for name, value in {"loss": terms.loss.detach(), **terms.metrics}.items():
+                metrics[name] = metrics[name] + value if name in metrics else value
+        loss = metrics["loss"]
+        if gradient is not None:
+            loss = _WithGradient.apply(batch.logp, loss, gradient)
+
+        def tokens() -> dict[str, Tensor]:
+            with torch.no_grad():
+                return self._terms(_clean(frozen, read)).tokens
+
+        return LossOutput(loss, metrics, tokens)
+
+    def _terms(self, batch: TokenBatch) -> _Terms:
+        """The loss stages on clean rows."""
         assert batch.logp is not None and batch.advantage is not None and batch.totals is not None
         signal = batch.signal
         if self.signal is not None and self.live_signal:
-            signal = masked(self.signal(batch).detach(), batch.mask)
+            signal = masked(self.signal(batch), batch.mask)
         ratio = self.ratio(batch.logp, batch.old_logp, batch.mask)
         bounds = self.bounds(ratio.detach(), signal)
         advantage = self.reshape(batch.advantage, ratio.detach(), signal, bounds).detach()
@@ -178,17 +231,17 @@ class Method:
         kept = batch.mask if batch.keep is None else batch.mask & batch.keep
         total = self.reduce(loss, kept, batch.totals)
         per_token = {
-            "ratio": ratio,
+            "ratio": ratio.detach(),
             "clip/low": surrogate.clipped_low & kept,
             "clip/high": surrogate.clipped_high & kept,
-            "kl_old": k3(batch.old_logp, batch.logp),
+            "kl_old": k3(batch.old_logp, batch.logp.detach()),
         }
         if batch.weight is not None:
             per_token["sampler_weight"] = batch.weight
         if batch.keep is not None:
             per_token["kept"] = kept
         if self.reshape is not _no_reshape:
-            per_token["reshaped"] = advantage != batch.advantage
+            per_token["reshaped"] = (advantage != batch.advantage) & batch.mask
         if batch.ref_logp is not None:
             per_token["kl"] = k3(batch.logp, batch.ref_logp)
         if self.kl_coef:
@@ -202,7 +255,11 @@ class Method:
             everywhere = replace(batch.totals, kept=batch.totals.tokens)
             total = total + self.reduce(coefficient * per_token["kl"], batch.mask, everywhere)
         n = max(batch.totals.tokens, 1)
-        metrics = {k: (v.detach().float() * batch.mask).sum() / n for k, v in per_token.items()}
+        on = batch.mask.to(ratio.dtype)
+        metrics = {
+            name: (lengths(x).sum().float() if x.dtype == torch.bool else (x.detach() * on).sum()) / n
+            for name, x in per_token.items()
+        }
         tokens = {
             "ratio": ratio.detach(),
             "advantage": advantage,
@@ -212,7 +269,7 @@ class Method:
         }
         if signal is not None:
             tokens["signal"] = signal
-        return LossOutput(loss=total, metrics={"loss": total.detach(), **metrics}, tokens=tokens)
+        return _Terms(total, metrics, tokens)
 
     def temperature(
         self, logits: Float[Tensor, "*shape V"], stats: EntropyStats | None, t_base: float = 1.0
@@ -239,14 +296,15 @@ _FIELD = {
 }
 
 _CURRENT = ("logp", "entropy")
+_ENTROPIES = ("entropy", "old_entropy")
 
 
 def _clean(batch: TokenBatch, names: Iterable[str] = TOKEN_FIELDS) -> TokenBatch:
-    """These per-token tensors in float32 (float64 stays), zero outside the mask; rewards of empty rows zero."""
-    changes: dict[str, Any] = {
-        name: masked(value, batch.mask) for name in names if (value := getattr(batch, name)) is not None
-    }
-    rows = batch.mask.any(-1)
+    """These per-token tensors in float32 (float64 stays), without autograd, zero outside the mask; rewards of
+    empty rows zero."""
+    tensors = {name: value for name in names if (value := getattr(batch, name)) is not None}
+    changes: dict[str, Any] = {**all_masked(tensors, batch.mask)}
+    rows = some(batch.mask)
     for name in ("reward", "verdict"):
         value = getattr(batch, name)
         if value is not None:
@@ -254,8 +312,17 @@ def _clean(batch: TokenBatch, names: Iterable[str] = TOKEN_FIELDS) -> TokenBatch
     return batch.replace(**changes)
 
 
-def _frozen(batch: TokenBatch) -> TokenBatch:
-    """The batch without autograd, but for the current policy's tensors, which prepare() does not read."""
-    names = [name for name in TOKEN_FIELDS if name not in _CURRENT]
-    with torch.no_grad():
-        return _clean(batch, names)
+class _WithGradient(torch.autograd.Function):
+    """A value whose gradient is known."""
+
+    @staticmethod
+    def forward(ctx: Any, logp: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        ctx.dtype = logp.dtype
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grad).to(ctx.dtype), None, None

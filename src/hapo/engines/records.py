@@ -32,7 +32,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..batch import TokenBatch
-from ..method import LossOutput
 
 PACKAGES = (
     "hapo",
@@ -112,7 +111,7 @@ class RunRecords:
         step: int,
         rollout: int,
         batch: TokenBatch,
-        out: LossOutput,
+        made: dict[str, Tensor],
         mask: Bool[Tensor, "B T"],
         response: Int[Tensor, " B"],
         responses: int,
@@ -127,7 +126,7 @@ class RunRecords:
             step: optimiser step, from 1.
             rollout: first optimiser step of the rollout batch that the rows are of.
             batch: the prepared rows, with the current policy's log-probs.
-            out: what `Method.loss` gave for them.
+            made: `LossOutput.tokens` of them.
             mask: valid response tokens, those of dropped groups included.
             response: row of each response in the rollout batch.
             responses: rows of that whole batch with a valid token.
@@ -140,11 +139,11 @@ class RunRecords:
         if not mask.any():
             return
         kept = batch.mask if batch.keep is None else batch.mask & batch.keep
-        made = {  # means nothing where a group was dropped
-            "signal": out.tokens.get("signal"),
-            "ratio": out.tokens["ratio"],
-            "bound_low": out.tokens["low"],
-            "bound_high": out.tokens["high"],
+        meaningful = {  # nothing where a group was dropped
+            "signal": made.get("signal"),
+            "ratio": made["ratio"],
+            "bound_low": made["low"],
+            "bound_high": made["high"],
         }
         per_token = {
             "id": ids,
@@ -157,9 +156,12 @@ class RunRecords:
             "logp_ref": batch.ref_logp,
             "weight": batch.weight,
             "advantage": batch.advantage,
-            "advantage_used": out.tokens["advantage"],
-            **{k: None if x is None else x.float().masked_fill(~batch.mask, torch.nan) for k, x in made.items()},
-            "clipped": out.tokens["clipped"] & batch.mask,
+            "advantage_used": made["advantage"],
+            **{
+                k: None if x is None else x.float().masked_fill(~batch.mask, torch.nan)
+                for k, x in meaningful.items()
+            },
+            "clipped": made["clipped"] & batch.mask,
             "kept": kept,
         }
         row, position = mask.nonzero(as_tuple=True)

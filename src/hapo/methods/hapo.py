@@ -143,7 +143,7 @@ class HAPO(DAPO):
             stats = entropy_stats(entropy, batch.mask, self.rho)
         if stats is None:
             return torch.zeros_like(entropy)
-        return entropy_signal(entropy, stats, self.variant).clamp(-1.0, 1.0)
+        return entropy_signal(entropy, stats, self.variant).clamp_(-1.0, 1.0)
 
     def _advantage(self, batch: TokenBatch) -> Tensor:
         if "B" not in self.components:

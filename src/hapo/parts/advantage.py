@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ..batch import lengths, masked, some, working_dtype
 from .groups import alone, equal_rewards, group_index, group_sum
 
 STD_EPS = 1e-6
@@ -76,8 +77,8 @@ def token_group_advantage(
     to 0 over its tokens. A group of equal rewards has advantage 0 exactly. With `fallback_threshold`, a group
     in which any |A| reaches it takes `group_advantage` instead (5 in the authors' release; not in the paper).
     """
-    rows = mask.any(-1)
-    length = mask.sum(-1).double()
+    length = lengths(mask).double()
+    rows = length > 0
     r = torch.where(rows, reward.double(), 0.0)
     index, k = group_index(group)
     n = group_sum(length, index, k).clamp_min(1)
@@ -129,7 +130,7 @@ def _centred(
     reward: Float[Tensor, " B"], group: Int[Tensor, " B"], mask: Bool[Tensor, "B T"]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Reward, its distance from the group's mean, and the group's size, of each row."""
-    rows = mask.any(-1)
+    rows = some(mask)
     r = torch.where(rows, reward.double(), 0.0)
     index, k = group_index(group)
     n = group_sum(rows.double(), index, k)
@@ -141,12 +142,8 @@ def _on_tokens(
     advantage: Tensor, r: Tensor, reward: Tensor, group: Tensor, mask: Tensor, singleton: Singleton
 ) -> Float[Tensor, "B T"]:
     """The rows' advantages on their valid tokens: exactly 0 where a group's rewards are equal."""
-    rows = mask.any(-1)
+    rows = some(mask)
     advantage = torch.where(equal_rewards(r, group, rows), 0.0, advantage)
     if singleton == "reward":
         advantage = torch.where(alone(group, rows), r, advantage)
-    return torch.where(mask, advantage.unsqueeze(1), 0.0).to(_dtype(reward))
-
-
-def _dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+    return masked(advantage.to(working_dtype(reward)).unsqueeze(1), mask)

@@ -33,9 +33,7 @@ def asymmetric_bounds(signal: Float[Tensor, "B T"], low: float, high: float, alp
     fall further, uncertain tokens may rise further.
     """
     s = signal.detach()
-    return Bounds(
-        torch.where(s <= 0, low * (1.0 - alpha * s), low), torch.where(s > 0, high * (1.0 + alpha * s), high)
-    )
+    return Bounds(s.clamp(max=0).mul_(-low * alpha).add_(low), s.clamp(min=0).mul_(high * alpha).add_(high))
 
 
 def gated_bounds(gate: Float[Tensor, "B T"], inside: float, outside: float) -> Bounds:

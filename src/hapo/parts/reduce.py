@@ -8,17 +8,17 @@ from __future__ import annotations
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..batch import StepTotals
+from ..batch import StepTotals, lengths
 
 
 def token_mean(loss: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], totals: StepTotals) -> Float[Tensor, ""]:
     """sum_it m L / N, N the kept tokens of the step (DAPO, arXiv 2503.14476, eq. 8). 0 where N = 0."""
-    return (loss * mask).sum() / max(totals.kept, 1)
+    return _on(loss, mask).sum() / max(totals.kept, 1)
 
 
 def sequence_mean(loss: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], totals: StepTotals) -> Float[Tensor, ""]:
     """(1/S) sum_i (1/n_i) sum_t m L, S the sequences of the step with n_i > 0 (GRPO, arXiv 2402.03300, eq. 3)."""
-    per_sequence = (loss * mask).sum(-1) / mask.sum(-1).clamp_min(1)
+    per_sequence = _on(loss, mask).sum(-1) / lengths(mask).clamp_min(1)
     return per_sequence.sum() / max(totals.sequences, 1)
 
 
@@ -26,11 +26,16 @@ def sequence_sum(
     loss: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], totals: StepTotals, constant: float = 1.0
 ) -> Float[Tensor, ""]:
     """(1/S) sum_i sum_t m L / C with a fixed constant C (Dr. GRPO, arXiv 2503.20783)."""
-    return (loss * mask).sum() / (max(totals.sequences, 1) * constant)
+    return _on(loss, mask).sum() / (max(totals.sequences, 1) * constant)
 
 
 def valid_token_mean(
     loss: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], totals: StepTotals
 ) -> Float[Tensor, ""]:
     """sum_it m L_it / N, N all valid tokens of the step, kept or not (TRL's top_entropy_quantile)."""
-    return (loss * mask).sum() / max(totals.tokens, 1)
+    return _on(loss, mask).sum() / max(totals.tokens, 1)
+
+
+def _on(loss: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """The losses that count; a bool factor would be converted in the product and again in its gradient."""
+    return loss * mask.to(loss.dtype)

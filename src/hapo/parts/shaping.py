@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ..batch import masked
 from .entropy import mean_entropy
 from .groups import group_index, group_sum
 
@@ -55,8 +56,8 @@ def redistribute(
     r = ratio.detach()
     lower, upper = 1.0 - low / 2, 1.0 + high / 2
     inside = (r >= lower) & (r <= upper) if closed else (r > lower) & (r < upper)
-    applies: Bool[Tensor, "B T"] = torch.where(signal > 0, ~inside, inside)
-    return torch.where(applies, advantage * (1.0 + beta * signal), advantage)
+    applies: Bool[Tensor, "B T"] = inside ^ (signal > 0)
+    return masked(signal, applies).mul_(beta).add_(1.0).mul_(advantage)
 
 
 def entropy_shaped_reward(

@@ -38,9 +38,10 @@ def clipped_surrogate(
     gradient where r > c; arXiv 1912.09729, eq. 5), counted as clipped on the high side. `logp` is not read.
     """
     lower, upper = 1.0 - bounds.low, 1.0 + bounds.high
-    clipped_low = (advantage < 0) & (ratio < lower)
+    negative = advantage < 0
+    clipped_low = negative & (ratio < lower)
     clipped_high = (advantage > 0) & (ratio > upper)
-    effective = torch.where(clipped_low, lower, torch.where(clipped_high, upper, ratio))
+    effective = torch.where(clipped_low | clipped_high, torch.where(negative, lower, upper), ratio)
     if dual_clip is not None:
         beyond = (advantage < 0) & (ratio > dual_clip)
         effective = torch.where(beyond, dual_clip, effective)

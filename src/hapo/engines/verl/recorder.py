@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +45,7 @@ class TokenRecorder:
             self.step,
             self.plan.step,
             batch,
-            replace(out, tokens={name: x[rows] for name, x in out.tokens.items()}),
+            {name: x[rows] for name, x in out.tokens.items()},
             mask=padded["response_mask"][rows].bool(),
             response=chosen["hapo_response"][rows],
             responses=self.plan.responses,
