@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from functools import partial
 
 import pytest
@@ -14,7 +13,7 @@ from hapo.methods import AdaptiveTemperature
 from hapo.parts.entropy import EntropyStats, entropy_from_logits
 from hapo.parts.temperature import bounded_factor, zscore_factor
 from hapo.samplers.rule import TemperatureRule
-from hapo.samplers.transformers import SamplingRecord, TemperedLogits, sampling
+from hapo.samplers.transformers import TemperedLogits, sampling
 
 PAD, EOS, VOCAB, NEW = 0, [1, 7, 12, 19, 31], 48, 16
 PROMPTS = [[5, 9, 2], [7], [11, 3, 30, 4, 21, 8], [40, 41], [17, 6, 33], [25, 2, 2, 2]]
@@ -135,18 +134,16 @@ def test_top_p_logps_are_renormalised_over_the_kept_set(model, engine):
 
 
 def test_all_warpers_and_penalties_are_in_the_recorded_logps(model):
-    options = config(
-        temperature=0.8, top_k=12, top_p=0.95, min_p=0.02, repetition_penalty=1.3,
-        return_dict_in_generate=True, output_scores=True,
-    )  # fmt: skip
-    torch.manual_seed(4)
-    with sampling(model, LAWS["zscore"]) as record:
-        out = model.generate(**padded(PROMPTS), generation_config=options)
-    completions = until_eos(out.sequences[:, len(PROMPTS[2]) :].tolist())
-    final = torch.stack(out.scores, dim=1)
-    for row, (completion, recorded) in enumerate(zip(completions, record.logps(completions), strict=True)):
-        expected = taken(final[row, : len(completion)], completion)
-        torch.testing.assert_close(torch.tensor(recorded), expected, atol=1e-5, rtol=0)
+    options = {"temperature": 0.8, "top_k": 12, "top_p": 0.95, "min_p": 0.02, "repetition_penalty": 1.3}
+    completions, logps = draw(model, "generate", LAWS["zscore"], **options)
+    for prompt, completion, recorded in zip(PROMPTS, completions, logps, strict=True):
+        warpers = model._get_logits_processor(config(**options), input_ids_seq_length=len(prompt), device="cpu")
+        logits = policy_logits(model, prompt, completion).float()
+        scores = logits / LAWS["zscore"](entropy_from_logits(logits, 0.8)).unsqueeze(-1)
+        ids = torch.tensor([prompt + completion])
+        final = [warpers(ids[:, : len(prompt) + t], row[None])[0] for t, row in enumerate(scores)]
+        expected = taken(torch.stack(final), completion)
+        torch.testing.assert_close(torch.tensor(recorded), expected, atol=1e-4, rtol=0)
 
 
 def test_draws_follow_the_tempered_distribution(model):
@@ -200,17 +197,6 @@ def test_peft_model_is_followed_to_its_base(model):
         torch.testing.assert_close(torch.tensor(recorded).double(), expected, atol=1e-4, rtol=0)
 
 
-def test_only_the_scores_of_the_last_step_are_kept():
-    record, seen = SamplingRecord(), []
-    ids = torch.zeros(2, 10, dtype=torch.long)
-    for step in range(10):
-        scores = torch.randn(2, VOCAB)
-        seen.append(weakref.ref(scores))
-        record(ids[:, : step + 1], scores)
-    del scores
-    assert [ref() is not None for ref in seen] == [False] * 9 + [True]
-
-
 def test_generation_that_misses_the_processors_is_an_error(model):
     other = tiny_llama(1)
     with (
@@ -229,12 +215,14 @@ def test_a_rule_serves_as_the_law(model, tmp_path):
     assert by_rule != draw(model, "generate", None, temperature=0.7)
 
 
-def test_a_decoding_loop_that_drops_the_processors_is_an_error(model):
+def test_another_decoding_loop_is_refused(model):
     def own_loop(model, input_ids, **kwargs):
         return input_ids
 
-    with pytest.raises(RuntimeError, match="no generation"), sampling(model, LAWS["bounded"]):
+    with pytest.raises(ValueError, match="no custom_generate"), sampling(model, LAWS["bounded"]):
         model.generate(torch.tensor([PROMPTS[0]]), generation_config=config(), custom_generate=own_loop)
+    with pytest.raises(ValueError, match="return_dict_in_generate=False"), sampling(model):
+        model.generate(torch.tensor([PROMPTS[0]]), generation_config=config(return_dict_in_generate=True))
 
 
 def test_a_continuous_batch_that_drops_the_law_is_an_error(model, monkeypatch):

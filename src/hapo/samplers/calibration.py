@@ -76,17 +76,12 @@ def calibrate(
 
 def _entropies(model: PreTrainedModel, inputs: Any, config: GenerationConfig) -> Tensor:
     """Draw an answer to each row; the entropies of all sampled positions, one after the other."""
-    steps: list[Tensor] = []
-
-    def watch(entropy: Tensor) -> Tensor:
-        steps.append(entropy)
-        return torch.ones_like(entropy)
-
-    with sampling(model, watch):
-        ids = model.generate(**inputs, generation_config=config)
-    end = torch.isin(ids[:, inputs["input_ids"].shape[1] :], torch.tensor(config.eos_token_id).to(ids.device))
+    with sampling(model) as record:
+        model.generate(**inputs, generation_config=config)
+    assert record.draws is not None
+    end = torch.isin(record.draws.tokens, torch.tensor(config.eos_token_id, device=record.draws.tokens.device))
     answer = end.cumsum(1) - end.long() == 0  # up to and with the first end
-    return torch.stack(steps, dim=1)[answer].cpu()
+    return record.draws.entropy[answer].cpu()
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any]) -> Any:

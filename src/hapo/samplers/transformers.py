@@ -1,10 +1,10 @@
 """Adaptive temperature inside transformers generation, and the log-probs of the distribution that drew.
 
-`generate()` and `generate_batch()` (continuous batching) both make their processors in the private method
-`model._get_logits_processor`. `sampling` wraps it on the model instance while its `with` block lasts.
-Tested with transformers 5.23.
+While its `with` block lasts, `sampling` gives `generate()` of one model instance the decoding loop of
+`samplers.decoding`. Continuous batching, `generate_batch()`, keeps its own: there the law goes in front of the
+processors that the private method `model._get_logits_processor` makes. Tested with transformers 5.23.
 
-Shapes: B sequences (in continuous batching: rows of one forward pass), T tokens, V vocabulary.
+Shapes: n rows of one forward pass, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,17 +14,21 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation import GenerationMode
 
 from ..parts.entropy import entropy_from_logits
+from .decoding import Draws, decode
 from .rule import TemperatureRule
 
-Factor = Callable[[Float[Tensor, " B"]], Float[Tensor, " B"]]
+Factor = Callable[[Float[Tensor, " n"]], Float[Tensor, " n"]]
 """A law of `hapo.parts.temperature` with its statistics bound: entropies in nats -> factors > 0."""
+
+OWN_LOOP = frozenset({"assistant_model", "custom_generate", "streamer", "tokenizer"})
+"""Arguments of generate() that ask for another loop than one token a step, or that only transformers' own
+reads."""
 
 
 class TemperedLogits(LogitsProcessor):
@@ -41,47 +45,29 @@ class TemperedLogits(LogitsProcessor):
         self.t_base = t_base
         self.called = False
 
-    def __call__(self, input_ids: Int[Tensor, "*ids"], scores: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
+    def __call__(self, input_ids: Int[Tensor, "*ids"], scores: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
         """The logits of the next token, divided row by row; `input_ids` is not read."""
         self.called = True
         return scores / self.factor(entropy_from_logits(scores, self.t_base)).unsqueeze(-1)
 
 
-class SamplingRecord(LogitsProcessor):
+class SamplingRecord:
     """What one generation drew: the log-prob of each token under the distribution that it was drawn from.
 
-    In `generate()` it stands last in the list and leaves the scores as they are. The token drawn at one step
-    is the last column of `input_ids` at the next, so only the scores of the latest step are kept. In
-    continuous batching rows are regrouped at every step: there the log-probs are those that transformers
-    returns for each request, likewise of the final scores.
+    `generate()` records the policy's own log-probs and entropies too, before law, penalties and truncation. In
+    continuous batching the log-probs are those that transformers returns for each request.
     """
-
-    supports_continuous_batching = False
 
     def __init__(self) -> None:
         self.greedy = False
-        self._logps: list[Float[Tensor, " B"]] = []
-        self._last: tuple[Int[Tensor, "B T"], Float[Tensor, "B V"]] | None = None
+        self.draws: Draws | None = None
+        """Of `generate()`, one row a sequence."""
         self._requests: list[tuple[list[int], list[float]]] | None = None
-
-    def __call__(self, input_ids: Int[Tensor, "B T"], scores: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
-        """Records the token drawn at the step before, keeps this step's final scores and returns them."""
-        if self._last is not None:
-            ids, drawn_from = self._last
-            rows, width = ids.shape
-            if input_ids.shape != (rows, width + 1):
-                raise ValueError(
-                    f"input_ids went from {(rows, width)} to {tuple(input_ids.shape)} between two steps; "
-                    "sampling() follows plain sampling only: one token a step, no assistant model, no beams"
-                )
-            self._logps.append(_logp(drawn_from, input_ids[:, -1]))
-        self._last = input_ids, scores
-        return scores
 
     @property
     def complete(self) -> bool:
         """Whether a generation was recorded, or was greedy, where nothing is drawn."""
-        return self.greedy or self._last is not None or self._requests is not None
+        return self.greedy or self.draws is not None or self._requests is not None
 
     def logps(self, completion_ids: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probs in nats of the drawn tokens, one for each token of `completion_ids`.
@@ -96,8 +82,8 @@ class SamplingRecord(LogitsProcessor):
             raise RuntimeError("greedy decoding draws no tokens; set do_sample=True for sampler log-probs")
         if self._requests is not None:
             drawn = self._requests
-        elif self._last is not None:
-            drawn = self._steps(*self._last, completion_ids)
+        elif self.draws is not None:
+            drawn = list(zip(self.draws.tokens.tolist(), self.draws.logp.tolist(), strict=True))
         else:
             raise RuntimeError("nothing was generated yet; call generate() inside the block of sampling()")
         if len(completion_ids) != len(drawn):
@@ -109,19 +95,6 @@ class SamplingRecord(LogitsProcessor):
                     "pass the real tokens in generation order, without prompt and padding"
                 )
         return [logps[: len(given)] for given, (_, logps) in zip(completion_ids, drawn, strict=True)]
-
-    def _steps(
-        self, ids: Int[Tensor, "B T"], scores: Float[Tensor, "B V"], completion_ids: Sequence[Sequence[int]]
-    ) -> list[tuple[list[int], list[float]]]:
-        """Tokens and log-probs of each row; the last token, which no step followed, is from completion_ids."""
-        before = len(self._logps)
-        last = torch.zeros(len(ids), dtype=torch.long)
-        for row, completion in enumerate(completion_ids[: len(ids)]):
-            if len(completion) > before:
-                last[row] = completion[before]
-        logps = torch.stack([*self._logps, _logp(scores, last.to(scores.device))], dim=1).tolist()
-        tokens = torch.cat([ids[:, ids.shape[1] - before :].cpu(), last[:, None]], dim=1).tolist()
-        return list(zip(tokens, logps, strict=True))
 
 
 @contextmanager
@@ -144,7 +117,7 @@ def sampling(model: Any, law: Factor | TemperatureRule | None = None) -> Iterato
     every case.
     """
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
-    get_processors, generate_batch = core._get_logits_processor, core.generate_batch
+    get_processors, generate, generate_batch = core._get_logits_processor, core.generate, core.generate_batch
     record = SamplingRecord()
     tempered: TemperedLogits | None = None
     factor = law.factor if isinstance(law, TemperatureRule) else law
@@ -163,16 +136,31 @@ def sampling(model: Any, law: Factor | TemperatureRule | None = None) -> Iterato
                 f"decoding mode {mode.value!r} has no adaptive temperature; "
                 "use num_beams=1 without assisted decoding, or generate outside sampling()"
             )
+        if generation_config.return_dict_in_generate:
+            raise ValueError("sampling() returns token ids: set return_dict_in_generate=False and read the record")
         refuse_second()
         hooked = True
         record.greedy = mode == GenerationMode.GREEDY_SEARCH
-        if record.greedy:
-            return processors
-        if factor is not None:
+        if continuous and factor is not None and not record.greedy:
             t_base = generation_config.temperature
             tempered = TemperedLogits(factor, 1.0 if t_base is None else t_base)
-            processors = [tempered, *processors]
-        return LogitsProcessorList(processors if continuous else [*processors, record])
+            processors = LogitsProcessorList([tempered, *processors])
+        return processors
+
+    def wrapped_generate(*args: Any, **kwargs: Any) -> Any:
+        given = sorted(OWN_LOOP & {name for name, value in kwargs.items() if value is not None})
+        if given:
+            raise ValueError(
+                f"sampling() follows plain sampling only, one token a step: no {', '.join(given)}; generate "
+                "without, or outside sampling()"
+            )
+        return generate(*args, **kwargs, custom_generate=wrapped_loop)
+
+    def wrapped_loop(model: Any, input_ids: Tensor, **kwargs: Any) -> Any:
+        if record.greedy:
+            return type(model)._sample(model, input_ids, **kwargs)
+        ids, record.draws = decode(model, input_ids, law=factor, **kwargs)
+        return ids
 
     def wrapped_batch(
         inputs: list[list[int]],
@@ -196,18 +184,15 @@ def sampling(model: Any, law: Factor | TemperatureRule | None = None) -> Iterato
         record._requests = [(output.generated_tokens, output.logprobs) for output in outputs.values()]
         return outputs
 
-    with _replaced(core, _get_logits_processor=wrapped_processors, generate_batch=wrapped_batch):
+    with _replaced(
+        core, _get_logits_processor=wrapped_processors, generate=wrapped_generate, generate_batch=wrapped_batch
+    ):
         yield record
     if not (hooked and record.complete) or (tempered is not None and not tempered.called):
         raise RuntimeError(
             f"no generation of this {type(core).__name__} went through the processors of sampling(); call "
             "generate() or generate_batch() of the same instance in the block, without a persistent manager"
         )
-
-
-def _logp(scores: Float[Tensor, "B V"], tokens: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
-    """log softmax(scores) at one token a row, in nats."""
-    return scores.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
 @contextmanager

@@ -1,0 +1,101 @@
+"""Equal prompts are run once: their keys and values serve all responses to them.
+
+Shapes: B rows, U distinct rows, P prompt columns, T response columns, N valid response tokens, D width.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_managed_module
+
+
+def distinct_rows(
+    ids: Int[Tensor, "B P"], attention_mask: Int[Tensor, "B P"] | None
+) -> tuple[Int[Tensor, " U"], Int[Tensor, " B"]]:
+    """One row of each prompt, and for each row which of these it equals; what stands under padding is not read."""
+    key = ids if attention_mask is None else torch.where(attention_mask.bool(), ids, -1)
+    _, inverse = torch.unique(key, dim=0, return_inverse=True)
+    rows = torch.arange(len(ids), device=ids.device)
+    first = torch.full_like(rows, len(ids)).scatter_reduce(0, inverse, rows, "amin")
+    return first[first < len(ids)], inverse
+
+
+def cache_of(model_kwargs: dict[str, Any]) -> Any:
+    """The cache of keys and values among these arguments: past_key_values, since transformers 5.24 cache."""
+    return next((x for x in model_kwargs.values() if isinstance(x, Cache)), None)
+
+
+def rows_can_move(cache: Any) -> bool:
+    """Whether rows of this cache can be repeated and dropped: attention alone, kept in tensors that grow."""
+    layers = {type(layer) for layer in getattr(cache, "layers", [None])}
+    return (
+        type(cache) is DynamicCache
+        and not cache.offloading
+        and layers <= {DynamicLayer, DynamicSlidingWindowLayer}
+    )
+
+
+def response_states(
+    model: Any,
+    input_ids: Int[Tensor, "B P+T"],
+    attention_mask: Int[Tensor, "B P+T"],
+    response_mask: Bool[Tensor, "B T"],
+) -> Float[Tensor, "N D"]:
+    """Last hidden states that predict the valid response tokens, row by row. Differentiable.
+
+    Rows and columns that none of these needs are not run; neither is a prompt that stands in several rows, but
+    once. Prompts are padded on the left. `model` is a causal language model of text.
+    """
+    needed = response_mask.any(1)
+    rows = needed.nonzero().squeeze(1)
+    if not len(rows):  # the states of no token are still connected to the model
+        rows = rows.new_zeros(1)
+    ids, attention, mask = input_ids[rows], attention_mask[rows], response_mask[rows]
+    width = mask.shape[1]
+    padding = attention[:, :-width].cumsum(1).eq(0).all(0).sum().clamp(max=ids.shape[1] - width - 1)
+    unused = mask.flip(1).cumsum(1).eq(0).all(0).sum().clamp(max=width - 1)
+    left, right = torch.stack([padding, unused]).tolist()
+    ids, attention = (x[:, left : x.shape[1] - right] for x in (ids, attention))
+    width -= right
+    states = _states(model, ids[:, :-1], attention[:, :-1], ids.shape[1] - width)
+    return states[mask[:, :width].to(states.device)]
+
+
+def _one_pass_only(model: Any) -> bool:
+    """Checkpointed layers take no cache; ranks that share weights must run them equally often."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule) or (model.training and getattr(module, "gradient_checkpointing", False)):
+            return True
+    return is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
+
+
+def _states(model: Any, ids: Tensor, attention: Tensor, prompt: int) -> Float[Tensor, "B T D"]:
+    """States of the last prompt column and of all but the last response column."""
+    base = model.base_model
+    accepted = inspect.signature(type(base).forward).parameters
+    position = {"position_ids": (attention.cumsum(1) - 1).clamp_min(0)} if "position_ids" in accepted else {}
+    name = next((name for name in ("cache", "past_key_values") if name in accepted), None)
+    if name is not None and not _one_pass_only(model):
+        first, of_row = distinct_rows(ids[:, :prompt], attention[:, :prompt])
+        cache = DynamicCache(config=model.config)
+        if len(first) < len(ids) and rows_can_move(cache):
+            cached = {name: cache, "use_cache": True}
+            part = {key: x[first, :prompt] for key, x in position.items()}
+            begun = base(input_ids=ids[first, :prompt], attention_mask=attention[first, :prompt], **part, **cached)
+            last = begun.last_hidden_state[:, -1:][of_row]
+            if ids.shape[1] == prompt:
+                return last
+            cache.batch_select_indices(of_row)
+            part = {key: x[:, prompt:] for key, x in position.items()}
+            rest = base(input_ids=ids[:, prompt:], attention_mask=attention, **part, **cached)
+            return torch.cat([last, rest.last_hidden_state], 1)
+    whole = base(input_ids=ids, attention_mask=attention, **position, use_cache=False)
+    return whole.last_hidden_state[:, prompt - 1 :]

@@ -1,0 +1,148 @@
+"""One token after another, as transformers samples, with what a policy gradient needs of every draw.
+
+It differs from transformers' own loop in what it computes, not in what it draws from: equal prompts are run once,
+rows that have ended leave the batch, and a token is drawn with one random number in place of one for each entry of
+the vocabulary. Where the keys and values cannot move between rows (static, quantised or recurrent caches, images),
+every row is kept; where a processor may know rows by their place (penalties), ended ones stay.
+
+Shapes: B sequences, n rows still running, T new tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_managed_module
+
+from ..parts.entropy import entropy_and_normaliser
+from ..prompts import cache_of, distinct_rows, rows_can_move
+
+ROW_FIELDS = frozenset({"attention_mask", "position_ids"})
+"""Tensors of a forward pass that have one row a sequence."""
+
+STATELESS = (
+    *(TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper),
+    *(MaxLengthCriteria, EosTokenCriteria),
+)
+"""Processors and criteria that see each row alone; others may know rows by their place."""
+
+ENDED = 1 / 8
+"""Share of the rows in the batch that have ended before those that run move together."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What one generation drew; each tensor (B,T), zero after the end of a row."""
+
+    tokens: Int[Tensor, "B T"]
+    logp: Float[Tensor, "B T"]
+    """Log-prob, nats, under the distribution that the token was drawn from."""
+    policy_logp: Float[Tensor, "B T"]
+    """Log-prob, nats, under softmax(logits / T_base) over the full vocabulary."""
+    entropy: Float[Tensor, "B T"]
+    """Entropy, nats, of that distribution."""
+
+
+@torch.no_grad()
+def decode(
+    model: Any,
+    input_ids: Int[Tensor, "B P"],
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    law: Callable[[Tensor], Tensor] | None = None,
+    **model_kwargs: Any,
+) -> tuple[Int[Tensor, "B L"], Draws]:
+    """Prompts with their sampled answers, padded after the end, and the draws.
+
+    T = T_base law(H) with T_base the temperature of `generation_config` and H the entropy of softmax(logits /
+    T_base); `logits_processor` holds the warper for T_base, and acts on logits / law(H).
+    """
+    t_base = 1.0 if generation_config.temperature is None else generation_config.temperature
+    pad = 0 if generation_config._pad_token_tensor is None else int(generation_config._pad_token_tensor)
+    prompts, size = input_ids, len(input_ids)
+    tensors = {name: x for name, x in model_kwargs.items() if isinstance(x, Tensor)}
+    plain = all(name in ROW_FIELDS and x.ndim == 2 for name, x in tensors.items())
+    plain = plain and rows_can_move(cache_of(model_kwargs))
+    may_leave = plain and all(type(f) in STATELESS for f in (*logits_processor, *stopping_criteria))
+    synced = (is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)) and _ranks() > 1
+    outputs = _prefill(model, input_ids, generation_config, model_kwargs, shared=plain)
+    rows = torch.arange(size, device=input_ids.device)  # of those in the batch
+    alive = torch.ones_like(rows, dtype=torch.bool)
+    running = size
+    steps: list[list[Tensor]] = []
+    while True:
+        model_kwargs = model._update_model_kwargs_for_generation(
+            outputs, model_kwargs, is_encoder_decoder=model.config.is_encoder_decoder
+        )
+        if running:
+            logits = outputs.logits[:, -1].to(device=input_ids.device, dtype=torch.float32)
+            del outputs
+            entropy, normaliser = entropy_and_normaliser(logits, t_base)
+            scores = logits if law is None else logits / law(entropy).unsqueeze(-1)
+            if law is None and logits_processor:
+                scores = logits.clone()  # a processor may write into it
+            tokens, logp = draw(logits_processor(input_ids, scores))
+            policy_logp = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) / t_base - normaliser
+            tokens = torch.where(alive, tokens, pad)
+            drawn = ((tokens, pad), (logp, 0), (policy_logp, 0), (entropy, 0))
+            steps.append([x.new_full((size,), end).index_put((rows[alive],), x[alive]) for x, end in drawn])
+            input_ids = torch.cat([input_ids, tokens.unsqueeze(-1)], -1)
+            alive = alive & ~stopping_criteria(input_ids, None)
+            running = int(alive.sum())
+        if not model._has_unfinished_sequences(not running, synced, device=input_ids.device):
+            break
+        if may_leave and 0 < running <= (1 - ENDED) * len(rows):
+            kept = alive.nonzero().squeeze(-1)
+            rows, alive, input_ids = rows[kept], alive[kept], input_ids[kept]
+            model_kwargs |= {name: model_kwargs[name][kept] for name in tensors}
+            cache_of(model_kwargs).batch_select_indices(kept)
+        width = 1 if model_kwargs["use_cache"] else None
+        inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=width, **model_kwargs)
+        outputs = model(**inputs, return_dict=True)
+    tokens, *figures = (torch.stack(columns, 1) for columns in zip(*steps, strict=True))
+    return torch.cat([prompts, tokens], -1), Draws(tokens, *figures)
+
+
+def draw(scores: Float[Tensor, "n V"]) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
+    """A token of softmax(scores) for each row, and its log-prob in nats, by one uniform number a row."""
+    shifted = scores - scores.amax(-1, keepdim=True)
+    cumulated = shifted.exp().cumsum(-1)
+    total = cumulated[:, -1:]
+    # (0, total]: an entry of probability 0 adds nothing to the sum before it, so it is never the first to reach
+    # it.
+    target = total * (1.0 - torch.rand_like(total))
+    tokens = torch.searchsorted(cumulated, target)
+    return tokens.squeeze(-1), (shifted.gather(-1, tokens) - total.log()).squeeze(-1)
+
+
+def _prefill(model: Any, ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any], shared: bool) -> Any:
+    """The forward pass over the prompts; `shared`: over each distinct one, its cache then repeated."""
+    if shared:
+        first, inverse = distinct_rows(ids, model_kwargs.get("attention_mask"))
+    if not shared or len(first) == len(ids):
+        return model._prefill(ids, config, model_kwargs)
+    rows = {name: x[first] for name, x in model_kwargs.items() if isinstance(x, Tensor)}
+    outputs = model._prefill(ids[first], config, {**model_kwargs, **rows})
+    cache_of(model_kwargs).batch_select_indices(inverse)
+    outputs.logits = outputs.logits[inverse]
+    return outputs
+
+
+def _ranks() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
