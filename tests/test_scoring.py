@@ -364,11 +364,11 @@ def test_ddp_and_fsdp_give_the_mean_gradient_of_their_ranks():
 
 
 def check_gradients_over_two_ranks():
-    """One row a rank; without valid tokens on the second rank too; a head sharded on its own too."""
+    """A row twice on each rank; without valid tokens on the second rank too; a head sharded on its own too."""
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2,))
-    ids, attention, response = batch()
-    mine = slice(dist.get_rank(), dist.get_rank() + 1)
+    ids, attention, response = (x.repeat_interleave(2, 0) for x in batch())
+    mine = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
 
     def gradients(model, rows, mask):
         scores = score_tokens(model, ids[rows], attention[rows], mask[rows])
@@ -387,8 +387,8 @@ def check_gradients_over_two_ranks():
             fully_shard(model.get_submodule(name), mesh=mesh)
         return fully_shard(model, mesh=mesh)
 
-    for mask in (response, response & torch.tensor([[True], [False]])):
-        want = [g / 2 for g in gradients(attached(), slice(0, 2), mask)]
+    for mask in (response, response & torch.tensor([[True], [True], [False], [False]])):
+        want = [g / 2 for g in gradients(attached(), slice(0, 4), mask)]
         for model in (DistributedDataParallel(attached()), sharded("model.layers.0"), sharded("lm_head")):
             for a, b in zip(gradients(model, mine, mask), want, strict=True):
                 torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)

@@ -11,6 +11,7 @@ backward pass makes the logits a second time instead of keeping them.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from .prompts import response_states
 
 Factor = Callable[[Tensor], Tensor]
 """Entropy (n,), nats -> positive temperature factor (n,)."""
@@ -120,9 +123,10 @@ def score_tokens(
 ) -> Scores:
     """Scores (B, T) of the response tokens, the last T of the L = P + T columns; zeros where the mask is False.
 
-    Only positions that predict a valid token meet the output layer. Without any valid token the zeros are still
-    connected to the model, so that backward and the collectives in it run. `model_kwargs` go to the model as they
-    are; positions are the model's own (left padding included).
+    Only positions that predict a valid token meet the output layer, and of text only what they need is run: no
+    rows or columns without any, and equal prompts once (`hapo.prompts`). Without any valid token the zeros are
+    still connected to the model, so that backward and the collectives in it run. `model_kwargs` go to the model
+    as they are, and with them the whole batch. Positions are counted from the first token that is not padding.
 
     Raises ValueError without a prompt column (nothing predicts the first token) or without `attach_scoring`.
     """
@@ -148,10 +152,14 @@ def _score_forward(
     model: Any, request: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Tensor | None]:
     # A dict, not Scores: FSDP finds the tensors of an output by its pytree and hooks their gradients.
-    kwargs = {k: v for k, v in kwargs.items() if k not in ("labels", "logits_to_keep")} | {"use_cache": False}
-    states = model.base_model(*args, **kwargs).last_hidden_state
     tokens, mask = request["tokens"], request["mask"]
-    states = states[:, states.shape[1] - mask.shape[1] - 1 : -1][mask.to(states.device)]
+    config = model.config
+    if not args and set(kwargs) == {"input_ids", "attention_mask"} and config.get_text_config() is config:
+        states = response_states(model, **kwargs, response_mask=mask)
+    else:
+        kwargs = {k: v for k, v in kwargs.items() if k not in ("labels", "logits_to_keep")} | {"use_cache": False}
+        states = model.base_model(*args, **kwargs).last_hidden_state
+        states = states[:, states.shape[1] - mask.shape[1] - 1 : -1][mask.to(states.device)]
     layer = _output_layer(model)
     weight, bias = _whole(layer.weight), _whole(layer.bias)
     scale, softcap = _logit_transform(model.config.get_text_config())
@@ -248,8 +256,9 @@ class _Head:
     def chunks(self, n: int) -> Iterator[slice]:
         return (slice(start, min(start + self.chunk, n)) for start in range(0, n, self.chunk))
 
-    def buffer(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        return hidden.new_empty((min(self.chunk, len(hidden)), len(weight)), dtype=self.accumulator)
+    def buffer(self, hidden: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        shape = (min(self.chunk, len(hidden)), len(weight))
+        return hidden.new_empty(shape, dtype=self.accumulator if dtype is None else dtype)
 
     def logits_(self, out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         gain = self.scale / (self.softcap or self.t_base)
@@ -263,6 +272,15 @@ class _Head:
         if self.softcap is None:
             return grad
         return grad.addcmul_(grad, z.mul_(self.t_base / self.softcap).square_(), value=-1.0)
+
+
+def _kernels(like: Tensor) -> Any:
+    """The Triton kernels of this module, for float32 on CUDA where there is Triton."""
+    if not like.is_cuda or like.dtype != torch.float32 or importlib.util.find_spec("triton") is None:
+        return None
+    from .kernels import scores
+
+    return scores
 
 
 class _Score(torch.autograd.Function):
@@ -280,17 +298,28 @@ class _Score(torch.autograd.Function):
         logp = h.new_empty(len(h), dtype=head.accumulator)
         entropy = torch.empty_like(logp)
         sampler_logp = None if factor is None else torch.empty_like(logp)
-        z_buffer, log_p_buffer = head.buffer(h, w), head.buffer(h, w)
+        kernels = _kernels(logp)
+        normaliser = None if kernels is None else torch.empty_like(logp)
+        z_buffer = head.buffer(h, w)
+        spare = head.buffer(h, w) if kernels is None else None
         for rows in head.chunks(len(h)):
-            n, taken = rows.stop - rows.start, tokens[rows, None]
-            z, log_p = z_buffer[:n], log_p_buffer[:n]
-            torch.log_softmax(head.logits_(z, h[rows], w, bias), -1, out=log_p)
-            logp[rows] = log_p.gather(-1, taken).squeeze(-1)
-            entropy[rows] = torch.exp(log_p, out=z).mul_(log_p).sum(-1).neg_()
+            n, taken = rows.stop - rows.start, tokens[rows]
+            z = head.logits_(z_buffer[:n], h[rows], w, bias)
+            if kernels is not None and normaliser is not None:
+                logp[rows], entropy[rows], normaliser[rows] = kernels.scores(z, taken)
+            else:
+                assert spare is not None
+                log_p = torch.log_softmax(z, -1, out=spare[:n])
+                logp[rows] = log_p.gather(-1, taken[:, None]).squeeze(-1)
+                entropy[rows] = torch.exp(log_p, out=z).mul_(log_p).sum(-1).neg_()
             if factor is not None and sampler_logp is not None:
-                log_p.div_(factor(entropy[rows]).unsqueeze(-1))
-                sampler_logp[rows] = torch.log_softmax(log_p, -1, out=z).gather(-1, taken).squeeze(-1)
-        ctx.save_for_backward(hidden, weight, bias, tokens, entropy)
+                cooler = 1 / factor(entropy[rows])
+                if kernels is not None:
+                    sampler_logp[rows] = kernels.scores(z, taken, cooler.float())[0]
+                else:
+                    log_p = torch.log_softmax(log_p.mul_(cooler[:, None]), -1, out=z)
+                    sampler_logp[rows] = log_p.gather(-1, taken[:, None]).squeeze(-1)
+        ctx.save_for_backward(hidden, weight, bias, tokens, entropy, normaliser)
         ctx.head = head
         ctx.set_materialize_grads(False)
         if sampler_logp is not None:
@@ -302,7 +331,7 @@ class _Score(torch.autograd.Function):
     def backward(
         ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, tokens, entropy = ctx.saved_tensors
+        hidden, weight, bias, tokens, entropy, normaliser = ctx.saved_tensors
         head: _Head = ctx.head
         h, w = hidden.to(head.operand), weight.to(head.operand)
         grads = [
@@ -312,22 +341,30 @@ class _Score(torch.autograd.Function):
         grad_hidden, grad_weight, grad_bias = grads
         slope = head.scale / head.t_base
         to_logp = torch.zeros_like(entropy) if grad_logp is None else grad_logp * slope
-        z_buffer, g_buffer = head.buffer(h, w), head.buffer(h, w)
-        p_buffer = None if grad_entropy is None else head.buffer(h, w)
+        to_entropy = None if grad_entropy is None else grad_entropy * slope
+        kernels = _kernels(entropy)
+        # A kernel writes the logits' gradient as the operand of the products that follow, but for the cap's slope.
+        rounded = head.operand if kernels is not None and head.softcap is None else head.accumulator
+        z_buffer, g_buffer = head.buffer(h, w), head.buffer(h, w, rounded)
+        p_buffer = None if to_entropy is None or kernels is not None else head.buffer(h, w)
         for rows in head.chunks(len(h)):
             n, a = rows.stop - rows.start, to_logp[rows, None]
+            b = None if to_entropy is None else to_entropy[rows, None]
             z, g = z_buffer[:n], g_buffer[:n]
             head.logits_(z, h[rows], w, bias)
-            if grad_entropy is None or p_buffer is None:
-                torch.softmax(z, -1, out=g).mul_(-a)
-            else:  # -p (a + b (log p + H))
-                b = grad_entropy[rows, None] * slope
-                p = torch.exp(torch.log_softmax(z, -1, out=g), out=p_buffer[:n])
-                torch.addcmul(-a - b * entropy[rows, None], g, b, value=-1.0, out=g).mul_(p)
-            g.scatter_add_(-1, tokens[rows, None], a)
+            if kernels is not None:
+                flat = None if b is None else b.flatten()
+                kernels.gradient(z, tokens[rows], normaliser[rows], entropy[rows], a.flatten(), flat, out=g)
+            else:
+                if b is None or p_buffer is None:
+                    torch.softmax(z, -1, out=g).mul_(-a)
+                else:  # -p (a + b (log p + H))
+                    p = torch.exp(torch.log_softmax(z, -1, out=g), out=p_buffer[:n])
+                    torch.addcmul(-a - b * entropy[rows, None], g, b, value=-1.0, out=g).mul_(p)
+                g.scatter_add_(-1, tokens[rows, None], a)
             head.pull_back_(g, z)
             if grad_bias is not None:
-                grad_bias += g.sum(0)
+                grad_bias += g.sum(0, dtype=grad_bias.dtype)
             g = g.to(head.operand)
             if grad_hidden is not None:
                 _addmm_(grad_hidden[rows], g, w, beta=0.0)

@@ -1,0 +1,1 @@
+"""Triton kernels. Importing their modules needs triton; the torch paths that they replace agree to rounding."""
