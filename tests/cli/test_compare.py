@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from hapo.cli import UsageError, main
 from hapo.cli.arms import Arm
@@ -69,12 +67,12 @@ def test_a_comparison_killed_at_any_point_goes_on_to_the_same_results(tmp_path, 
     assert {file: file.stat().st_mtime_ns for file in done} == done  # finished runs stay
     pd.testing.assert_frame_equal(results(tmp_path / "killed"), results(tmp_path / "whole"))
 
-    # The same prompts, weights and samples: TRL's own DAPO begins with exactly our rollouts and our update.
-    ours, theirs = (tmp_path / "whole/runs" / arm / "seed-1" for arm in ("dapo", "trl_dapo"))
-    first = [json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["reward"] for run in (ours, theirs)]
+    # The same prompts, weights and samples for every arm of ours.
+    first = [
+        json.loads((tmp_path / "whole/runs" / arm / "seed-1/metrics.jsonl").read_text().splitlines()[0])["reward"]
+        for arm in ("hapo_components=BCD", "dapo")
+    ]
     assert first[0] == first[1]
-    a, b = (load_file(run / "first_gradient.safetensors")["gradient"] for run in (ours, theirs))
-    assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.99999
 
     # More seeds are added to what is there; another recipe is another comparison.
     assert main(compare(tmp_path / "whole", "dapo", seeds=3)) == 0

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from trl import GRPOConfig, GRPOTrainer
 
 import hapo
 from hapo.methods import options_of
@@ -123,6 +124,41 @@ def test_engine_equals_core(method, options):
         worst_ratio = max(worst_ratio, ((mini.logp - mini.old_logp)[mini.mask].exp() - 1).abs().max().item())
         assert out.tokens["clipped"].any() or step == 0 or "bounds" not in options_of(method).stages
     assert worst_ratio > 0.3
+
+
+def test_the_first_update_of_dapo_is_that_of_trls_own_trainer(tmp_path):
+    """The same completions: the two gradients differ by their normaliser, which counts other groups, alone."""
+    schedule = {"per_device_train_batch_size": 16, "steps_per_generation": 1, "max_steps": 1, "beta": 0.0}
+    schedule |= {"learning_rate": 0.005, "optim": "sgd", "max_grad_norm": 0.0}
+    gradients = []
+    for build in (_ours, _trls):
+        keep, trainer = fixed_rollout.Gradients(), build(tmp_path, schedule)
+        trainer.add_callback(keep)
+        trainer.train()
+        gradients.append(torch.cat([g.flatten() for g in keep.steps[0].values()]))
+    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.99999
+
+
+def _ours(folder, schedule):
+    options = {"method": "dapo", "method_options": {"sampler_cap": None}}
+    with pytest.warns(UserWarning, match="every importance ratio is 1"):
+        return tiny.trainer(folder / "ours", rollout_func=fixed_rollout.rollout, **schedule, **options)
+
+
+def _trls(folder, schedule):
+    config = GRPOConfig(
+        str(folder / "theirs"), loss_type="dapo", num_generations=4, max_completion_length=8, use_cpu=True, bf16=False,
+        report_to="none", activation_checkpointing=False, save_strategy="no", disable_tqdm=True,
+        dataloader_pin_memory=False, seed=7, **schedule,
+    )  # fmt: skip
+    return GRPOTrainer(
+        tiny.model(),
+        tiny.count_digits,
+        config,
+        train_dataset=tiny.data(),
+        processing_class=tiny.tokenizer(),
+        rollout_func=fixed_rollout.rollout,
+    )
 
 
 def _column(rows, name):

@@ -204,14 +204,29 @@ def split_task(config: TaskConfig, seed: int, tune_size: int) -> tuple[Task, Any
     return replace(task, train=train), parts["test"]
 
 
-def _run(job: Job) -> None:
+@dataclass(frozen=True)
+class Built:
+    """A job's trainer, its task without the problems set aside, these, and what the run was told beside."""
+
+    trainer: GRPOTrainer
+    task: Task
+    tuning: Any
+    options: TrainOptions
+
+
+NEEDED_TO_PARSE = frozenset({"seed", "output_dir", "use_cpu", "bf16"})
+"""Flags of TRL that hapo's own parser must see too: it refuses a machine that cannot honour them."""
+
+
+def build(job: Job) -> Built:
+    """The trainer of a job, hapo's or TRL's own, under one recipe."""
     flags = {**job.flags, **job.arm.flags, "seed": job.seed, "output_dir": str(job.folder)}
     if not job.arm.of_trl:
         flags |= {"method": job.arm.name, "method_options": job.arm.options}
     flags = {name: value for name, value in flags.items() if value is not None}
-    of_trl = {f.name for f in fields(GRPOConfig)} if job.arm.of_trl else set()
-    own = {name: value for name, value in flags.items() if name not in of_trl or name in ("seed", "output_dir")}
-    task_config, args, model_config, options = parse_flags(job.recipe, own if job.arm.of_trl else flags)
+    of_trl = {f.name for f in fields(GRPOConfig)} - NEEDED_TO_PARSE if job.arm.of_trl else set()
+    own = {name: value for name, value in flags.items() if name not in of_trl}
+    task_config, args, model_config, options = parse_flags(job.recipe, own)
     if task_config.task_seed is None:
         task_config.task_seed = 0
     prepare_process(options)
@@ -224,9 +239,16 @@ def _run(job: Job) -> None:
         trainer.recipe = recipe
     for default in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(default)
+    return Built(trainer, task, tuning, options)
+
+
+def _run(job: Job) -> None:
+    built = build(job)
+    trainer, options = built.trainer, built.options
+    problems = built.tuning if job.tuning else built.task.eval
     console = Console(quiet=True)
     course = Course(job.folder, options.token_budget)
-    held_out = HeldOut(trainer, tuning if job.tuning else task.eval, task.reward_funcs, options, course, console)
+    held_out = HeldOut(trainer, problems, built.task.reward_funcs, options, course, console)
     for callback in (course, held_out, FirstGradient(job.folder)):
         trainer.add_callback(callback)
     held_out.measure(0)

@@ -20,8 +20,6 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from ..assets import tiny_model_path
 from ..engines.records import check_writable
 from ..engines.trl.checkpoint import complete_checkpoints
-
-# from ..insight.report import write_report
 from ..insight.report import write_report
 from ..tasks import Task, TaskConfig, load_task
 from ..trl import HAPOConfig, HAPOTrainer

@@ -91,6 +91,14 @@ class HAPOConfig(GRPOConfig):
             "rewards; the paper's setting is 10. With 1, groups of equal rewards are dropped, not replaced."
         },
     )
+    tokens_per_pass: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most tokens of one forward and backward pass, padding included, equal prompts once: larger "
+            "micro-batches are taken in several, which changes memory and speed, not the gradient. Default: 1,024 "
+            "on a CPU, 16,384 elsewhere; 0: the micro-batch as it is, as with FSDP, DeepSpeed and images."
+        },
+    )
     overlong_buffer: int = field(
         default=0,
         metadata={
@@ -137,6 +145,8 @@ class HAPOConfig(GRPOConfig):
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        if self.tokens_per_pass is not None and self.tokens_per_pass < 0:
+            raise ValueError(f"tokens_per_pass must be at least 0, which is no limit, got {self.tokens_per_pass}")
         if self.overlong_buffer > self.max_completion_length:
             raise ValueError(
                 f"overlong_buffer ({self.overlong_buffer}) must not exceed max_completion_length "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields, replace
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -47,18 +47,32 @@ class Recorder:
             need=_checkpoint_bytes(model) if args.save_strategy != "no" else 0,
         )
 
+    @property
+    def _step(self) -> int:
+        """The optimiser step at work, from 1."""
+        return int(self.trainer.state.global_step) + 1
+
+    @property
+    def _rollout(self) -> int:
+        """Its rollout batch, from 1."""
+        return (self._step - 1) // int(self.trainer.args.updates_per_rollout) + 1
+
+    def takes_tokens(self) -> bool:
+        """Whether the rollout batch at work is one to record."""
+        every = self.trainer.args.record_tokens_every
+        return bool(every) and (self._rollout == 1 or self._rollout % every == 0)
+
     def add_tokens(self, inputs: dict[str, Any], batch: TokenBatch, out: LossOutput) -> None:
-        """Tokens of this micro-batch, if its rollout batch is one to record; written when the step ends."""
-        trainer, args = self.trainer, self.trainer.args
-        step, updates = trainer.state.global_step + 1, args.updates_per_rollout
-        number = (step - 1) // updates + 1  # of the rollout batch, from 1
-        if not args.record_tokens_every or (number != 1 and number % args.record_tokens_every):
-            return
-        rows = batch.group < max(1, args.record_tokens_rows // trainer.num_generations)
+        """Tokens of one pass of the step at work."""
+        args = self.trainer.args
+        rows = batch.group < max(1, args.record_tokens_rows // self.trainer.num_generations)
         if rows.any():
-            self._add(step, 1 + (number - 1) * updates, inputs, batch, out, rows)
-        if trainer.accelerator.gradient_state.sync_gradients:
-            self.records.write_tokens(step)
+            first = 1 + (self._rollout - 1) * args.updates_per_rollout
+            self._add(self._step, first, inputs, batch, out, rows)
+
+    def write_tokens(self) -> None:
+        """At the end of the step."""
+        self.records.write_tokens(self._step)
 
     def _add(
         self, step: int, rollout: int, inputs: dict[str, Any], batch: TokenBatch, out: LossOutput, rows: Tensor
@@ -76,7 +90,7 @@ class Recorder:
             step,
             rollout,
             batch,
-            replace(out, tokens={name: x[rows] for name, x in out.tokens.items()}),
+            {name: x[rows] for name, x in out.tokens.items()},
             mask=trainer.scored_tokens(inputs)[rows],
             response=inputs["hapo_response"][rows],
             responses=int(inputs["hapo_responses"]),

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,9 @@ from ..records import check_writable
 from . import vllm
 from .checkpoint import check_checkpoint, load_state, save_state
 from .config import HAPOConfig, check_arguments, cited, resolve_method
+from .drawn import DrawnScores
 from .metrics import MetricLog
+from .passes import of_inputs
 from .recorder import Recorder
 from .rollout import DynamicSampling, EpochSampler, begin_step, gather_rows, prompt_key
 
@@ -84,6 +88,8 @@ class HAPOTrainer(GRPOTrainer):
         self._sampled_with: hapo.EntropyStats | None = None
         self._rewards_per_func: Tensor | None = None
         self._rollout_scores: list[Tensor] | None = None
+        self._scores_rollout = False
+        self._drawn = DrawnScores(self)
         self._step_metrics = MetricLog(self)
         self.clock = self._step_metrics.clock
         """Seconds by phase; pause it around what is no training."""
@@ -127,6 +133,7 @@ class HAPOTrainer(GRPOTrainer):
             return turn
         with sampling(self.accelerator.unwrap_model(self.model), self._temperature_factor()) as record:
             completion_ids, _ = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        self._drawn.add(record.draws)
         return completion_ids, record.logps(completion_ids)
 
     def _temperature_factor(self) -> Callable[[Tensor], Tensor] | None:
@@ -163,20 +170,28 @@ class HAPOTrainer(GRPOTrainer):
             )
         else:
             aux = None
-            parts = []
-            for ids, mask in zip(
-                input_ids.split(batch_size or len(input_ids)),
-                attention_mask.split(batch_size or len(input_ids)),
-                strict=True,
-            ):
-                response = mask[:, -logits_to_keep:].bool()
-                with self.accelerator.autocast():
-                    parts.append(score_tokens(model, ids, mask, response, t_base=self.temperature))
-            logps = torch.cat([p.logp for p in parts])
-            entropies = torch.cat([p.entropy for p in parts])
+            response = attention_mask[:, -logits_to_keep:].bool()
+            score = partial(self._text_scores, model, input_ids, attention_mask, response, batch_size)
+            # The first scores that a rollout asks for are those of the policy that drew it.
+            of_rollout = self._rollout_scores == [] and self._scores_rollout
+            drawn_ids = input_ids[:, -logits_to_keep:]
+            logps, entropies = self._drawn.scores(drawn_ids, response, score) if of_rollout else score()
         if self._rollout_scores is not None and entropies is not None:
             self._rollout_scores.append(entropies.detach())
         return logps, entropies, aux
+
+    def _text_scores(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, response: Tensor, batch_size: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies (B,T) of the response tokens, `batch_size` rows at a time."""
+        size = batch_size or len(input_ids)
+        parts = []
+        for ids, attention, mask in zip(
+            *(x.split(size) for x in (input_ids, attention_mask, response)), strict=True
+        ):
+            with self.accelerator.autocast():
+                parts.append(score_tokens(model, ids, attention, mask, t_base=self.temperature))
+        return torch.cat([p.logp for p in parts]), torch.cat([p.entropy for p in parts])
 
     # -- rollout --------------------------------------------------------------------------------------------
 
@@ -198,16 +213,23 @@ class HAPOTrainer(GRPOTrainer):
 
     def _rollout(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's rollout of these prompts, with rollout entropies and the verdict of each response."""
-        self._rollout_scores = []
-        output = super()._generate_and_score_completions(inputs)
+        updates = self.args.steps_per_generation * self.num_iterations
         # TRL scores the old policy first, unless it takes the ratio for 1.
-        scored, self._rollout_scores = self._rollout_scores, None
+        self._scores_rollout = self.use_vllm or self.args.gradient_accumulation_steps % updates != 0
+        self._rollout_scores = []
+        self._drawn.begin()
+        output = super()._generate_and_score_completions(inputs)
         if "old_per_token_logps" in output:
-            output["old_entropies"] = scored[0]
+            output["old_entropies"] = self._rollout_scores[0]
         else:
             with torch.no_grad():
-                logps, entropies, _ = self._score(self.model, output, self._micro_batch)
+                logps, entropies = self._drawn.scores(
+                    output["completion_ids"],
+                    output["completion_mask"].bool(),
+                    lambda: self._score(self.model, output, self._micro_batch)[:2],
+                )
             output["old_per_token_logps"], output["old_entropies"] = logps, entropies
+        self._rollout_scores = None
         per_func = self._rewards_per_func
         assert per_func is not None
         verdict = (per_func * self.reward_weights.to(per_func.device)).nansum(1)
@@ -218,7 +240,7 @@ class HAPOTrainer(GRPOTrainer):
 
     def _score(self, model: Any, inputs: dict[str, Any], batch_size: int | None = None) -> Any:
         """Scores of the completions in `inputs`, with whatever images and tiles belong to them."""
-        multimodal = (
+        names = (
             "pixel_values",
             "image_grid_thw",
             "num_images",
@@ -230,16 +252,23 @@ class HAPOTrainer(GRPOTrainer):
             "mm_token_type_ids",
             "image_position_ids",
         )
+        multimodal = {name: inputs[name] for name in names if inputs.get(name) is not None}
+        aux_loss = self.aux_loss_enabled and torch.is_grad_enabled()
         completion = inputs["completion_ids"]
+        ids = torch.cat([inputs["prompt_ids"], completion], 1)
+        attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        if not multimodal and not aux_loss:
+            needed = inputs.get("hapo_needed", inputs["completion_mask"].bool())
+            return *self._text_scores(model, ids, attention, needed, batch_size), None
         return self._get_per_token_logps_and_entropies(
             model,
-            torch.cat([inputs["prompt_ids"], completion], 1),
-            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
+            ids,
+            attention,
             completion.shape[1],
             batch_size,
             compute_entropy=True,
-            compute_aux_loss=self.aux_loss_enabled and torch.is_grad_enabled(),
-            **{name: inputs.get(name) for name in multimodal},
+            compute_aux_loss=aux_loss,
+            **multimodal,
         )
 
     @property
@@ -328,11 +357,35 @@ class HAPOTrainer(GRPOTrainer):
         )
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """The micro-batch's share of the step's loss; all of its passes but the last have gone backward."""
+        train = self.model.training
+        recorded = self._records is not None and train and self._records.takes_tokens()
+        # Tokens of dropped groups count nowhere, but records show them.
+        mask = self.scored_tokens(inputs) if recorded else inputs["hapo_mask"]
+        *earlier, last = of_inputs(self, {**inputs, "hapo_needed": mask}, mask)
+        before = torch.zeros((), device=mask.device)
+        for part in earlier:
+            with self.accelerator.no_sync(model) if train else nullcontext():
+                loss = self._pass_loss(model, part, recorded)
+                if train:
+                    with torch.autocast(mask.device.type, enabled=False):
+                        self.accelerator.backward(loss)
+            before += loss.detach()
+        loss = self._pass_loss(model, last, recorded) + before
+        if not train or self.accelerator.gradient_state.sync_gradients:
+            self._step_metrics.flush()
+            if recorded:
+                assert self._records is not None
+                self._records.write_tokens()
+        return loss
+
+    def _pass_loss(self, model: Any, inputs: dict[str, Any], recorded: bool) -> Tensor:
         logps, entropies, aux_loss = self._score(model, inputs)
         batch = self._batch(inputs, logps, entropies.detach())
         out = self.method.loss(batch)
         self._step_metrics.add(out, batch)
-        if self._records is not None and self.model.training:
+        if recorded:
+            assert self._records is not None
             self._records.add_tokens(inputs, batch, out)
         # Data-parallel engines average gradients over ranks; the totals already count all of them.
         loss = out.loss * self.accelerator.num_processes

@@ -1,0 +1,74 @@
+"""A micro-batch in several passes of forward and backward, each of a bounded number of tokens.
+
+Losses of the slices of an optimiser step add up to the step's, so rows may be taken in any order and number.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from ...prompts import distinct_rows
+
+CPU_TOKENS, DEVICE_TOKENS = 1024, 16384
+"""Tokens of a pass where the user sets none: what keeps a processor busy, and what keeps an accelerator busy."""
+
+NOT_TEXT = frozenset({"pixel_values", "image_grid_thw", "num_images", "token_type_ids", "mm_token_type_ids"})
+
+
+def passes(
+    prompt_ids: Int[Tensor, "B P"], prompt_mask: Int[Tensor, "B P"], mask: Bool[Tensor, "B T"], most: int
+) -> list[Int[Tensor, " b"]]:
+    """Rows of each pass: those with a valid token, equal prompts and like lengths together, in the fewest passes.
+
+    A pass costs its distinct prompts and its responses, each padded to the longest; a row alone may exceed `most`.
+    All rows in their order where they fit, or where none has a valid token.
+    """
+    columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    responses = (mask * columns).amax(1)
+    rows = responses.nonzero().squeeze(1)
+    if not len(rows):
+        return [torch.arange(len(mask), device=mask.device)]
+    _, prompt = distinct_rows(prompt_ids, prompt_mask)
+    sizes = torch.stack([prompt_mask.sum(1), prompt, responses], 1)[rows].tolist()
+    order = sorted(range(len(rows)), key=lambda i: sizes[i])
+    parts: list[list[int]] = [[]]
+    longest_prompt = longest = 0
+    distinct: set[int] = set()
+    for i in order:
+        length, number, response = sizes[i]
+        wider, longer = max(longest_prompt, length), max(longest, response)
+        if parts[-1] and len(distinct | {number}) * wider + (len(parts[-1]) + 1) * longer > most:
+            parts.append([])
+            distinct, wider, longer = set(), length, response
+        parts[-1].append(i)
+        distinct.add(number)
+        longest_prompt, longest = wider, longer
+    if len(parts) == 1:
+        return [torch.arange(len(mask), device=mask.device)]
+    return [rows[torch.tensor(part, device=rows.device)] for part in parts]
+
+
+def of_inputs(trainer: Any, inputs: dict[str, Any], mask: Bool[Tensor, "B T"]) -> list[dict[str, Any]]:
+    """The micro-batch as the inputs of its passes; as it is where it cannot be split."""
+    most = trainer.args.tokens_per_pass
+    if most is None:
+        most = CPU_TOKENS if mask.device.type == "cpu" else DEVICE_TOKENS
+    sharded = trainer.accelerator.distributed_type not in (
+        DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU,
+    )  # fmt: skip
+    images = any(inputs.get(name) is not None for name in NOT_TEXT)
+    if not most or sharded or images or trainer.aux_loss_enabled or "split" in trainer.method.breaks:
+        return [inputs]
+    chosen = passes(inputs["prompt_ids"], inputs["prompt_mask"], mask, most)
+    if len(chosen) == 1:
+        return [inputs]
+    size = len(mask)
+    return [
+        {k: x[rows] if isinstance(x, Tensor) and x.ndim and len(x) == size else x for k, x in inputs.items()}
+        for rows in chosen
+    ]
