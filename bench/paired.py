@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -33,8 +34,17 @@ def summary(values: list[float]) -> dict[str, float]:
     return {"median": round(middle, 4), "low": round(low, 4), "high": round(high, 4)}
 
 
+def commit() -> str | None:
+    """Of the repository around this file, with "-dirty" where tracked files differ; None in a copy without one."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    return subprocess.run(describe, cwd=root, check=True, capture_output=True, text=True).stdout.strip()
+
+
 def machine(device: str = "cpu", packages: tuple[str, ...] = ("torch",)) -> dict[str, object]:
-    """Processor or GPU, threads, load at this moment, versions."""
+    """Processor or GPU, threads, load at this moment, versions, commit."""
     cpu = platform.processor()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -45,5 +55,6 @@ def machine(device: str = "cpu", packages: tuple[str, ...] = ("torch",)) -> dict
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
+        "commit": commit(),
         **{name: version(name) for name in packages},
     }
