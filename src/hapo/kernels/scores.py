@@ -116,11 +116,11 @@ def _scores(
         m = top
     total = tl.sum(s, 0)
     log_total = tl.log2(total)
-    h = LN2 * (log_total - tl.sum(d, 0) / total)
+    h = (log_total - tl.sum(d, 0) / total) * LN2
     taken = tl.load(row + tl.load(tokens + i)).to(tl.float32) * unit
-    tl.store(out + i, LN2 * (taken - m - log_total))
+    tl.store(out + i, (taken - m - log_total) * LN2)
     tl.store(out + n + i, tl.where(h < 0.0, 0.0, h))
-    tl.store(out + 2 * n + i, LN2 * (m + log_total))
+    tl.store(out + 2 * n + i, (m + log_total) * LN2)
 
 
 @triton.jit
