@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, MistralConfig, Qwen3Config
 
+import hapo.prompts as prompts
 from hapo.prompts import distinct_rows
 from hapo.scoring import attach_scoring, score_tokens
 
@@ -76,6 +77,11 @@ def gradients(model, logps: torch.Tensor) -> list[torch.Tensor]:
     return [p.grad.clone() for p in model.parameters()]
 
 
+@pytest.fixture(autouse=True)
+def _share_whatever_it_saves(monkeypatch):
+    monkeypatch.setitem(prompts.WORTH, "cpu", 0.0)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_scores_and_gradients_are_those_of_each_row_alone(name):
     model = tiny(name)
@@ -119,3 +125,12 @@ def test_distinct_rows_do_not_read_padding():
     first, of_row = distinct_rows(ids, mask)
     assert sorted(first.tolist()) == [0, 2, 3]
     assert first[of_row].tolist() == [0, 0, 2, 3]
+
+
+def test_what_saves_little_is_not_shared(monkeypatch):
+    model = tiny("llama")
+    ids, attention, mask = batch()
+    monkeypatch.setitem(prompts.WORTH, "cpu", 15 * 50_000.0)  # 3 rows of 5 columns, a layer of 11,000 weights
+    seen = sizes(model)
+    score_tokens(model, ids, attention, mask)
+    assert seen == [(6, 9)]

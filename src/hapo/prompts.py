@@ -16,6 +16,11 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
+WORTH = {"cpu": 5e7}
+WORTH_ELSEWHERE = 3e9
+"""Tokens saved times weights a layer that pay for a second call of every layer. On a CPU measured: a model of 0.2 M
+weights a layer lost by saving 150 tokens, one of 3.5 M gained by 500. Elsewhere ours: 0.2 ms of launches."""
+
 
 def distinct_rows(
     ids: Int[Tensor, "B P"], attention_mask: Int[Tensor, "B P"] | None
@@ -86,7 +91,10 @@ def _states(model: Any, ids: Tensor, attention: Tensor, prompt: int) -> Float[Te
     if name is not None and not _one_pass_only(model):
         first, of_row = distinct_rows(ids[:, :prompt], attention[:, :prompt])
         cache = DynamicCache(config=model.config)
-        if len(first) < len(ids) and rows_can_move(cache):
+        saved = (len(ids) - len(first)) * prompt
+        layer = sum(p.numel() for p in base.parameters()) / max(model.config.num_hidden_layers, 1)
+        worth = saved * layer >= WORTH.get(ids.device.type, WORTH_ELSEWHERE)
+        if saved and worth and rows_can_move(cache):
             cached = {name: cache, "use_cache": True}
             part = {key: x[first, :prompt] for key, x in position.items()}
             begun = base(input_ids=ids[first, :prompt], attention_mask=attention[first, :prompt], **part, **cached)

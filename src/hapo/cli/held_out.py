@@ -35,10 +35,17 @@ class Course(TrainerCallback):
         folder: the run's.
         token_budget: training ends with the rollout batch that reaches it, when its last optimiser step is done.
         fresh: the run begins; it is not resumed.
+        clock: seconds since any moment; by default those that pass.
     """
 
-    def __init__(self, folder: Path, token_budget: int | None, fresh: bool = True) -> None:
-        self.folder, self.token_budget, self.fresh = folder, token_budget, fresh
+    def __init__(
+        self,
+        folder: Path,
+        token_budget: int | None,
+        fresh: bool = True,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.folder, self.token_budget, self.fresh, self.clock = folder, token_budget, fresh, clock
         self._why = "max_steps"
         self._before = 0.0
         self._since: float | None = None
@@ -46,20 +53,20 @@ class Course(TrainerCallback):
     @property
     def seconds(self) -> float:
         """Training seconds without measurements, those before a resumed checkpoint included."""
-        return self._before + (0.0 if self._since is None else time.perf_counter() - self._since)
+        return self._before + (0.0 if self._since is None else self.clock() - self._since)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """What is in no count of the run's time."""
         runs, self._before, self._since = self._since is not None, self.seconds, None
         yield
-        self._since = time.perf_counter() if runs else None
+        self._since = self.clock() if runs else None
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Start the clock."""
         file = self._clock_of(state)
         self._before = json.loads(file.read_text())["seconds"] if file.is_file() and not self.fresh else 0.0
-        self._since = time.perf_counter()
+        self._since = self.clock()
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Leave the clock's time in the checkpoint."""

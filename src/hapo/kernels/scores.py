@@ -94,21 +94,22 @@ def _scores(
     """One program a row: the maximum is of a block, the sums are of a column of blocks until the end."""
     i = tl.program_id(0).to(tl.int64)
     row = logits + i * row_stride
-    unit = 1.0 / LN2
+    factor = 1.0
     if has_scale:
-        unit = unit * tl.load(scale + i)
+        factor = tl.load(scale + i)
+    unit = factor / LN2
     m = float("-inf")
     s = tl.zeros((block,), tl.float32)
     d = tl.zeros((block,), tl.float32)
     for start in range(0, vocabulary, block):
         column = start + tl.arange(0, block)
-        x = tl.load(row + column, mask=column < vocabulary, other=float("-inf")).to(tl.float32) * unit
+        x = tl.load(row + column, mask=column < vocabulary, other=float("-inf")).to(tl.float32)
         top = tl.maximum(m, tl.max(x, 0))
         zero = tl.where(top == float("-inf"), 0.0, top)  # no finite logit yet: any finite reference will do
-        z = x - zero
+        z = (x - zero) * unit  # the maximum goes before the scale, so that an offset costs no digits
         z = tl.where(z < FLOOR, FLOOR, z)  # not tl.maximum, which would drop NaN
         e = tl.exp2(z)
-        moved = m - zero
+        moved = (m - zero) * unit
         moved = tl.where(moved < FLOOR, FLOOR, moved)
         shrink = tl.exp2(moved)
         d = shrink * (d + s * moved) + e * z
@@ -117,10 +118,10 @@ def _scores(
     total = tl.sum(s, 0)
     log_total = tl.log2(total)
     h = (log_total - tl.sum(d, 0) / total) * LN2
-    taken = tl.load(row + tl.load(tokens + i)).to(tl.float32) * unit
-    tl.store(out + i, (taken - m - log_total) * LN2)
+    taken = tl.load(row + tl.load(tokens + i)).to(tl.float32)
+    tl.store(out + i, ((taken - m) * unit - log_total) * LN2)
     tl.store(out + n + i, tl.where(h < 0.0, 0.0, h))
-    tl.store(out + 2 * n + i, (m + log_total) * LN2)
+    tl.store(out + 2 * n + i, m * factor + log_total * LN2)
 
 
 @triton.jit

@@ -95,7 +95,7 @@ class HAPOConfig(GRPOConfig):
         default=None,
         metadata={
             "help": "Most tokens of one forward and backward pass, padding included, equal prompts once: larger "
-            "micro-batches are taken in several, which changes memory and speed, not the gradient. Default: 1,024 "
+            "micro-batches are taken in several, which changes memory and speed, not the gradient. Default: 2,048 "
             "on a CPU, 16,384 elsewhere; 0: the micro-batch as it is, as with FSDP, DeepSpeed and images."
         },
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...prompts import distinct_rows
 
-CPU_TOKENS, DEVICE_TOKENS = 1024, 16384
+CPU_TOKENS, DEVICE_TOKENS = 2048, 16384
 """Tokens of a pass where the user sets none: what keeps a processor busy, and what keeps an accelerator busy."""
 
 NOT_TEXT = frozenset({"pixel_values", "image_grid_thw", "num_images", "token_type_ids", "mm_token_type_ids"})
