@@ -12,7 +12,7 @@ VERL_VLLM ?= .venv-verl-vllm
 # Tiny models are fastest on one thread a process.
 ONE = OMP_NUM_THREADS=1
 
-.PHONY: setup demo test test-browser test-parity test-vllm test-verl test-verl-vllm lint format docs smollm2 clean
+.PHONY: setup demo test test-browser test-parity test-vllm test-verl test-verl-vllm test-gpu lint format docs smollm2 clean
 
 setup: $(VENV)/.ready
 
@@ -82,6 +82,9 @@ $(VERL_VLLM)/.ready: pyproject.toml tests_verl/vllm_name/pyproject.toml
 	$(VERL_VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VERL_VLLM)/bin/python -m pip install --quiet --no-deps ./tests_verl/vllm_name
 	touch $@
+
+test-gpu:  ## On a machine with CUDA, torch, triton, transformers and TRL, in the environment at hand: kernels and the CPU's numbers.
+	PYTHONPATH=src $(PYTHON) -m pytest tests_gpu
 
 lint: setup  ## Style and types.
 	$(BIN)/ruff check .

@@ -141,7 +141,7 @@ def test_the_records_page_has_every_column(tmp_path):
         1,
         1,
         batch,
-        method.loss(batch),
+        method.loss(batch).tokens,
         mask=batch.mask,
         response=torch.arange(len(batch)),
         responses=len(batch),

@@ -208,7 +208,7 @@ def _step_fields(trainer: Any, inputs: dict[str, Any]) -> TensorDict:
             torch.no_grad(),
             disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs),
         ):
-            logp, entropy, _ = trainer._score(trainer.model, inputs)
+            logp, entropy, _ = trainer._score(trainer.model, {**inputs, "hapo_needed": inputs["hapo_mask"]})
     batch = trainer._batch({**inputs, "hapo_keep": None, "hapo_totals": None}, logp, entropy)
     return {f.name: x for f in fields(batch) if isinstance(x := getattr(batch, f.name), Tensor)}
 
