@@ -25,7 +25,8 @@ def passes(
 ) -> list[Int[Tensor, " b"]]:
     """Rows of each pass: those with a valid token, equal prompts and like lengths together, in the fewest passes.
 
-    A pass costs its distinct prompts and its responses, each padded to the longest; a row alone may exceed `most`.
+    A pass costs its distinct prompts and its responses, each padded to the longest; a row alone may exceed `most`,
+    and so may a pass of a model so small that running its prompts once does not pay (`hapo.prompts`).
     All rows in their order where they fit, or where none has a valid token.
     """
     columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)

@@ -1,0 +1,126 @@
+"""What the TRL engine leaves out: passes that are too large, rows that count nowhere, scores that are known."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from hapo.engines.trl.passes import passes
+from hapo.prompts import WORTH
+from tests.engines import fixed_rollout, tiny
+from tests.engines.test_trl_exactness import difference
+
+
+def sizes(trainer) -> list[int]:
+    """Tokens of every call of the layers that takes part in training."""
+    seen: list[int] = []
+
+    def look(module, args, kwargs):
+        if torch.is_grad_enabled():
+            seen.append(kwargs["input_ids"].numel())
+
+    trainer.model.base_model.register_forward_pre_hook(look, with_kwargs=True)
+    return seen
+
+
+@pytest.mark.parametrize("options", [{"method": "hapo"}, {"method": "gspo"}, {"method": "grpo"}])
+def test_passes_add_up_to_the_micro_batch(options):
+    whole, _ = fixed_rollout.run(16, 1, 2, 1, tokens_per_pass=0, **options)
+    parts, trainer = fixed_rollout.run(16, 1, 2, 1, tokens_per_pass=40, **options)
+    for reference, split in zip(whole.steps, parts.steps, strict=True):
+        assert difference(reference, split) <= 1e-6
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert len(losses) == 2 and all(losses)
+
+
+def test_a_pass_is_bounded_and_holds_like_rows():
+    ids = torch.tensor([[0, 5], [7, 8], [0, 5], [7, 8], [0, 5], [7, 9]])
+    prompts = torch.tensor([[0, 1], [1, 1], [0, 1], [1, 1], [0, 1], [1, 1]])
+    lengths = torch.tensor([1, 4, 3, 2, 0, 4])
+    mask = torch.arange(4) < lengths.unsqueeze(1)
+    # The last but one row counts nowhere. One prompt of one token with answers of 1 and 3: 1 + 2 x 3 = 7.
+    parts = [part.tolist() for part in passes(ids, prompts, mask, 10)]
+    assert parts == [[0, 2], [3, 1], [5]]
+    assert [part.tolist() for part in passes(ids, prompts, mask, 100)] == [[0, 1, 2, 3, 4, 5]]
+    assert [part.tolist() for part in passes(ids, prompts, mask & False, 1)] == [[0, 1, 2, 3, 4, 5]]
+
+
+def test_training_passes_are_as_small_as_told(tmp_path, monkeypatch):
+    monkeypatch.setitem(WORTH, "cpu", 0.0)
+    trainer = tiny.trainer(tmp_path, tokens_per_pass=40, max_steps=2)
+    seen = sizes(trainer)
+    trainer.train()
+    assert len(seen) > 4 and max(seen) <= 40
+
+
+def test_a_step_without_a_counted_row_runs_one_row(tmp_path):
+    trainer = tiny.trainer(tmp_path, reward=lambda completions, **_: [1.0] * len(completions), max_steps=1)
+    seen = sizes(trainer)
+    trainer.train()  # all groups have equal rewards, and are dropped
+    assert len(seen) == 1 and seen[0] <= 4 + 1
+
+
+def passes_without_gradient(trainer) -> list[int]:
+    """Rows of every scoring pass of the rollout policy."""
+    rows: list[int] = []
+    score = trainer._text_scores
+
+    def counted(model, ids, *args):
+        if not torch.is_grad_enabled():
+            rows.append(len(ids))
+        return score(model, ids, *args)
+
+    trainer._text_scores = counted
+    return rows
+
+
+def test_the_draw_serves_as_the_score_of_the_rollout(tmp_path):
+    trainer = tiny.trainer(tmp_path, max_steps=12, temperature=0.7)
+    rows = passes_without_gradient(trainer)
+    worst = []
+
+    def compare(rollout):
+        with torch.no_grad():
+            ids = torch.cat([rollout["prompt_ids"], rollout["completion_ids"]], 1)
+            attention = torch.cat([rollout["prompt_mask"], rollout["completion_mask"]], 1)
+            mask = rollout["completion_mask"].bool()
+            logp, entropy = type(trainer)._text_scores(trainer, trainer.model, ids, attention, mask, None)
+        worst.append((rollout["old_per_token_logps"] - logp).abs().max().item())
+        worst.append((rollout["old_entropies"] - entropy).abs().max().item())
+        return prepare(rollout)
+
+    prepare, trainer._prepare = trainer._prepare, compare
+    trainer.train()
+    assert rows == [32]  # the first of three rollouts, as a check
+    assert len(worst) == 6 and max(worst) < 2e-5
+
+
+@pytest.mark.parametrize("why", ["dropout", "rounding"])
+def test_what_scoring_would_not_repeat_is_scored(tmp_path, why, monkeypatch):
+    if why == "rounding":
+        monkeypatch.setattr("hapo.engines.trl.drawn.SAME", 0.0)
+    net = tiny.model(attention_dropout=0.1) if why == "dropout" else None
+    trainer = tiny.trainer(tmp_path, net, max_steps=8)
+    rows = passes_without_gradient(trainer)
+    trainer.train()
+    assert rows == [32, 32]
+
+
+def test_other_tokens_than_those_drawn_are_scored():
+    from hapo.engines.trl.drawn import DrawnScores
+    from hapo.samplers.decoding import Draws
+
+    numbers = torch.zeros(2, 3)
+    tokens = torch.tensor([[4, 5, 6], [7, 1, 0]])
+    drawn = DrawnScores(SimpleNamespace())
+    mask = torch.tensor([[True, True, True, False], [True, True, False, False]])
+    ids = torch.tensor([[4, 5, 6, 0], [7, 1, 9, 9]])
+    drawn.begin()
+    drawn.add(Draws(tokens, numbers, numbers - 1, numbers + 2))
+    logp, entropy = drawn._drawn(ids, mask)
+    assert logp.tolist() == [[-1, -1, -1, 0], [-1, -1, 0, 0]] and entropy[0].tolist() == [2, 2, 2, 0]
+    assert drawn._drawn(ids + 1, mask) is None
+    drawn.add(None)  # a second turn
+    assert drawn._drawn(ids, mask) is None
