@@ -109,7 +109,7 @@ def main() -> None:
             contenders = {
                 work: partial(contend, work=work, head=head, prompt=prompt, device=given.device) for work in WORK
             }
-            turns, _ = alternate(contenders, pairs=given.pairs, warm_up=2, device=given.device)
+            turns, _ = alternate(contenders, pairs=given.pairs, device=given.device)
             found = report(turns)
             result[f"{head}, {shape}"] = found
             both = [found["contenders"][work] for work in WORK]

@@ -199,7 +199,7 @@ class Method:
         gradient = torch.zeros_like(batch.logp, dtype=working_dtype(batch.logp)) if needs_grad else None
         metrics: dict[str, Tensor] = {}
         for rows, width in whole if "split" in self.breaks else compact_blocks(batch.mask):
-            part = _clean(frozen.columns(width).rows(rows), read)
+            part = _clean(frozen if isinstance(rows, slice) else frozen.columns(width).rows(rows), read)
             assert part.logp is not None
             with torch.set_grad_enabled(needs_grad):
                 terms = self._terms(part.replace(logp=part.logp.requires_grad_(needs_grad)))

@@ -189,7 +189,7 @@ def _record(
                 step=now,
                 rollout=first,
                 batch=rows,
-                out=method.loss(rows),
+                made=method.loss(rows).tokens,
                 mask=batch.mask[index],
                 response=index,
                 responses=len(batch),
