@@ -77,6 +77,13 @@ def gradients(model, logps: torch.Tensor) -> list[torch.Tensor]:
     return [p.grad.clone() for p in model.parameters()]
 
 
+def assert_same(model, found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Log-probs and the gradients of all weights."""
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
+    for got, want in zip(gradients(model, found), gradients(model, expected), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
 @pytest.fixture(autouse=True)
 def _share_whatever_it_saves(monkeypatch):
     monkeypatch.setitem(prompts.WORTH, "cpu", 0.0)
@@ -91,9 +98,7 @@ def test_scores_and_gradients_are_those_of_each_row_alone(name):
     found = score_tokens(model, ids, attention, mask).logp[mask]
     # Three prompts of five columns, then six rows; the longest response has five tokens, the last predicts nothing.
     assert seen == [(3, 5), (6, 4)]
-    torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
-    for got, want in zip(gradients(model, found), gradients(model, expected), strict=True):
-        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+    assert_same(model, found, expected)
 
 
 def test_checkpointed_layers_run_whole_rows():
@@ -104,9 +109,7 @@ def test_checkpointed_layers_run_whole_rows():
     seen = sizes(model)
     found = score_tokens(model, ids, attention, mask).logp[mask]
     assert seen == [(6, 9)]
-    torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
-    for got, want in zip(gradients(model, found), gradients(model, expected), strict=True):
-        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+    assert_same(model, found, expected)
 
 
 def test_one_token_responses_need_the_prompts_alone():
