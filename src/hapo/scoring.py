@@ -11,7 +11,6 @@ backward pass makes the logits a second time instead of keeping them.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .kernels import use_triton
 from .prompts import response_states
 
 Factor = Callable[[Tensor], Tensor]
@@ -275,8 +275,8 @@ class _Head:
 
 
 def _kernels(like: Tensor) -> Any:
-    """The Triton kernels of this module, for float32 on CUDA where there is Triton."""
-    if not like.is_cuda or like.dtype != torch.float32 or importlib.util.find_spec("triton") is None:
+    """The Triton kernels of this module where they act on tensors like this one."""
+    if not use_triton(like):
         return None
     from .kernels import scores
 

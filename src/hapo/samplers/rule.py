@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..batch import EntropyStats
+from ..kernels import use_triton
 from ..method import Method
 from ..methods._options import AdaptiveTemperature, check_names, check_number, require
 from ..parts.entropy import CHUNK, entropy_from_logits
@@ -140,10 +140,10 @@ def temper_(
 
     The engine divides by T_base later, so that the token is drawn at T_base x factor(H). `rows` None: all of them.
     """
-    if logits.is_cuda and logits.dtype != torch.float64 and find_spec("triton"):
-        from . import kernel
+    if use_triton(logits):
+        from ..kernels import temperature
 
-        kernel.temper_(logits, rule.factor, t_base, rows)
+        temperature.temper_(logits, rule.factor, t_base, rows)
     elif rows is None:
         logits.div_(rule.factor(entropy_from_logits(logits, t_base)).unsqueeze(1))
     else:

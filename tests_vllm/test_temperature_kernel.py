@@ -20,7 +20,7 @@ RULE = TemperatureRule(
 # The interpreter is chosen before Triton is imported, hence a process of its own.
 INTERPRETED = """
 import sys, torch
-from hapo.samplers import kernel
+from hapo.kernels import temperature as kernel
 from hapo.samplers.rule import TemperatureRule
 cases, args = torch.load(sys.argv[1], weights_only=True)
 rule = TemperatureRule.from_args(args)
@@ -37,7 +37,7 @@ COMPILED = """
 import json, re, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from hapo.samplers import kernel
+from hapo.kernels import temperature as kernel
 types = dict.fromkeys(["logits", "t_base", "entropy", "factor"], "*fp32") | {"rows": "*i64", "block": "constexpr"}
 widths = {}
 for function in (kernel._entropy, kernel._divide):
