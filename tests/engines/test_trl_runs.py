@@ -15,6 +15,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 import hapo
+from hapo.engines.trl.rollout import prompts_to_draw
 from hapo.engines.version import require
 from hapo.trl import HAPOConfig, HAPOTrainer
 from tests.engines import tiny
@@ -38,7 +39,13 @@ def weights(trainer) -> dict[str, torch.Tensor]:
     "options",
     [
         {"save_steps": 3, "gradient_accumulation_steps": 2, "steps_per_generation": 8, "logging_steps": 2},
-        {"save_steps": 4, "max_num_gen_batches": 3, "num_iterations": 2, "steps_per_generation": 2},
+        {
+            "save_steps": 4,
+            "max_num_gen_batches": 3,
+            "draw_ahead": True,
+            "num_iterations": 2,
+            "steps_per_generation": 2,
+        },
         {"save_steps": 5, "max_steps": 11, "generation_batch_size": 224, "logging_steps": 1},
     ],
     ids=["inside-a-rollout", "dynamic-sampling", "second-epoch"],
@@ -160,6 +167,35 @@ def test_dynamic_sampling_replaces_groups_of_equal_rewards(tmp_path):
     assert used.unique(return_counts=True)[1].tolist() == [4] * 8
     for b in trainer._buffered_inputs:
         assert b["hapo_mask"].any(1).all()
+
+
+def test_drawing_ahead_needs_fewer_rounds_for_the_same(tmp_path):
+    """Odd prompts always earn the same, so that half of the groups are mixed."""
+
+    def reward(completions, i, **_):
+        return [1.0 if k % 2 else float(n % 4) for n, k in enumerate(i)]
+
+    lines = []
+    for ahead in (False, True):
+        options = {"max_num_gen_batches": 10, "draw_ahead": ahead, "max_steps": 24, "logging_steps": 4}
+        trainer = tiny.trainer(tmp_path / str(ahead), reward=reward, **options)
+        trainer.train()
+        lines.append([line for line in trainer.state.log_history if "dynamic_sampling/rounds" in line])
+        used = torch.cat([b["hapo_group"] for b in trainer._buffered_inputs])
+        assert used.unique(return_counts=True)[1].tolist() == [4] * 8
+    assert all(line["dynamic_sampling/kept"] == line["groups/used"] == 1 for of in lines for line in of)
+    without, ahead = ([line["dynamic_sampling/rounds"] for line in of[1:]] for of in lines)
+    assert min(without) >= 2
+    assert sum(ahead) < sum(without) / 1.5
+    assert max(line["dynamic_sampling/drawn"] for line in lines[1]) > 2
+
+
+@pytest.mark.parametrize(
+    ("groups", "share", "unit", "expected"),
+    [(16, 1.0, 1, 16), (16, 0.75, 1, 24), (3, 0.5, 4, 12), (1, 0.1, 1, 20)],
+)
+def test_prompts_to_draw(groups, share, unit, expected):
+    assert prompts_to_draw(groups, share, unit) == expected
 
 
 def test_dynamic_sampling_gives_up_at_its_limit_and_says_so(tmp_path):
@@ -418,8 +454,9 @@ def test_a_full_disk_is_refused_before_training(tmp_path, monkeypatch):
 
 def test_images_are_refused_by_dynamic_sampling_only(tmp_path):
     trainer = tiny.trainer(tmp_path, max_num_gen_batches=2)
+    trainer._rollout = lambda inputs: {"num_images": [1]}
     with pytest.raises(ValueError, match="max_num_gen_batches=1"):
-        trainer._dynamic.fill({"num_images": [1]}, [])
+        trainer._dynamic.rollout([])
 
 
 def test_config_survives_the_command_line(tmp_path):

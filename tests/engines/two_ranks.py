@@ -24,6 +24,7 @@ if __name__ == "__main__":
         per_device_train_batch_size=6,
         steps_per_generation=2,
         max_num_gen_batches=10,
+        draw_ahead=True,
         run_records=True,
         record_tokens_every=1,
         save_strategy="steps",

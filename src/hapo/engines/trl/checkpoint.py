@@ -89,6 +89,7 @@ def save_state(trainer: Any, folder: Path) -> None:
         "sampled_with": _to_json(trainer._sampled_with),
         "micro_step": trainer._step,
         "fresh_prompts": 0 if dynamic is None else dynamic.prompts.position,
+        "mixed_share": None if dynamic is None else dynamic.share,
         "metrics": trainer._metrics["train"],
         "loss": loss,
         "rollout": rollout,
@@ -108,6 +109,7 @@ def load_state(trainer: Any, folder: Path) -> None:
     trainer._metrics["train"] = defaultdict(list, state["metrics"])
     if trainer._dynamic is not None:
         trainer._dynamic.prompts.position = state["fresh_prompts"]
+        trainer._dynamic.share = state["mixed_share"]
     if state["rollout"] is not None:
         file = folder / f"hapo_rollout-{trainer.accelerator.process_index}.safetensors"
         tensors = {k: v.to(trainer.accelerator.device) for k, v in load_file(file).items()}

@@ -91,6 +91,14 @@ class HAPOConfig(GRPOConfig):
             "rewards; the paper's setting is 10. With 1, groups of equal rewards are dropped, not replaced."
         },
     )
+    draw_ahead: bool = field(
+        default=False,
+        metadata={
+            "help": "Dynamic sampling: the first round holds the further prompts that will be needed, by the last "
+            "rollout batch's share of groups with unequal rewards, so that one round is mostly enough; generation "
+            "then holds up to twice the responses."
+        },
+    )
     tokens_per_pass: int | None = field(
         default=None,
         metadata={

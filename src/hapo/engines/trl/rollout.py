@@ -103,19 +103,21 @@ def _pad(x: Tensor, n: int, left: bool) -> Tensor:
     return torch.nn.functional.pad(x, (n, 0) if left else (0, n))
 
 
-def prompts_to_draw(missing: int, kept: int, drawn: int, most: int, group_size: int, world: int) -> int:
-    """Prompts of the next round: enough for the missing groups at the share kept so far, at most `most`.
+def prompts_to_draw(groups: int, share: float, unit: int) -> int:
+    """Prompts that give so many mixed groups, most likely, where `share` of all groups are mixed; in whole units.
 
-    Rounded up so that every rank gets equally many rows.
+    Of n prompts n share give a mixed group, with a standard deviation of sqrt(n share (1 - share)), one of which
+    is added: a round more takes as long as its longest response.
     """
-    share = max(kept, 1) / max(drawn, 1)
-    want = min(most, math.ceil(missing / share))
-    unit = _unit(group_size, world)
-    return math.ceil(want / unit) * unit
+    wanted = (groups + math.sqrt(groups * (1 - share))) / share
+    return math.ceil(wanted / unit) * unit
 
 
 class DynamicSampling:
     """Fresh prompts in place of groups with equal verdicts, up to a number of rounds (DAPO, eq. 11).
+
+    With `draw_ahead` the first round holds further prompts, as many as the last rollout batch lets expect that
+    will be needed, at most as many again.
 
     Raises:
         ValueError: the training data is a stream, or a rollout holds images.
@@ -129,42 +131,53 @@ class DynamicSampling:
             )
         self.trainer = trainer
         self.prompts = FreshPrompts(trainer.train_dataset, trainer.args.seed + 1)
+        self.share: float | None = None
+        """Mixed groups among all that the last rollout batch drew."""
 
-    def fill(self, rollout: dict[str, Any], problems: list[str]) -> dict[str, Any]:
-        """The rollout with as many mixed groups as it has groups, or as many as the rounds gave.
+    def rollout(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's rollout, with as many mixed groups as these prompts are, or as many as the rounds gave.
 
-        `problems` are the `prompt_key`s of this rank's rows. Kept groups come first, in the order drawn; what
-        is missing is filled with groups that prepare() drops.
+        `inputs` are this rank's rows. Kept groups come first, in the order drawn; what is missing is filled with
+        groups that prepare() drops.
         """
+        trainer, size = self.trainer, self.trainer.num_generations
+        world = trainer.accelerator.num_processes
+        used = set(gather_object([prompt_key(row) for row in inputs]))
+        most = len(inputs) * world // size
+        further = 0
+        if trainer.args.draw_ahead and self.share is not None and len(inputs) % size == 0:  # no group on two ranks
+            further = min(prompts_to_draw(most, self.share, world) - most, most)
+        rollout = trainer._rollout(inputs + self._rows(further, world, used))
         if "num_images" in rollout:
             raise ValueError("dynamic sampling moves rows between ranks, images cannot: set max_num_gen_batches=1")
-        trainer, size = self.trainer, self.trainer.num_generations
-        rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
-        used = set(gather_object(problems))
         pool = [self._gather(rollout)]
         mixed = self._mixed(pool[0])
-        most = len(mixed)
-        for _ in range(trainer.args.max_num_gen_batches - 1):
-            have = int(mixed.sum())
-            if have >= most:
+        unit = world // math.gcd(world, size)  # every rank gets equally many rows
+        while (have := int(mixed.sum())) < most and len(pool) < trainer.args.max_num_gen_batches:
+            share = max(have, 1) / len(mixed)
+            rows = self._rows(min(prompts_to_draw(most - have, share, unit), most), unit, used)
+            if not rows:
                 break
-            prompts = self.prompts.take(prompts_to_draw(most - have, have, len(mixed), most, size, world), used)
-            prompts = prompts[: len(prompts) // _unit(size, world) * _unit(size, world)]
-            if not prompts:
-                break
-            rows = [dict(row) for row in prompts for _ in range(size)]
-            share = len(rows) // world
-            pool.append(self._gather(trainer._rollout(rows[rank * share :][:share])))
+            pool.append(self._gather(trainer._rollout(rows)))
             mixed = torch.cat([mixed, self._mixed(pool[-1])])
+        self.share = max(have, 1) / len(mixed)
         everything = concat_rows(pool)
         order = torch.argsort((~mixed).int(), stable=True)[:most]
         index = (order.unsqueeze(1) * size + torch.arange(size, device=order.device)).flatten()
-        share = len(index) // world
-        index = index[rank * share :][:share]
+        index = index[trainer.accelerator.process_index * len(inputs) :][: len(inputs)]
         metrics = trainer._metrics["train"]
         metrics["dynamic_sampling/rounds"].append(len(pool))
-        metrics["dynamic_sampling/kept"].append(min(int(mixed.sum()), most) / most)
+        metrics["dynamic_sampling/drawn"].append(len(mixed) / most)
+        metrics["dynamic_sampling/kept"].append(min(have, most) / most)
         return {**rollout, **{name: x[index] for name, x in everything.items()}}
+
+    def _rows(self, prompts: int, unit: int, used: set[str]) -> list[dict[str, Any]]:
+        """This rank's rows of so many fresh prompts, or of the whole units of them that are left."""
+        taken = self.prompts.take(prompts, used)
+        taken = taken[: len(taken) // unit * unit]
+        rows = [dict(row) for row in taken for _ in range(self.trainer.num_generations)]
+        share = len(rows) // self.trainer.accelerator.num_processes
+        return rows[self.trainer.accelerator.process_index * share :][:share]
 
     def _gather(self, rollout: dict[str, Any]) -> TensorDict:
         rows = len(rollout["verdict"])
@@ -211,8 +224,3 @@ def _step_fields(trainer: Any, inputs: dict[str, Any]) -> TensorDict:
             logp, entropy, _ = trainer._score(trainer.model, {**inputs, "hapo_needed": inputs["hapo_mask"]})
     batch = trainer._batch({**inputs, "hapo_keep": None, "hapo_totals": None}, logp, entropy)
     return {f.name: x for f in fields(batch) if isinstance(x := getattr(batch, f.name), Tensor)}
-
-
-def _unit(size: int, world: int) -> int:
-    """Fewest prompts that give every rank equally many rows."""
-    return world // math.gcd(world, size)

@@ -33,7 +33,7 @@ from .drawn import DrawnScores
 from .metrics import MetricLog
 from .passes import of_inputs
 from .recorder import Recorder
-from .rollout import DynamicSampling, EpochSampler, begin_step, gather_rows, prompt_key
+from .rollout import DynamicSampling, EpochSampler, begin_step, gather_rows
 
 PREPARED = ("mask", "advantage", "signal", "weight")
 """What Method.prepare makes of a rollout batch, kept with its rows as hapo_mask, ..."""
@@ -201,11 +201,11 @@ class HAPOTrainer(GRPOTrainer):
         return self._rewards_per_func
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        problems = [prompt_key(row) for row in inputs] if self._dynamic is not None else []
         with self.clock.rollout() if self.model.training else self.clock.pause():
-            rollout = self._rollout(inputs)
             if self._dynamic is not None and self.model.training:
-                rollout = self._dynamic.fill(rollout, problems)
+                rollout = self._dynamic.rollout(inputs)
+            else:
+                rollout = self._rollout(inputs)
             rollout = self._prepare(rollout)
         if self.model.training:
             self._step_metrics.add_times()
