@@ -94,8 +94,8 @@ class HAPOConfig(GRPOConfig):
     draw_ahead: bool = field(
         default=False,
         metadata={
-            "help": "Dynamic sampling: the first round holds the further prompts that will be needed, by the last "
-            "rollout batch's share of groups with unequal rewards, so that one round is mostly enough; generation "
+            "help": "Dynamic sampling: the first round holds the further prompts that will be needed, judged by "
+            "the share of groups with unequal rewards so far, so that one round is mostly enough; generation "
             "then holds up to twice the responses."
         },
     )

@@ -21,6 +21,9 @@ import hapo
 from ...parts.keep import mixed_groups
 
 TensorDict = dict[str, Tensor]
+NEWEST = 0.2
+"""Weight of the last rollout batch in the share of mixed groups: the policy moves slowly, single batches vary."""
+
 LEFT_PADDED = frozenset({"prompt_ids", "prompt_mask"})
 
 
@@ -116,7 +119,7 @@ def prompts_to_draw(groups: int, share: float, unit: int) -> int:
 class DynamicSampling:
     """Fresh prompts in place of groups with equal verdicts, up to a number of rounds (DAPO, eq. 11).
 
-    With `draw_ahead` the first round holds further prompts, as many as the last rollout batch lets expect that
+    With `draw_ahead` the first round holds further prompts, as many as the last rollout batches let expect that
     will be needed, at most as many again.
 
     Raises:
@@ -132,7 +135,7 @@ class DynamicSampling:
         self.trainer = trainer
         self.prompts = FreshPrompts(trainer.train_dataset, trainer.args.seed + 1)
         self.share: float | None = None
-        """Mixed groups among all that the last rollout batch drew."""
+        """Mixed groups among all that the last rollout batches drew, an exponential average."""
 
     def rollout(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's rollout, with as many mixed groups as these prompts are, or as many as the rounds gave.
@@ -160,7 +163,8 @@ class DynamicSampling:
                 break
             pool.append(self._gather(trainer._rollout(rows)))
             mixed = torch.cat([mixed, self._mixed(pool[-1])])
-        self.share = max(have, 1) / len(mixed)
+        share = max(have, 1) / len(mixed)
+        self.share = share if self.share is None else self.share + NEWEST * (share - self.share)
         everything = concat_rows(pool)
         order = torch.argsort((~mixed).int(), stable=True)[:most]
         index = (order.unsqueeze(1) * size + torch.arange(size, device=order.device)).flatten()
