@@ -62,7 +62,7 @@ def main() -> int:
 def metrics(run: Path) -> list[dict[str, float]]:
     """The lines of metrics.jsonl without what a clock decides."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in CLOCKS} for line in lines]
+    return [{k: v for k, v in line.items() if k not in CLOCKS and not k.startswith("time/")} for line in lines]
 
 
 def last_step(run: Path) -> int:
