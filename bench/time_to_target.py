@@ -69,6 +69,7 @@ def curve(folder: Path, target: float) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", nargs="+", default=ARMS, help="ratios are of the first to each of the others")
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument(
         "--target", type=float, default=0.42, help="three quarters of DAPO's gain in the comparison"
@@ -80,10 +81,10 @@ def main() -> None:
     flags = {"learning_rate": RATE, "evaluate_every": given.evaluate_every}
     context = multiprocessing.get_context("spawn")
     begin = machine(packages=("torch", "trl", "transformers"))
-    runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
+    runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in given.arms}
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(1, given.seeds + 1):
-            for arm in ARMS if seed % 2 else reversed(ARMS):
+            for arm in given.arms if seed % 2 else reversed(given.arms):
                 job = Job(Arm(arm), seed, Path(folder) / f"{Arm(arm).slug}-{seed}", recipe, flags)
                 process = context.Process(target=train, args=(job,))
                 process.start()
@@ -92,12 +93,13 @@ def main() -> None:
                     raise RuntimeError(f"{arm}, seed {seed}: exit code {process.exitcode}")
                 runs[arm].append(curve(job.folder, given.target))
                 print(f"seed {seed} {arm}: {[runs[arm][-1][key] for key in FIGURES]}", flush=True)
+    first, *others = given.arms
     result: dict[str, Any] = {
         "machine": {**begin, "load_after": machine()["load"]},
         "settings": {"seeds": given.seeds, "target": given.target, **flags},
         "runs": runs,
         "arms": {arm: {key: summary([run[key] for run in of]) for key in FIGURES} for arm, of in runs.items()},
-        "ratios": {f"hapo / {arm}": ratio(runs["hapo"], runs[arm]) for arm in ARMS[1:]},
+        "ratios": {f"{first} / {arm}": ratio(runs[first], runs[arm]) for arm in others},
     }
     print(table(result))
     given.output.write_text(json.dumps(result, indent=1) + "\n")
