@@ -111,7 +111,7 @@ def test_a_reward_that_raises_ends_the_run_with_its_message_and_loses_nothing(
     assert main(train(tmp_path / "run", evaluate=False)) == 1
     err = capsys.readouterr().err
     assert "checkpoint-2 is saved" in err
-    assert "reward 'parity' raised KeyError: 'gold' on sample 0 of 16" in err
+    assert "reward 'parity' raised KeyError: 'gold' on sample 0 of " in err
     monkeypatch.delenv("ACT")
     assert main(["train", "--resume", str(tmp_path / "run/checkpoints/checkpoint-2")]) == 0
     assert metrics(tmp_path / "run") == metrics(finished)
