@@ -9,8 +9,8 @@ of 64 tokens after prompts of 64 and of 256, all different. Log-probs and entrop
 backward, as in training. On a CPU TRL scores every position of a row; on CUDA those of the responses alone, as
 ours does everywhere.
 
-Memory: `peak` is all that the process holds, libraries, weights and their gradient included; `grown` what a turn
-adds to that, the buffers and the gradient of the weights, which both make.
+Memory: `peak` is all that the process holds, libraries, weights and their gradient included; `grown` is how far
+that is above what was held when the turn began, the last turn's gradient among it: the buffers.
 """
 
 from __future__ import annotations
