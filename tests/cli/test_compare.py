@@ -55,9 +55,8 @@ def test_a_comparison_killed_at_any_point_goes_on_to_the_same_results(tmp_path, 
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     runs = tmp_path / "killed/runs"
-    deadline = time.monotonic() + 120
     while not list(runs.glob("*/*/finished.json")):  # at least one is done, others have begun
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.poll() is None
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -1,18 +1,11 @@
-"""One training run on fixed completions; the gradients of each optimiser step go to a safetensors file.
-
-Run as a script it is one rank of a torchrun: fixed_rollout.py OUT OPTIONS PER_DEVICE ACCUMULATION
-STEPS_PER_GENERATION ITERATIONS, the options as JSON.
-"""
+"""One training run on fixed completions, with the gradients of each optimiser step."""
 
 from __future__ import annotations
 
-import json
-import sys
 import tempfile
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 from tests.engines import tiny
@@ -84,13 +77,3 @@ def run(
             t._score = watched
         t.train()
     return keep, t
-
-
-if __name__ == "__main__":
-    out, options, *numbers = sys.argv[1:]
-    torch.set_num_threads(1)
-    gradients, trainer = run(*map(int, numbers), **json.loads(options))
-    if trainer.accelerator.is_main_process:
-        save_file({f"{i}.{n}": g for i, step in enumerate(gradients.steps) for n, g in step.items()}, out)
-    trainer.accelerator.wait_for_everyone()  # gloo aborts a rank whose peer has gone
-    torch.distributed.destroy_process_group()

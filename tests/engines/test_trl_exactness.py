@@ -1,11 +1,5 @@
 """The TRL engine computes what the core computes, however the batch is split."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,8 +8,7 @@ from trl import GRPOConfig, GRPOTrainer
 import hapo
 from hapo.methods import options_of
 from tests.engines import fixed_rollout, tiny
-
-ROOT = Path(__file__).parents[2]
+from tests.engines.two_ranks import SPLIT
 
 
 def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
@@ -25,13 +18,7 @@ def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return max((a[n] - b[n]).abs().max().item() for n in a) / scale
 
 
-SPLIT = pytest.mark.parametrize(
-    "options", [{"method": "hapo"}, {"method": "forking_tokens", "method_options": {"rho": 0.7}}]
-)
-"""Statistics of the rollout batch, and a choice of tokens by the current policy in each optimiser step."""
-
-
-@SPLIT
+@pytest.mark.parametrize("options", SPLIT.values(), ids=SPLIT)
 def test_the_gradient_does_not_depend_on_the_micro_batch(options):
     whole, _ = fixed_rollout.run(16, 1, 2, 1, **options)
     for per_device, accumulation in [(2, 8), (4, 4), (8, 2)]:
@@ -40,22 +27,12 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(options):
             assert difference(reference, split) <= 1e-6
 
 
-@SPLIT
-def test_the_gradient_does_not_depend_on_the_ranks(options, tmp_path):
+@pytest.mark.xdist_group("two_ranks")
+@pytest.mark.parametrize("name", SPLIT)
+def test_the_gradient_does_not_depend_on_the_ranks(name, two_ranks):
     """Twelve rows in groups of four: on two ranks the second group straddles them."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    script = str(ROOT / "tests/engines/fixed_rollout.py")
-    done = subprocess.run(
-        [*torchrun, script, str(tmp_path / "ranks"), json.dumps(options), "6", "1", "1", "2"],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    ranks = load_file(tmp_path / "ranks")
-    reference, _ = fixed_rollout.run(12, 1, 1, 2, **options)
+    ranks = load_file(two_ranks / f"{name}.safetensors")
+    reference, _ = fixed_rollout.run(12, 1, 1, 2, **SPLIT[name])
     for i, step in enumerate(reference.steps):
         assert difference(step, {n: ranks[f"{i}.{n}"] for n in step}) <= 1e-6
 

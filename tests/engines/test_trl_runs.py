@@ -13,6 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import TrainerCallback
 
 import hapo
 from hapo.engines.trl.rollout import prompts_to_draw
@@ -26,8 +27,9 @@ CLOCKS = {"step_time", "wall_seconds", "train_runtime", "train_samples_per_secon
 }
 
 
-def metrics(folder: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def metrics(run: Path) -> list[dict]:
+    file = run / "metrics.jsonl" if run.is_dir() else run
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in CLOCKS} for line in lines]
 
 
@@ -35,34 +37,61 @@ def weights(trainer) -> dict[str, torch.Tensor]:
     return {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"save_steps": 3, "gradient_accumulation_steps": 2, "steps_per_generation": 8, "logging_steps": 2},
-        {
-            "save_steps": 4,
-            "max_num_gen_batches": 3,
-            "draw_ahead": True,
-            "num_iterations": 2,
-            "steps_per_generation": 2,
-        },
-        {"save_steps": 5, "max_steps": 11, "generation_batch_size": 224, "logging_steps": 1},
-    ],
-    ids=["inside-a-rollout", "dynamic-sampling", "second-epoch"],
-)
-def test_kill_and_resume_equals_the_uninterrupted_run_bit_for_bit(tmp_path, options):
-    options = {"max_steps": 9, "save_strategy": "steps", "run_records": True, "record_tokens_every": 2, **options}
-    if "generation_batch_size" in options:
-        options["steps_per_generation"] = None
+class Dies(TrainerCallback):
+    """Ends a run in the middle of its step 7, in this process."""
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        self.on_step_end(args, state, control)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= 7:
+            raise KeyboardInterrupt
+
+
+def kill(folder: Path, options: dict) -> None:
+    """Run in a process of its own, which gets SIGKILL after step 7."""
     killed = subprocess.run(
-        [sys.executable, "-m", "tests.engines.killed_run", str(tmp_path / "b"), "7", json.dumps(options)],
+        [sys.executable, "-m", "tests.engines.killed_run", str(folder), "7", json.dumps(options)],
         cwd=ROOT,
         env={**os.environ, "TRL_EXPERIMENTAL_SILENCE": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
     )
     assert killed.returncode == -9, killed.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("options", "how"),
+    [
+        (
+            {
+                "save_steps": 4,
+                "max_num_gen_batches": 3,
+                "draw_ahead": True,
+                "num_iterations": 2,
+                "steps_per_generation": 2,
+            },
+            "killed",
+        ),
+        (
+            {"save_steps": 3, "gradient_accumulation_steps": 2, "steps_per_generation": 8, "logging_steps": 2},
+            "raised",
+        ),
+        ({"save_steps": 5, "max_steps": 11, "generation_batch_size": 224, "logging_steps": 1}, "raised"),
+    ],
+    ids=["dynamic-sampling", "inside-a-rollout", "second-epoch"],
+)
+def test_kill_and_resume_equals_the_uninterrupted_run_bit_for_bit(tmp_path, options, how):
+    options = {"max_steps": 9, "save_strategy": "steps", "run_records": True, "record_tokens_every": 2, **options}
+    if "generation_batch_size" in options:
+        options["steps_per_generation"] = None
+    if how == "killed":
+        kill(tmp_path / "b", options)
+    else:
+        dying = tiny.trainer(tmp_path / "b", **options)
+        dying.add_callback(Dies())
+        with pytest.raises(KeyboardInterrupt):
+            dying.train()
     uninterrupted = tiny.trainer(tmp_path / "a", **options)
     uninterrupted.train()
     resumed = tiny.trainer(tmp_path / "b", **options)
@@ -489,26 +518,18 @@ def test_the_model_card_cites_the_method(tmp_path):
     assert "2503.14476" in card
 
 
-def test_two_ranks_sample_dynamically_record_and_resume_inside_a_rollout(tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    checkpoint = tmp_path / "checkpoints" / "checkpoint-1"
-    seen = []
-    for resume in ([], [str(checkpoint)]):
-        done = subprocess.run(
-            [*torchrun, "tests/engines/two_ranks.py", str(tmp_path), *resume],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "TRL_EXPERIMENTAL_SILENCE": "1"},
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        seen.append([line for line in metrics(tmp_path) if "loss" in line])
-        names = {p.name for p in checkpoint.iterdir()}
-        assert names >= {"hapo_state.json", "hapo_rollout-0.safetensors", "hapo_rollout-1.safetensors"}
-    assert len(seen[0]) == 3
-    assert seen[0] == seen[1]
-    assert {p.name for p in (tmp_path / "tokens").iterdir()} >= {f"step-000002-{rank}.parquet" for rank in (0, 1)}
+@pytest.mark.xdist_group("two_ranks")
+def test_two_ranks_sample_dynamically_record_and_resume_inside_a_rollout(two_ranks):
+    """What the run used is checked in two_ranks.py."""
+    run = two_ranks / "run"
+    names = {p.name for p in (run / "checkpoints/checkpoint-1").iterdir()}
+    assert names >= {"hapo_state.json", "hapo_rollout-0.safetensors", "hapo_rollout-1.safetensors"}
+    first, resumed = (
+        [line for line in metrics(file) if "loss" in line] for file in (two_ranks / "first.jsonl", run)
+    )
+    assert len(first) == 3
+    assert first == resumed
+    assert {p.name for p in (run / "tokens").iterdir()} >= {f"step-000002-{rank}.parquet" for rank in (0, 1)}
 
 
 def test_records_of_many_micro_batches_some_of_them_without_a_token(tmp_path):

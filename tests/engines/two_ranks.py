@@ -1,14 +1,24 @@
-"""One rank of a torchrun: two_ranks.py FOLDER [CHECKPOINT].
+"""One rank of a torchrun, for all tests of two ranks, since starting one takes longer than its runs: two_ranks.py FOLDER.
 
-Dynamic sampling, records and a resume inside a rollout on several processes, with groups that straddle ranks.
+Gradients on fixed completions go to FOLDER/NAME.safetensors for each of `SPLIT`. Then comes a run with dynamic
+sampling and records, in FOLDER/run, whose groups straddle ranks; it is resumed inside a rollout, and the metrics of
+both stand in FOLDER/first.jsonl and FOLDER/run/metrics.jsonl.
 """
 
+import shutil
 import sys
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
-from tests.engines import tiny
+from tests.engines import fixed_rollout, tiny
+
+SPLIT = {
+    "hapo": {"method": "hapo"},
+    "forking_tokens": {"method": "forking_tokens", "method_options": {"rho": 0.7}},
+}
+"""Statistics of the rollout batch, and a choice of tokens by the current policy in each optimiser step."""
 
 
 def reward(completions, i, **_):
@@ -16,10 +26,10 @@ def reward(completions, i, **_):
     return [1.0 if k % 2 else float(len(c) % 2) for c, k in zip(completions, i, strict=True)]
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
+def run(folder: Path, checkpoint: Path | None):
+    """Train, and check on every rank what was trained on."""
     trainer = tiny.trainer(
-        Path(sys.argv[1]),
+        folder,
         reward=reward,
         per_device_train_batch_size=6,
         steps_per_generation=2,
@@ -31,7 +41,7 @@ if __name__ == "__main__":
         save_steps=1,
         max_steps=3,
     )
-    trainer.train(resume_from_checkpoint=sys.argv[2] if len(sys.argv) > 2 else None)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     used = trainer.accelerator.gather(torch.cat([b["hapo_group"] for b in trainer._buffered_inputs]))
     alive = trainer.accelerator.gather(torch.cat([b["hapo_mask"].any(1) for b in trainer._buffered_inputs]))
     if trainer.accelerator.is_main_process:
@@ -39,5 +49,22 @@ if __name__ == "__main__":
         assert alive.all()
         assert trainer._buffered_inputs[0]["hapo_totals"].sequences == 12
         assert trainer.state.log_history[0]["dynamic_sampling/kept"] == 1
+    return trainer
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    for name, options in SPLIT.items():
+        gradients, trainer = fixed_rollout.run(6, 1, 1, 2, **options)
+        if trainer.accelerator.is_main_process:
+            flat = {f"{i}.{n}": g for i, step in enumerate(gradients.steps) for n, g in step.items()}
+            save_file(flat, folder / f"{name}.safetensors")
+    trainer = run(folder / "run", None)
+    trainer.accelerator.wait_for_everyone()
+    if trainer.accelerator.is_main_process:
+        shutil.copy(folder / "run/metrics.jsonl", folder / "first.jsonl")
+    trainer.accelerator.wait_for_everyone()
+    trainer = run(folder / "run", folder / "run/checkpoints/checkpoint-1")
     trainer.accelerator.wait_for_everyone()  # gloo aborts a rank whose peer has gone
     torch.distributed.destroy_process_group()
