@@ -73,20 +73,18 @@ def checked(
     like: Tensor,
     *form: Hashable,
 ) -> None:
-    """Launch a kernel; at its first use in this process compare up to four of its rows, spread over all
-    of them, with torch.
+    """Launch a kernel; at its first use in this process compare a few of its rows with torch.
 
-    First use is per kernel, device, and what the compiled kernel depends on: dtype, width and strides of `like`,
-    and `form`. Triton may compile one source again for another alignment; that is not compared again. A comparison
-    in which torch expects nothing but zeros, or NaN, shows nothing, so the next use is compared too.
+    Up to four rows, spread over all of them. First use is per kernel, device, and what the compiled kernel depends
+    on: dtype, width and strides of `like`, and `form`. Triton may compile one source again for another alignment;
+    that is not compared again. A comparison in which torch expects nothing but zeros, or NaN, shows nothing: the
+    next use is compared too.
 
     `expected` is called before the launch, for kernels that write in place, and `found` after it. Vectors are in
     nats; a matrix is compared in units of the largest finite entry of each row. No random numbers are drawn, no
     gradient is recorded, and the device is waited for once. That wait is an error while a CUDA graph is captured.
     It does not happen in vLLM, which captures the model's forward pass but calls its sampler, and with it logits
-    processors, outside of graphs in both runners.
-
-    Without rows nothing is launched.
+    processors, outside of graphs in both runners. Without rows nothing is launched.
 
     Raises:
         RuntimeError: kernel and torch differ by more than rounding.
