@@ -1,7 +1,7 @@
 """Scoring from hidden states, forward and backward: ours and TRL's fused head in turns, on one head and one batch.
 
     python -m bench.scoring --output bench/results/scoring_cpu.json
-    python -m bench.scoring --device cuda --output bench/results/scoring_cuda.json
+    HAPO_TRITON=1 python -m bench.scoring --device cuda --output bench/results/scoring_cuda.json
 
 A Llama without layers and with a small table of embeddings, so that next to nothing but the head is run:
 SmolLM2's (49,152 x 576) and that of Qwen2.5-1.5B (151,936 x 1,536), float32 on a CPU, bfloat16 on CUDA. Responses

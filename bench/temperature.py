@@ -69,7 +69,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the Triton kernel")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: with HAPO_TRITON=1 the Triton kernel"
+    )
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()

@@ -6,5 +6,7 @@ export PYTHONPATH=src${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TRL_EXPERIME
 python=${PYTHON:-python3}
 "$python" -m pytest tests_gpu -q 2>&1 | tail -40
 "$python" -m bench.kernels --output "$out/kernels.json"
-"$python" -m bench.scoring --device cuda --output "$out/scoring_cuda.json" 2>&1 | grep -v '^turn'
+# torch, and the kernels, which are opt-in.
+HAPO_TRITON=0 "$python" -m bench.scoring --device cuda --output "$out/scoring_cuda_torch.json" 2>&1 | grep -v '^turn'
+HAPO_TRITON=1 "$python" -m bench.scoring --device cuda --output "$out/scoring_cuda_triton.json" 2>&1 | grep -v '^turn'
 "$python" -m bench.tensor_part --device cuda --work "read the inputs once" hapo dapo "plain torch" --output "$out/tensor_part_cuda.json" 2>&1 | grep -v '^turn'

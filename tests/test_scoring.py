@@ -135,12 +135,14 @@ def test_half_precision_is_computed_in_float32(dtype):
     scores = score_hidden(hidden, weight, tokens, factor=factor, chunk_tokens=2)
     logp, entropy, sampler_logp = plain(hidden.double() @ weight.double().T, tokens)
     for got, want in ((scores.logp, logp), (scores.entropy, entropy), (scores.sampler_logp, sampler_logp)):
-        torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=0)
+        # The rounding of float32 is 3e-6 here, by the processor; that of half precision 1e-3 and more.
+        torch.testing.assert_close(got.double(), want, atol=5e-5, rtol=0)
     got_grads = torch.autograd.grad(scores.logp.sum() + scores.entropy.sum(), (hidden, weight))
     want_grads = torch.autograd.grad(logp.sum() + entropy.sum(), (hidden, weight))
     for got, want in zip(got_grads, want_grads, strict=True):
         assert got.dtype == dtype
-        # Both are rounded to the input's dtype once; a sum over chunks in it would be off by many such steps.
+        # Both are rounded to the input's dtype once, so to the same number or to neighbours; a sum over chunks in
+        # it would be off by many such steps.
         torch.testing.assert_close(got, want, atol=1e-6, rtol=torch.finfo(dtype).eps)
 
 
@@ -249,13 +251,14 @@ def assert_scores_match(model, **options):
     wanted = plain(logits, ids[:, 3:], **options)
     for got, want in zip((scores.logp, scores.entropy, scores.sampler_logp), wanted, strict=True):
         assert not got[~response].any()
-        torch.testing.assert_close(got[response].double(), want[response], atol=1e-5, rtol=0)
+        # Two float32 passes through the model: they differ by 5e-6, by the processor, and a wrong token by 0.1.
+        torch.testing.assert_close(got[response].double(), want[response], atol=1e-4, rtol=0)
     parameters = [p for p in model.parameters() if p.requires_grad]
     got_grads = torch.autograd.grad(scores.logp.sum() + scores.entropy.sum(), parameters)
     want_grads = torch.autograd.grad((wanted[0] + wanted[1])[response].sum(), parameters)
     largest = max(g.abs().max() for g in want_grads)
     for got, want in zip(got_grads, want_grads, strict=True):
-        torch.testing.assert_close(got, want, atol=1e-5 * largest.item(), rtol=1e-5)
+        torch.testing.assert_close(got, want, atol=1e-4 * largest.item(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("t_base", [1.0, 0.7])

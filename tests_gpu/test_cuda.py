@@ -1,11 +1,13 @@
-"""On a CUDA device: the kernels and the CPU's numbers. Run by `make test-gpu`."""
+"""On a CUDA device: the kernels, which are opt-in, and the CPU's numbers with and without them. `make test-gpu`."""
 
 import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import hapo
+from hapo import kernels as opt_in
 from hapo.batch import EntropyStats
+from hapo.kernels import plain
 from hapo.kernels import scores as kernels
 from hapo.methods._options import AdaptiveTemperature
 from hapo.parts.entropy import entropy_from_logits
@@ -15,6 +17,16 @@ from hapo.scoring import attach_scoring, score_hidden, score_tokens
 
 DEVICE = torch.device("cuda")
 RULE = TemperatureRule(AdaptiveTemperature(tau=0.3), EntropyStats(pivot=0.3, sigma=1.0, h_max=2.0, h_min=-8.0))
+
+
+@pytest.fixture(params=["0", "1"], ids=["torch", "triton"])
+def path(monkeypatch, request):
+    """HAPO_TRITON, as in a new process; gives the names of the kernels that were compared with torch so far."""
+    monkeypatch.setenv("HAPO_TRITON", request.param)
+    monkeypatch.setattr(opt_in, "_compared", set())
+    opt_in._wanted.cache_clear()
+    yield lambda *names: {form[0] for form in opt_in._compared} == (set(names) if request.param == "1" else set())
+    opt_in._wanted.cache_clear()
 
 
 def logits_of(n: int, v: int, dtype: torch.dtype) -> torch.Tensor:
@@ -69,7 +81,7 @@ def test_gradient_kernel(v):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("softcap", [None, 20.0])
-def test_score_hidden(dtype, softcap):
+def test_score_hidden(dtype, softcap, path):
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(300, 64, generator=g).to(dtype)
     weight = (torch.randn(5000, 64, generator=g) / 4).to(dtype)
@@ -90,10 +102,11 @@ def test_score_hidden(dtype, softcap):
         assert (got.detach().cpu().double() - want.detach()).abs().max() <= (2e-2 if loose else 2e-5) * max(
             scale, 1
         )
+    assert path("scores", "gradient")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_temper(dtype):
+def test_temper(dtype, path):
     z = logits_of(33, 50_001, dtype)
     t_base = torch.full((33,), 0.7)
     rows = torch.arange(0, 33, 2)
@@ -103,6 +116,23 @@ def test_temper(dtype):
     factor = RULE.factor(entropy_from_logits(z[rows].double(), 0.7).float())
     want[rows] = (want[rows].float() / factor[:, None]).to(dtype)
     torch.testing.assert_close(found.cpu(), want, atol=1e-4, rtol=8e-3 if dtype == torch.bfloat16 else 1e-5)
+    assert path("entropy", "divide")
+
+
+def test_a_wrong_kernel_stops_the_run_and_a_right_one_waits_once(monkeypatch):
+    real = plain.scores
+    z, tokens = logits_of(9, 4096, torch.float32).to(DEVICE), torch.full((9,), 5, device=DEVICE)
+    monkeypatch.setattr(opt_in, "_compared", set())
+    with monkeypatch.context() as wrong:
+        wrong.setattr(plain, "scores", lambda *given: tuple(x + 1e-3 for x in real(*given)))
+        with pytest.raises(RuntimeError, match=r"'scores' differs from torch by up to 0.001 on cuda:0 .* unset"):
+            kernels.scores(z, tokens)
+    kernels.scores(z, tokens)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        kernels.scores(z, tokens)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("name", hapo.methods())
@@ -134,7 +164,7 @@ def test_methods_compute_what_they_do_on_a_cpu(name):
         torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-4)
 
 
-def test_what_is_drawn_and_what_is_scored():
+def test_what_is_drawn_and_what_is_scored(path):
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -160,10 +190,11 @@ def test_what_is_drawn_and_what_is_scored():
         (record.draws.logp, found.sampler_logp),
     ):
         torch.testing.assert_close(drawn[mask], scored[mask].detach(), atol=2e-4, rtol=0)
+    assert path("scores")
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_a_trainer(tmp_path, half):
+def test_a_trainer(tmp_path, half, path):
     """Four optimiser steps of two rollout batches; generation and scoring agree about the policy that drew."""
     from datasets import Dataset
 
@@ -186,3 +217,4 @@ def test_a_trainer(tmp_path, half):
     assert len(lines) == 8 and all(abs(line["loss"]) < 10 for line in lines)
     assert lines[0]["sampling/sampling_logp_difference/mean"] < (0.05 if half else 1e-4)
     assert lines[4]["sampling/sampling_logp_difference/mean"] > 1e-3  # the adaptive temperature
+    assert path("scores", "gradient")

@@ -27,15 +27,19 @@ def factor(rule: TemperatureRule, entropy: float) -> float:
     return 1 + law.tau * min(max(h, -1.0), 1.0)
 
 
-def tempered(logits: Tensor, rule: TemperatureRule | None, t_base: float) -> Tensor:
-    """Logits as they are drawn from, float64: divided by the temperature of their row; greedy rows are not."""
-    logits = logits.double()
+def temperatures(logits: Tensor, rule: TemperatureRule | None, t_base: float) -> Tensor:
+    """Temperature of each row, float64, as a column; 1 for greedy rows, which are not divided."""
     if t_base == 0:
-        return logits
-    p = (logits / t_base).softmax(-1)
+        return torch.ones(len(logits), 1, dtype=torch.float64)
+    p = (logits.double() / t_base).softmax(-1)
     entropy = torch.special.entr(p).sum(-1)
     t = [t_base * (1.0 if rule is None else factor(rule, h)) for h in entropy.tolist()]
-    return logits / torch.tensor(t, dtype=torch.float64).unsqueeze(-1)
+    return torch.tensor(t, dtype=torch.float64).unsqueeze(-1)
+
+
+def tempered(logits: Tensor, rule: TemperatureRule | None, t_base: float) -> Tensor:
+    """Logits as they are drawn from, float64: divided by the temperature of their row."""
+    return logits.double() / temperatures(logits, rule, t_base)
 
 
 def truncated(logits: Tensor, top_p: float) -> Tensor:
@@ -56,18 +60,25 @@ def model() -> LlamaForCausalLM:
 @torch.no_grad()
 def logps(
     prompt: list[int], drawn: list[int], rule: TemperatureRule | None, t_base: float, top_p: float = 1.0
-) -> Tensor:
-    """Log-probs of the whole vocabulary at each drawn token."""
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of the whole vocabulary at each drawn token, and the temperature of each, a column."""
     logits = model()(torch.tensor([prompt + drawn])).logits[0, len(prompt) - 1 : -1]
-    return truncated(tempered(logits, rule, t_base), top_p).log_softmax(-1)
+    t = temperatures(logits, rule, t_base)
+    return truncated(logits.double() / t, top_p).log_softmax(-1), t
 
 
-def largest_error(found: Tensor, expected: Tensor) -> float:
-    """Largest difference of two tables of log-probs, over all tokens likelier than e^-20, drawn or not.
+FORWARD = 5e-4
+"""What two float32 forward passes may differ by, nats (`largest_error`)."""
 
-    Below that a log-prob has the rounding of logits divided by a small temperature, so it need only be as low.
-    What top-p cuts off in one table must be cut off in the other.
+
+def largest_error(found: Tensor, expected: Tensor, t: Tensor) -> float:
+    """Largest |found - expected| x T of two tables of log-probs, over all tokens likelier than e^-20, drawn or not.
+
+    The forward passes of two engines round differently, and a processor's instructions decide how. A logit's error
+    enters the log-prob divided by T, most of all at unlikely tokens: so it is the error times T that has a bound.
+    A rule that is ignored moves log-probs by more than 0.05. Tokens less likely than e^-20 need only be as low, and
+    what top-p cuts off in one table must be cut off in the other.
     """
     possible = expected > -20.0
     assert (found[~possible] < -19.0).all() and (found[~expected.isfinite()] < -1000.0).all()
-    return (found.double() - expected)[possible].abs().max().item()
+    return ((found.double() - expected) * t)[possible].abs().max().item()

@@ -14,6 +14,7 @@ import torch
 # The interpreter is chosen before Triton is imported, hence a process of its own.
 INTERPRETED = """
 import sys, torch
+from hapo.kernels import _compared
 from hapo.kernels import scores as kernels
 cases = torch.load(sys.argv[1], weights_only=True)
 for case in cases.values():
@@ -25,6 +26,7 @@ for case in cases.values():
         kernels.gradient(z, tokens, normaliser, entropy, case["a"], case["b"], case["out"], block)
         kernels.gradient(z, tokens, normaliser, entropy, case["a"], case["b"], z, block)  # in place
 torch.save(cases, sys.argv[1])
+assert {form[0] for form in _compared} == {"scores", "gradient"}  # each was compared with torch, and agreed
 """
 
 COMPILED = """

@@ -20,6 +20,7 @@ RULE = TemperatureRule(
 # The interpreter is chosen before Triton is imported, hence a process of its own.
 INTERPRETED = """
 import sys, torch
+from hapo.kernels import _compared
 from hapo.kernels import temperature as kernel
 from hapo.samplers.rule import TemperatureRule
 cases, args = torch.load(sys.argv[1], weights_only=True)
@@ -30,6 +31,7 @@ for case in cases.values():
         return rule.factor(entropy)
     kernel.temper_(case["logits"], factor, case["t_base"], case["rows"], case["block"])
 torch.save(cases, sys.argv[1])
+assert {form[0] for form in _compared} == {"entropy", "divide"}  # each was compared with torch, and agreed
 """
 
 # Prints how many logits a thread reads at once, as compiled for an H100 with a vocabulary divisible by 16.

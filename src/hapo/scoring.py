@@ -70,6 +70,8 @@ def score_hidden(
     operands, autocast's included, as they are; there the logits' gradient is rounded to that dtype, as in a linear
     layer, before the two products that end the backward pass.
 
+    On CUDA HAPO_TRITON=1 takes Triton kernels (`hapo.kernels`).
+
     Raises ValueError for t_base <= 0 or chunk_tokens < 1.
     """
     if not t_base > 0:

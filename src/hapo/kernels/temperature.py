@@ -2,8 +2,8 @@
 
 One pass over each row keeps its running maximum m, s = sum e^(z - m) and d = sum e^(z - m) (z - m) and gives the
 entropy ln s - d / s; the law then acts on one number a row; a second pass divides the rows in place.
-`hapo.samplers.rule.temper_` chooses it for logits on CUDA; its torch path agrees to rounding. Importing this
-module needs triton.
+`hapo.samplers.rule.temper_` chooses it for logits on CUDA where HAPO_TRITON=1; its torch path agrees to rounding.
+Importing this module needs triton.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ import triton
 import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from ..parts.entropy import entropy_from_logits
+from . import checked
 
 LN2 = tl.constexpr(math.log(2.0))
 FLOOR = tl.constexpr(-1100.0)
@@ -35,18 +38,43 @@ def temper_(
 
     Logits are float32, bfloat16 or float16; all arithmetic is in float32. `rows` None: all of them.
     """
-    if rows is None:
-        rows = torch.arange(len(logits), device=logits.device)
-    if len(rows) == 0:
+    chosen = torch.arange(len(logits), device=logits.device) if rows is None else rows
+    n, vocabulary = len(chosen), logits.shape[1]
+    if n == 0:
         return
-    vocabulary = logits.shape[1]
     t_base = t_base.float().contiguous()
-    entropy = torch.empty(len(rows), device=logits.device)
+    entropy = torch.empty(n, device=logits.device)
     shape = (vocabulary, *logits.stride(), block)
-    with torch.cuda.device_of(logits):  # Triton launches on the current device
-        _entropy[(len(rows),)](logits, rows, t_base, entropy, *shape)
-        scale = factor(entropy).float().contiguous()
-        _divide[(len(rows), triton.cdiv(vocabulary, block))](logits, rows, scale, *shape)
+
+    def measure() -> None:
+        with torch.cuda.device_of(logits):  # Triton launches on the current device
+            _entropy[(n,)](logits, chosen, t_base, entropy, *shape)
+
+    checked(
+        "entropy",
+        measure,
+        lambda few: (entropy[few],),
+        lambda few: (entropy_from_logits(logits[chosen[few]], t_base[chosen[few]]),),
+        n,
+        logits,
+        block,
+    )
+    scale = factor(entropy).float().contiguous()
+
+    def divide() -> None:
+        with torch.cuda.device_of(logits):
+            _divide[(n, triton.cdiv(vocabulary, block))](logits, chosen, scale, *shape)
+
+    # By the factor of the kernel's own entropy: near H = 0 a law of log H makes much of its rounding.
+    checked(
+        "divide",
+        divide,
+        lambda few: (logits[chosen[few]],),
+        lambda few: (logits[chosen[few]].float() / scale[few, None],),
+        n,
+        logits,
+        block,
+    )
 
 
 @triton.jit

@@ -139,6 +139,7 @@ def temper_(
     """Divide these rows of the logits by factor(H) in place, with H the entropy of softmax(logits / T_base).
 
     The engine divides by T_base later, so that the token is drawn at T_base x factor(H). `rows` None: all of them.
+    On CUDA HAPO_TRITON=1 takes a Triton kernel (`hapo.kernels`).
     """
     if use_triton(logits):
         from ..kernels import temperature
