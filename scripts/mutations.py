@@ -1,0 +1,112 @@
+"""Do the tests catch a line gone wrong? One line of a copy of the library is changed, and its tests must fail.
+
+    python scripts/mutations.py            # all, about half an hour on a core
+    python scripts/mutations.py advantage  # those in files with this word in their path
+
+Each entry names the tests that prove the claim of its line. Where code has moved on, its entry moves with it: a line
+that is not found once is an error. Run it when tests are taken out or thinned.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+LAWS = "tests/test_laws.py"
+RUNS = "tests/engines/test_trl_runs.py"
+EXACT = "tests/engines/test_trl_exactness.py"
+WORK = "tests/engines/test_trl_work.py"
+SCORES = "tests/test_scoring.py"
+
+MUTATIONS: list[tuple[str, str, str, str]] = [
+    # parts
+    ("parts/advantage.py", "/ (n - 1).clamp_min(1)).sqrt()\n        advantage = centred", "/ n).sqrt()\n        advantage = centred", "tests/methods/test_grpo.py"),
+    ("parts/advantage.py", "centred * n / (n - 1).clamp_min(1)", "centred", "tests/methods/test_rloo.py"),
+    ("parts/advantage.py", "mean = group_sum(length * r, index, k) / n\n", "mean = group_sum(r, index, k) / n\n", "tests/methods/test_hapo.py"),
+    ("parts/advantage.py", "torch.where(equal_rewards(r, group, rows), 0.0, advantage)", "advantage", LAWS + " -k equal_rewards"),
+    ("parts/surrogate.py", "clipped_low = negative & (ratio < lower)", "clipped_low = negative & (ratio <= lower)", "tests/parts tests/methods"),
+    ("parts/surrogate.py", "beyond = (advantage < 0) & (ratio > dual_clip)\n        effective", "beyond = ratio > dual_clip\n        effective", "tests/parts tests/methods"),
+    ("parts/surrogate.py", "torch.where(low, beta1 * lower, torch.where(high, beta2 * upper, r))", "torch.where(low, beta2 * lower, torch.where(high, beta1 * upper, r))", "tests/methods/test_ce_gppo.py"),
+    ("parts/surrogate.py", "return Surrogate(-weight * advantage * logp, r < lower, r > upper)", "return Surrogate(-weight * advantage * logp.exp(), r < lower, r > upper)", "tests/methods/test_cispo.py"),
+    ("parts/surrogate.py", "flipped = torch.where(negative, ratio, ratio / r.square())", "flipped = torch.where(negative, ratio, 1 / ratio)", "tests/methods/test_aspo.py"),
+    ("parts/bounds.py", "s.clamp(max=0).mul_(-low * alpha)", "s.clamp(max=0).mul_(low * alpha)", "tests/methods/test_hapo.py"),
+    ("parts/reduce.py", "return _on(loss, mask).sum() / max(totals.kept, 1)", "return _on(loss, mask).sum() / max(int(mask.sum()), 1)", LAWS + " -k split"),
+    ("parts/reduce.py", "per_sequence = _on(loss, mask).sum(-1) / lengths(mask).clamp_min(1)", "per_sequence = _on(loss, mask).mean(-1)", LAWS + " -k padding_width"),
+    ("parts/ratio.py", ".clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()", ".exp()", LAWS + " -k edges"),
+    ("parts/penalty.py", "return d.exp() - d - 1.0", "return d.exp() + d - 1.0", "tests/methods/test_grpo.py"),
+    ("parts/shaping.py", "return -factor * over.clamp(0.0, 1.0)", "return -factor * over.clamp_min(0.0)", "tests/parts"),
+    ("parts/shaping.py", "applies: Bool[Tensor, \"B T\"] = inside ^ (signal > 0)", "applies: Bool[Tensor, \"B T\"] = inside == (signal > 0)", "tests/methods/test_hapo.py"),
+    ("parts/keep.py", "return mask & ~(candidate & (h < threshold))", "return mask & ~(candidate & (h <= threshold))", "tests/methods/test_stapo.py"),
+    ("parts/entropy.py", "down = max(-stats.h_min, SCALE_FLOOR) * (1 if variant == \"paper\" else -1)", "down = max(-stats.h_min, SCALE_FLOOR)", "tests/methods/test_hapo.py"),
+    ("parts/temperature.py", "return 1.0 + tau * entropy_signal(entropy, stats, variant).clamp(-1.0, 1.0)", "return 1.0 + tau * entropy_signal(entropy, stats, variant)", "tests/parts tests/methods/test_hapo.py tests/samplers"),
+    # methods and the core call
+    ("methods/gspo.py", "eps_high: float = 4e-4", "eps_high: float = 4e-3", "tests/methods/test_gspo.py"),
+    ("methods/hapo.py", 'if "B" not in self.components:', 'if "B" in self.components:', LAWS + " -k test_limits"),
+    ("method.py", "rows = mixed_groups(verdict, batch.group, some(batch.mask))", "rows = mixed_groups(batch.reward, batch.group, some(batch.mask))", "tests/methods/test_dapo.py tests/parts " + RUNS),
+    ("method.py", "loss = surrogate.loss if batch.weight is None else surrogate.loss * batch.weight", "loss = surrogate.loss", EXACT + " -k core"),
+    ("method.py", "advantage = self.reshape(batch.advantage, ratio.detach(), signal, bounds).detach()", "advantage = self.reshape(batch.advantage, ratio, signal, bounds)", LAWS + " -k detach"),
+    # scoring
+    ("scoring.py", "gain = self.scale / (self.softcap or self.t_base)", "gain = self.scale / self.t_base", SCORES),
+    ("scoring.py", "return (scaling if config.model_type == \"hyperclovax\" else 1.0 / scaling), softcap", "return scaling, softcap", SCORES),
+    ("scoring.py", "cooler = 1 / factor(entropy[rows])", "cooler = factor(entropy[rows])", SCORES),
+    ("scoring.py", "return parameter.full_tensor(grad_placements=[Partial(\"avg\")] * parameter.device_mesh.ndim)", "return parameter.full_tensor()", SCORES + " -k ddp"),
+    # the TRL engine
+    ("engines/trl/trainer.py", "loss = out.loss * self.accelerator.num_processes", "loss = out.loss", EXACT + " -k ranks"),
+    ("engines/trl/trainer.py", "return mask & ~rollout[\"verdict\"].isnan().unsqueeze(1)", "return mask", RUNS + " -k unscorable"),
+    ("engines/trl/trainer.py", "parts.append(score_tokens(model, ids, attention, mask, t_base=self.temperature))", "parts.append(score_tokens(model, ids, attention, mask))", EXACT + " -k core"),
+    ("engines/trl/trainer.py", "self._sampled_with = self.temperature_stats  # None at the first step", "pass", RUNS + " -k adaptive"),
+    ("engines/trl/trainer.py", "loss = self._pass_loss(model, last, recorded) + before", "loss = self._pass_loss(model, last, recorded)", WORK),
+    ("engines/trl/rollout.py", "self.generator.manual_seed(self.seed + int(self._state().epoch or 0))", "pass", RUNS + " -k second-epoch"),
+    ("engines/trl/rollout.py", "totals = hapo.StepTotals(*trainer.accelerator.reduce(local, \"sum\").tolist())", "totals = hapo.StepTotals(*local.tolist())", EXACT + " -k ranks"),
+    ("engines/trl/rollout.py", "group = torch.arange(len(verdict), device=verdict.device) // self.trainer.num_generations\n        scored", "group = torch.arange(len(verdict), device=verdict.device) // 2\n        scored", RUNS + " -k dynamic"),
+    ("engines/trl/checkpoint.py", "trainer._dynamic.prompts.position = state[\"fresh_prompts\"]", "pass", RUNS + " -k bit_for_bit"),
+    ("engines/trl/checkpoint.py", "trainer._sampled_with = _from_json(state[\"sampled_with\"])", "pass", RUNS + " -k bit_for_bit"),
+    ("engines/trl/drawn.py", "if drawn is None or _drops_out(net):", "if drawn is None:", WORK),
+    ("engines/trl/passes.py", "> most:", "> 2 * most:", WORK),
+    # samplers and commands
+    ("samplers/decoding.py", "scores = logits if law is None else logits / law(entropy).unsqueeze(-1)", "scores = logits if law is None else logits * law(entropy).unsqueeze(-1)", "tests/samplers/test_transformers.py"),
+    ("samplers/decoding.py", "squeeze(-1) / t_base - normaliser", "squeeze(-1) - normaliser", "tests/samplers tests/engines/test_trl_work.py"),
+]  # fmt: skip
+
+
+def survives(file: str, old: str, new: str, tests: str, home: Path) -> bool:
+    """Whether the tests pass with the line changed."""
+    target = home / "hapo" / file
+    source = target.read_text()
+    if source.count(old) != 1:
+        sys.exit(f"src/hapo/{file} has this {source.count(old)} times, not once: {old!r}")
+    target.write_text(source.replace(old, new))
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests.split()],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(home), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+    finally:
+        target.write_text(source)
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    print(f"{file}: {' '.join(new.split())[:60]}: {failed[0][:150] if failed else 'SURVIVES'}", flush=True)
+    return not failed
+
+
+def main() -> None:
+    """Every chosen mutation in turn."""
+    word = sys.argv[1] if len(sys.argv) > 1 else ""
+    chosen = [m for m in MUTATIONS if word in m[0]]
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        shutil.copytree(ROOT / "src" / "hapo", home / "hapo")
+        alive = sum(survives(*mutation, home) for mutation in chosen)
+    print(f"{len(chosen) - alive} of {len(chosen)} caught")
+    sys.exit(alive > 0)
+
+
+if __name__ == "__main__":
+    main()
