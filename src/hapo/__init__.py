@@ -41,7 +41,7 @@ _HOMES = {
 """Public name -> the module that has it. All of them need torch, which takes seconds to import."""
 
 _SUBMODULES = ("batch", "parts")
-"""Submodules that are there after `import hapo`, with those of `parts` in it."""
+"""Submodules that are there after `import hapo`, imported when they are read as well."""
 
 
 class _Package(ModuleType):
@@ -52,7 +52,6 @@ class _Package(ModuleType):
         if name in _HOMES:
             value = getattr(importlib.import_module(_HOMES[name], __name__), name)
         elif name in _SUBMODULES:
-            importlib.import_module(".methods", __name__)  # imports every part
             value = importlib.import_module(f".{name}", __name__)
         else:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -45,8 +45,8 @@ class Card:
     """Stages in which it differs from GRPO."""
     own: list[str]
     """The options that set it apart."""
-    options: dict[str, tuple[str, str]]
-    """Option -> default and meaning, its own first."""
+    options: dict[str, list[str]]
+    """Option -> its default and its meaning; the method's own first."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class Cards:
     """All methods, and what they share."""
 
     methods: dict[str, Card]
-    law: dict[str, tuple[str, str]]
-    """Key of the option `temperature` -> default and meaning."""
+    law: dict[str, list[str]]
+    """Key of the option `temperature` -> its default and its meaning."""
 
 
 def cards() -> Cards:
@@ -64,7 +64,7 @@ def cards() -> Cards:
         key, file = _key(), _cache() / "methods.json"
     except (OSError, RuntimeError):  # no sources, as in a zip file; no home
         return make_cards()
-    with suppress(OSError, ValueError, KeyError, TypeError):  # not there, or broken
+    with suppress(Exception):  # whatever is wrong with the file, the cards are made anew
         kept = json.loads(file.read_text(encoding="utf-8"))
         if kept["key"] == key:
             return Cards({name: Card(**card) for name, card in kept["methods"].items()}, kept["law"])
@@ -94,7 +94,7 @@ def make_cards() -> Cards:
     from ..methods import AdaptiveTemperature
 
     law_docs = option_docs(AdaptiveTemperature)
-    law = {f.name: (_text(f.default), law_docs[f.name]) for f in fields(AdaptiveTemperature)}
+    law = {f.name: [_text(f.default), law_docs[f.name]] for f in fields(AdaptiveTemperature)}
     return Cards({name: make_card(name) for name in hapo.methods()}, law)
 
 
@@ -118,7 +118,7 @@ def make_card(name: str) -> Card:
         stages={**cls.stages, **differs},
         differs=list(differs),
         own=[f"{option}={_text(value)}" for option, value in _own(values).items()],
-        options={option: (_text(value), docs[option]) for option, value in values.items()},
+        options={option: [_text(value), docs[option]] for option, value in values.items()},
     )
 
 

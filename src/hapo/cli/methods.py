@@ -47,7 +47,7 @@ def _print_list(console: Console, methods: Iterable[Card]) -> None:
     console.print("hapo methods NAME: stages, all options and their meaning, paper")
 
 
-def _print_card(console: Console, card: Card, law: Mapping[str, tuple[str, str]]) -> None:
+def _print_card(console: Console, card: Card, law: Mapping[str, list[str]]) -> None:
     console.print(f"{card.name}: {card.summary}", style="bold")
     console.print(f"{card.title} ({card.year})")
     console.print(f"https://arxiv.org/abs/{card.arxiv}")
@@ -61,7 +61,7 @@ def _print_card(console: Console, card: Card, law: Mapping[str, tuple[str, str]]
     _print_options(console, "keys of the option temperature", law)
 
 
-def _print_options(console: Console, title: str, options: Mapping[str, tuple[str, str]]) -> None:
+def _print_options(console: Console, title: str, options: Mapping[str, list[str]]) -> None:
     table = Table(box=box.SIMPLE, title=title, title_justify="left")
     for column in ("option", "default", "meaning"):
         table.add_column(column, no_wrap=column != "meaning")
