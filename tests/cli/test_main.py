@@ -185,7 +185,9 @@ def test_a_cache_that_cannot_be_written_to_is_no_error(made, tmp_path, monkeypat
     assert len(made) == 2
 
 
-@pytest.mark.parametrize("missing", ["rich", "altair"])  # imported by the command, and when it has checked its flags
+@pytest.mark.parametrize(
+    "missing", ["rich", "altair"]
+)  # imported by the command, and when it has checked its flags
 def test_a_missing_package_is_named_with_the_remedy(missing, tmp_path):
     run = make_run(tmp_path / "run")
     code = f"import sys; sys.modules[{missing!r}] = None; from hapo.cli import main; sys.exit(main(sys.argv[1:]))"
