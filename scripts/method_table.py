@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 
 import hapo
-from hapo.cli.methods import differences
+from hapo.cli.cards import differences
 from hapo.methods import options_of
 
 PAGE = Path(__file__).parents[1] / "docs/methods/index.md"

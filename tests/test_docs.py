@@ -18,7 +18,7 @@ import torch
 
 import hapo
 import hapo.parts
-from hapo.cli.methods import option_docs
+from hapo.cli.cards import option_docs
 from hapo.engines.records import RunRecords
 from hapo.engines.trl.config import DECIDED_BY_METHOD
 from hapo.engines.trl.metrics import NAMES

@@ -2,17 +2,44 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
 import hapo
-from hapo.cli import main
-from hapo.cli.methods import defaults, differences, option_docs
+from hapo.cli import cards, main
+from hapo.cli.cards import defaults, differences, option_docs
 from hapo.methods import AdaptiveTemperature, options_of
+from tests.insight.conftest import make_run
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def loaded_by(folder: Path, *commands: list[str]) -> tuple[str, set[str]]:
+    """What a process of its own prints that runs these commands with this cache, and all that it imported."""
+    code = (
+        "import contextlib, sys\nfrom hapo.cli import main\n"
+        f"for words in {[*commands]!r}:\n"
+        "    with contextlib.suppress(SystemExit):\n"
+        "        main(words)\n"
+        "print('\\n' + ' '.join(sys.modules))"
+    )
+    environment = {**os.environ, "XDG_CACHE_HOME": str(folder), "COLUMNS": "100"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    out, _, modules = run.stdout.rstrip("\n").rpartition("\n")
+    return out, set(modules.split())
 
 
 def test_help_lists_every_command_on_one_line(capsys):
@@ -80,10 +107,90 @@ def test_an_unknown_method_names_the_nearest(capsys):
     assert "there is no method 'happo'; did you mean 'hapo'?" in capsys.readouterr().err
 
 
-def test_listing_methods_loads_no_engine():
-    code = (
-        "import sys; from hapo.cli import main; main(['methods', 'hapo']); "
-        "print({'trl', 'transformers', 'datasets'} & set(sys.modules))"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.splitlines()[-1] == "set()"
+def test_the_list_and_a_card_import_no_torch_once_they_are_in_the_cache(tmp_path):
+    made, first = loaded_by(tmp_path, ["methods"], ["methods", "hapo"])
+    assert "torch" in first and not {"trl", "transformers", "datasets"} & first
+    kept, second = loaded_by(tmp_path, ["methods"], ["methods", "hapo"])
+    assert "torch" not in second
+    assert made == kept and "hapo: " in kept
+
+
+def test_help_and_the_examination_of_a_run_import_only_what_they_use(tmp_path):
+    run = make_run(tmp_path / "run")
+    out, modules = loaded_by(tmp_path, ["--help"], ["--version"], ["report", "--help"])
+    assert "usage: hapo report" in out
+    assert not {"torch", "numpy", "pandas", "altair", "transformers", "trl"} & modules
+    out, modules = loaded_by(tmp_path, ["doctor", str(run)])
+    assert "1 note\n" in out
+    assert not {"torch", "scipy", "altair", "datasets", "transformers", "trl"} & modules
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """Sources and a cache of their own; how often the cards were made of them."""
+    for pattern in cards.SOURCES:
+        for file in cards.PACKAGE.glob(pattern):
+            copy = tmp_path / "hapo" / file.relative_to(cards.PACKAGE)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, copy)
+    calls = []
+    make = cards.make_cards
+    monkeypatch.setattr(cards, "PACKAGE", tmp_path / "hapo")
+    monkeypatch.setattr(cards, "make_cards", lambda: calls.append(1) or make())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return calls
+
+
+@pytest.mark.parametrize(
+    "edited", ["method.py", "methods/dapo.py", "methods/new.py", "parts/keep.py", "cli/cards.py"]
+)
+def test_cards_are_made_anew_after_an_edit(edited, made):
+    first = cards.cards()
+    assert cards.cards() == first and len(made) == 1
+    with (cards.PACKAGE / edited).open("a") as file:
+        file.write("\n")
+    assert cards.cards() == first and len(made) == 2
+    assert cards.cards() == first and len(made) == 2
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda text: b"",
+        lambda text: text[: len(text) // 2],
+        lambda text: b"\xff" + text,
+        lambda text: b"[]",
+        lambda text: json.dumps({"key": json.loads(text)["key"]}).encode(),
+        lambda text: json.dumps({**json.loads(text), "methods": {"hapo": {"name": "hapo"}}}).encode(),
+    ],
+)
+def test_a_broken_cache_is_made_anew(broken, made, tmp_path):
+    first, (file,) = cards.cards(), (tmp_path / "cache/hapo").iterdir()
+    file.write_bytes(broken(file.read_bytes()))
+    assert cards.cards() == first and len(made) == 2
+    assert cards.cards() == first and len(made) == 2
+
+
+def test_a_cache_that_cannot_be_written_to_is_no_error(made, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert sorted(cards.cards().methods) == hapo.methods()
+
+    def home():
+        raise RuntimeError("no home")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", home)
+    assert sorted(cards.cards().methods) == hapo.methods()
+    assert len(made) == 2
+
+
+@pytest.mark.parametrize(
+    "missing", ["rich", "altair"]
+)  # imported by the command, and when it has checked its flags
+def test_a_missing_package_is_named_with_the_remedy(missing, tmp_path):
+    run = make_run(tmp_path / "run")
+    code = f"import sys; sys.modules[{missing!r}] = None; from hapo.cli import main; sys.exit(main(sys.argv[1:]))"
+    ended = subprocess.run([sys.executable, "-c", code, "report", run], capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert re.match(f"hapo report: error: .*{missing}.*; install what it needs with: pip install", ended.stderr)

@@ -117,6 +117,14 @@ def test_a_reward_that_raises_ends_the_run_with_its_message_and_loses_nothing(
     assert metrics(tmp_path / "run") == metrics(finished)
 
 
+def test_a_module_that_a_reward_lacks_is_named_and_not_taken_for_one_of_ours(tmp_path, capsys):
+    reward = tmp_path / "lacking.py"
+    reward.write_text("import no_such_module\n")
+    assert main(train(tmp_path / "run", rewards=f"{reward}:parity")) == 1
+    error = capsys.readouterr().err
+    assert "error: No module named 'no_such_module'\n" in error and "pip install" not in error
+
+
 def test_debugging_raises(tmp_path, monkeypatch):
     monkeypatch.setenv("HAPO_DEBUG", "1")
     with pytest.raises(FileNotFoundError, match="does not exist"):

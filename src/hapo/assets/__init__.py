@@ -1,11 +1,18 @@
-"""The bundled tiny model: a character-level Llama that adds three-digit numbers now and then.
+"""The embedded recipes, and the bundled tiny model: a character-level Llama that adds numbers now and then.
 
-Made by ``scripts/make_tiny_model.py``; ``tiny/CARD.md`` says how and records its figures.
+The model was made by ``scripts/make_tiny_model.py``; ``tiny/CARD.md`` says how and records its figures.
 """
 
 from pathlib import Path
 
+ASSETS = Path(__file__).parent
+
 
 def tiny_model_path() -> Path:
     """Folder of the bundled model, for ``from_pretrained``."""
-    return Path(__file__).parent / "tiny"
+    return ASSETS / "tiny"
+
+
+def embedded() -> list[str]:
+    """Names of the recipes in the package."""
+    return sorted(path.stem for path in ASSETS.glob("*.yaml"))

@@ -6,6 +6,7 @@ import difflib
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Iterable
 
 import hapo
@@ -65,10 +66,12 @@ def _run(command: str, argv: list[str]) -> int:
     if command not in COMMANDS:
         raise UsageError(f"there is no command {command!r}{nearest(command, COMMANDS)}; `hapo --help` lists them")
     try:
-        module = importlib.import_module(f".{COMMANDS[command][0]}", __name__)
+        return importlib.import_module(f".{COMMANDS[command][0]}", __name__).main(argv)
     except ModuleNotFoundError as error:
+        *_, (last, _) = traceback.walk_tb(error.__traceback__)
+        if last.f_globals["__name__"].partition(".")[0] != __package__.partition(".")[0]:
+            raise  # a module that a reward of the user's lacks
         raise ImportError(f"{error}; install what it needs with: pip install 'hapo[trl]'") from error
-    return module.main(argv)
 
 
 def _help() -> str:

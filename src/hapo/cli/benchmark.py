@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from rich.table import Table
-from scipy.stats import norm
 
 from ..insight.statistics import pass_at_k
 from ..tasks.benchmarks import ProblemSet
@@ -57,6 +56,8 @@ def interval(shares: np.ndarray[Any, np.dtype[np.float64]]) -> dict[str, float]:
     as many 0/1 values would have this standard error. It is Wilson's own for one sample a problem, lies within
     [0, 1], and has a width where all values are 0 or all are 1 (there, that of n problems).
     """
+    from scipy.stats import norm
+
     n, mean, variance = len(shares), float(shares.mean()), float(shares.var())
     size = n * mean * (1 - mean) / variance if variance > 0 else n
     z = float(norm.ppf(0.975))

@@ -16,8 +16,7 @@ from ..assets import tiny_model_path
 from ..methods import AdaptiveTemperature
 from ..samplers.rule import TemperatureRule
 from . import UsageError
-from .methods import option_docs
-from .progress import counting
+from .cards import option_docs
 
 DESCRIPTION = """Write a temperature rule as JSON, which transformers, vLLM and SGLang take. The laws bounded and
 zscore read statistics: the model answers the prompts at the temperature that is to be adapted, and the entropies
@@ -78,6 +77,7 @@ def _calibrated(law: AdaptiveTemperature, options: argparse.Namespace, console: 
     from transformers import AutoModelForCausalLM, AutoTokenizer, utils
 
     from ..samplers.calibration import calibrate
+    from .progress import counting
 
     utils.logging.disable_progress_bar()
     path = str(tiny_model_path()) if options.model == "tiny" else options.model

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import yaml
 from filelock import FileLock, Timeout
 from rich import box
@@ -19,8 +18,6 @@ from rich.table import Table
 from trl import ModelConfig
 
 from ..engines.records import check_writable, write_whole
-from ..insight.compare import MEASURES, read_comparison
-from ..insight.compare_page import summary, write_comparison
 from ..insight.run import Run
 from ..tasks import TaskConfig
 from ..trl import HAPOConfig
@@ -30,6 +27,9 @@ from .finished import finished_runs, split_named
 from .jobs import find_gpus, run_all
 from .recipe import DEFAULT, RecipeParser, read_recipe
 from .train import TrainOptions
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 DESCRIPTION = """Compare methods on one recipe: same problems, initial weights and sampling seeds, paired by seed.
 Takes the flags of `hapo train`, which hold for every arm. An arm is a method with options, hapo:components=BCD, or
@@ -214,6 +214,9 @@ def _conclude(
     console: Console,
 ) -> None:
     """Write the page and the tables; print the table of arms, the verdicts, and what cannot be shown."""
+    from ..insight.compare import MEASURES, read_comparison
+    from ..insight.compare_page import summary, write_comparison
+
     comparison = read_comparison(runs, str(options.reference), options.target)
     page = write_comparison(comparison, folder, tuned)
     found = summary(comparison)
@@ -235,6 +238,8 @@ def _conclude(
 
 def _tuning_table(tuning: dict[tuple[str, float, int], Job]) -> pd.DataFrame:
     """Sampled accuracy on the tuning problems at the end of each run."""
+    import pandas as pd
+
     rows = []
     for (arm, rate, seed), job in tuning.items():
         found = Run(job.folder).evaluations

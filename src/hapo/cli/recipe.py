@@ -9,10 +9,9 @@ from typing import Any, NoReturn
 import yaml
 from trl import TrlParser
 
-from .. import assets
+from ..assets import ASSETS, embedded
 from . import UsageError, nearest
 
-ASSETS = Path(assets.__file__).parent
 DEFAULT = "demo"
 
 
@@ -69,11 +68,6 @@ class RecipeParser(TrlParser):
             return f"unexpected argument {word!r}"
         flags = [flag for action in self._actions for flag in action.option_strings]
         return f"unknown flag {word}{nearest(word.partition('=')[0], flags)}"
-
-
-def embedded() -> list[str]:
-    """Names of the recipes in the package."""
-    return sorted(path.stem for path in ASSETS.glob("*.yaml"))
 
 
 def read_recipe(name: str) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..insight.report import write_figures, write_report
 from . import UsageError
 
 DESCRIPTION = """Write one HTML page of one or several runs, which works offline: curves of training, overlaid;
@@ -25,6 +24,8 @@ def main(argv: list[str]) -> int:
             raise UsageError(f"{folder} is no run folder: it has no config.yaml")
     if not output.parent.is_dir() or output.is_dir():
         raise UsageError(f"--output must be a file in a folder that exists, got {output}")
+    from ..insight.report import write_figures, write_report  # takes seconds
+
     console = Console(highlight=False, markup=False)
     page = write_report(options.runs, output, against=options.against, rollouts=options.rollouts)
     console.print(f"report: {page}", soft_wrap=True)

@@ -20,7 +20,6 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from ..assets import tiny_model_path
 from ..engines.records import check_writable
 from ..engines.trl.checkpoint import complete_checkpoints
-from ..insight.report import write_report
 from ..tasks import Task, TaskConfig, load_task
 from ..trl import HAPOConfig, HAPOTrainer
 from . import INTERRUPTED, UsageError
@@ -112,6 +111,8 @@ def main(argv: list[str]) -> int:
 def _report(folder: Path, console: Console) -> None:
     """The page of the run; whatever it trips over, the run is complete without it."""
     try:
+        from ..insight.report import write_report
+
         console.print(f"report: {write_report([folder], folder / 'report.html')}", soft_wrap=True)
     except Exception as error:
         console.print(f"no report ({type(error).__name__}: {error}); try: hapo report {folder}", soft_wrap=True)

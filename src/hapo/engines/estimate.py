@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from scipy.stats import binomtest, norm
-
 
 @dataclass(frozen=True)
 class Estimate:
@@ -43,6 +41,8 @@ class Estimate:
         One 0/1 score a problem: Wilson's interval. Several answers a problem, or other scores: the normal interval
         of the per-problem means, since answers to one problem are not independent.
         """
+        from scipy.stats import binomtest, norm
+
         means = [math.fsum(of) / len(of) for of in scores]
         n, samples = len(means), sum(map(len, scores)) // len(means)
         mean = math.fsum(means) / n

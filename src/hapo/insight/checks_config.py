@@ -8,13 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ..method import Method
-from ..methods import AdaptiveTemperature, Options, options_of
-from ..parts.surrogate import unclipped_surrogate
-from ..parts.temperature import edt_factor
-from ..tasks import Task, TaskConfig
 from .finding import Finding, percent
 
 if TYPE_CHECKING:
@@ -22,6 +15,9 @@ if TYPE_CHECKING:
     from trl import ModelConfig
 
     from ..engines.trl import HAPOConfig
+    from ..method import Method
+    from ..methods import AdaptiveTemperature, Options
+    from ..tasks import Task, TaskConfig
 
 ROWS = 512
 """Most problems that are tokenised, evenly spaced over the training data."""
@@ -47,6 +43,8 @@ class Plan:
     @cached_property
     def options(self) -> Options:
         """The options of the method."""
+        from ..methods import options_of
+
         assert not isinstance(self.args.method_options, str)
         return options_of(self.args.method)(**(self.args.method_options or {}))
 
@@ -64,6 +62,8 @@ class Plan:
 
 def ratio_always_one(plan: Plan) -> Finding | None:
     """One optimiser step a rollout batch."""
+    from ..parts.surrogate import unclipped_surrogate
+
     args = plan.args
     if args.updates_per_rollout > 1 or plan.method.surrogate is unclipped_surrogate:
         return None
@@ -102,6 +102,8 @@ def uncorrected_sampler(plan: Plan) -> Finding | None:
 
 def temperature_range(plan: Plan) -> Finding | None:
     """Temperatures that get far from T_base."""
+    from ..methods import AdaptiveTemperature
+
     law = plan.options.temperature
     if law is None:
         return None
@@ -126,6 +128,10 @@ def temperature_range(plan: Plan) -> Finding | None:
 def _factors(law: AdaptiveTemperature) -> tuple[float, float]:
     """Smallest and largest factor on T_base: of z-scores up to 3, and of EDT at an entropy of 0.1 nats."""
     if law.law == "edt":
+        import torch
+
+        from ..parts.temperature import edt_factor
+
         return edt_factor(torch.tensor(0.1), law.theta, low=law.t_min).item(), 1.0
     if law.law == "zscore":
         return max(1 - 3 * law.tau, law.t_min), min(1 + 3 * law.tau, law.t_max)

@@ -6,8 +6,6 @@ import math
 
 import numpy as np
 
-from ..parts.bounds import no_bounds
-from ..parts.surrogate import unclipped_surrogate
 from .finding import Finding, percent
 from .run import Run
 from .trends import TREND, ends, method_of, rose, smaller_rate, values
@@ -93,6 +91,8 @@ def ratio_always_one(run: Run) -> Finding | None:
     moved, ratio = values(run, "kl_old"), values(run, "ratio/mean")
     if len(moved) < 2 or moved.max() >= 1e-7 or np.abs(ratio - 1).max(initial=0.0) >= 1e-4:
         return None
+    from ..parts.surrogate import unclipped_surrogate
+
     if (method := method_of(run)) is not None and method.surrogate is unclipped_surrogate:
         return None
     return Finding(
@@ -110,6 +110,8 @@ def nothing_clipped(run: Run) -> Finding | None:
     low, high = values(run, "clip_ratio/low_mean"), values(run, "clip_ratio/high_mean")
     if len(low) < TREND or low.max() > 0 or high.max(initial=0.0) > 0:
         return None
+    from ..parts.bounds import no_bounds
+
     if (method := method_of(run)) is not None and method.bounds is no_bounds:
         return None
     return Finding(

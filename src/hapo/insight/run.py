@@ -7,20 +7,22 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
-import torch
 import yaml
-from jaxtyping import Int
-from torch import Tensor
 
 import hapo
 
-from ..batch import TokenBatch
-from ..method import Method
+if TYPE_CHECKING:
+    import torch
+    from jaxtyping import Int
+    from torch import Tensor
+
+    from ..batch import TokenBatch
+    from ..method import Method
 
 TOKEN_COLUMNS = {
     "logp_old": "old_logp",
@@ -128,6 +130,8 @@ class Run:
         Raises:
             ValueError: there is no such rollout batch.
         """
+        import torch
+
         table = self.tokens(first)
         if "logp_sampler" in table:  # where vLLM has none, training takes the old policy's
             table["logp_sampler"] = table["logp_sampler"].fillna(table["logp_old"])
@@ -146,7 +150,7 @@ class Run:
             for column, name in TOKEN_COLUMNS.items()
             if column in table and table[column].notna().all()
         }
-        batch = TokenBatch(
+        batch = hapo.TokenBatch(
             mask=padded(np.ones(len(table)), torch.bool),
             reward=torch.tensor(heads["reward"].to_numpy(), dtype=torch.float32),
             verdict=torch.tensor(heads["verdict"].to_numpy(), dtype=torch.float32),
@@ -240,6 +244,8 @@ def recompute(rollout: Rollout, method: Method) -> pd.DataFrame:
     Raises:
         ValueError: the records lack a column that the method reads.
     """
+    import torch
+
     whole = rollout.batch
     first = {response: i for i, response in reversed(list(enumerate(rollout.response)))}  # several iterations
     places = {response: place for place, response in enumerate(sorted(first))}

@@ -26,8 +26,6 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
-from scipy.integrate import trapezoid
-from statsmodels.stats.multitest import multipletests
 
 MIN_SEEDS = 5
 """Fewer values give no interval: with four it would be half as wide again as Student's, and mostly noise."""
@@ -108,6 +106,8 @@ def holm(p: ArrayLike) -> Array:
 
     Raises ValueError for a p outside [0, 1], NaN included.
     """
+    from statsmodels.stats.multitest import multipletests
+
     values = np.asarray(p, float)
     if not ((values >= 0) & (values <= 1)).all():
         raise ValueError(f"p-values must lie in [0, 1], got {values.tolist()}")
@@ -228,6 +228,8 @@ def area_under_curve(x: ArrayLike, y: ArrayLike) -> float:
 
     Raises ValueError for fewer than two points, an x that does not increase, or values that are not finite.
     """
+    from scipy.integrate import trapezoid
+
     x, y = _curve(x, y)
     if len(x) < 2:
         raise ValueError("a curve of one point has no area: evaluate at least twice")

@@ -6,11 +6,14 @@ First and last, of a metric, are the means of the first and of the last quarter 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..method import Method
 from .run import Run
+
+if TYPE_CHECKING:
+    from ..method import Method
 
 TREND = 8
 """Fewest logged values that show a trend."""

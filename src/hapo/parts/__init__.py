@@ -1,1 +1,15 @@
 """Pure functions on tensors, one stage a file. No trainer, configuration object or global enters here."""
+
+from . import (  # noqa: F401 - each is there after `import hapo`, as hapo.parts.NAME
+    advantage,
+    bounds,
+    entropy,
+    groups,
+    keep,
+    penalty,
+    ratio,
+    reduce,
+    shaping,
+    surrogate,
+    temperature,
+)

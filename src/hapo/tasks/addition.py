@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 LOW, HIGH = 100, 999
 """Smallest and largest summand."""
@@ -91,6 +92,8 @@ def load_addition(seed: int, train_size: int, eval_size: int) -> tuple[Dataset, 
 
 
 def _dataset(problems: list[tuple[int, int]]) -> Dataset:
+    from datasets import Dataset
+
     return Dataset.from_dict(
         {
             "prompt": [prompt(a, b) for a, b in problems],

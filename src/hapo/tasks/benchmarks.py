@@ -9,14 +9,16 @@ import re
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
-
-from datasets import Dataset
+from typing import TYPE_CHECKING
 
 from .answers import extract_answer
 from .config import REASONING_GYM, TaskConfig
 from .data import EVAL_SEED, columns_of, load_task, sample_rows
 from .files import READERS, Row, read_file, read_hub
 from .rewards import RewardFunction, math_verify_reward
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 NUMBER = re.compile(r"[-+]?(\d+|\d{1,3}(,\d{3})+)(\.\d*)?")
 
@@ -139,6 +141,8 @@ def load_benchmark(name: str, config: TaskConfig, *, folder: Path | None, size: 
     Raises ValueError for an unknown name, and for a named set with another number of rows or other content;
     FileNotFoundError for a file that does not exist.
     """
+    from datasets import Dataset
+
     if name == "addition" or name.startswith(REASONING_GYM):
         return _generated(name, config, size)
     if Path(name).suffix.lower() in READERS:

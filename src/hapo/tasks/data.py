@@ -9,14 +9,16 @@ import logging
 import random
 from collections import Counter
 from dataclasses import dataclass
-
-from datasets import Dataset
+from typing import TYPE_CHECKING
 
 from .answers import extract_answer, normalise
 from .config import REASONING_GYM, TaskConfig
 from .files import Row, is_local, read_file, read_hub
 from .rewards import RewardFunction, exact_reward, load_rewards, math_verify_reward
 from .verifier import VerifiedReward
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +60,8 @@ def load_task(config: TaskConfig, *, seed: int) -> Task:
     sizes that the data cannot fill, and gold answers that the chosen rewards cannot use (see
     TaskConfig.on_bad_gold).
     """
+    from datasets import Dataset
+
     seed = seed if config.task_seed is None else config.task_seed
     train, evaluation, own = _rows(config, seed)
     rewards = load_rewards(config.rewards, own, config.reward_timeout, config.reward_fallback())

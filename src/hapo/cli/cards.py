@@ -1,0 +1,170 @@
+"""What `hapo methods` prints of each method, taken from its class of options; kept in the user's cache.
+
+The classes need torch, which takes seconds to import; a list of names should not. So the cards are remembered,
+for as long as the version and the sources that they are made of are the same.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import json
+import os
+import textwrap
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hapo
+
+if TYPE_CHECKING:
+    from ..methods import Options
+
+PACKAGE = Path(hapo.__file__).parent
+SOURCES = ("batch.py", "method.py", "methods/*.py", "parts/*.py", "cli/cards.py")
+"""The files of the package that a card depends on."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """A method in words."""
+
+    name: str
+    summary: str
+    title: str
+    """Of its paper."""
+    year: int
+    arxiv: str
+    breaks: list[str]
+    """Laws that it breaks by its definition."""
+    stages: dict[str, str]
+    """Its choice of each stage; "none" where GRPO has the stage and it has not."""
+    differs: list[str]
+    """Stages in which it differs from GRPO."""
+    own: list[str]
+    """The options that set it apart."""
+    options: dict[str, list[str]]
+    """Option -> its default and its meaning; the method's own first."""
+
+
+@dataclass(frozen=True)
+class Cards:
+    """All methods, and what they share."""
+
+    methods: dict[str, Card]
+    law: dict[str, list[str]]
+    """Key of the option `temperature` -> its default and its meaning."""
+
+
+def cards() -> Cards:
+    """The cards, from the cache if it is there and of these very sources; otherwise made, and put there."""
+    try:
+        key, file = _key(), _cache() / "methods.json"
+    except (OSError, RuntimeError):  # no sources, as in a zip file; no home
+        return make_cards()
+    with suppress(Exception):  # whatever is wrong with the file, the cards are made anew
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        if kept["key"] == key:
+            return Cards({name: Card(**card) for name, card in kept["methods"].items()}, kept["law"])
+    made = make_cards()
+    with suppress(OSError):  # a cache that cannot be written to is no error
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f"{file.name}.{os.getpid()}")
+        partial.write_text(json.dumps({"key": key, **asdict(made)}), encoding="utf-8")
+        os.replace(partial, file)
+    return made
+
+
+def _key() -> str:
+    digest = hashlib.sha256(hapo.__version__.encode())
+    for file in sorted(file for pattern in SOURCES for file in PACKAGE.glob(pattern)):
+        digest.update(f"\0{file.relative_to(PACKAGE)}\0".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _cache() -> Path:
+    given = os.environ.get("XDG_CACHE_HOME")
+    return (Path(given) if given else Path.home() / ".cache") / "hapo"
+
+
+def make_cards() -> Cards:
+    """The cards, from the classes."""
+    from ..methods import AdaptiveTemperature
+
+    law_docs = option_docs(AdaptiveTemperature)
+    law = {f.name: [_text(f.default), law_docs[f.name]] for f in fields(AdaptiveTemperature)}
+    return Cards({name: make_card(name) for name in hapo.methods()}, law)
+
+
+def make_card(name: str) -> Card:
+    """The card of one method.
+
+    Raises:
+        ValueError: unknown method; the message has the nearest name.
+    """
+    from ..methods import options_of
+
+    cls = options_of(name)
+    differs, values, docs = differences(cls), defaults(cls), option_docs(cls)
+    return Card(
+        name=name,
+        summary=cls.summary,
+        title=cls.paper.title,
+        year=cls.paper.year,
+        arxiv=cls.paper.arxiv,
+        breaks=sorted(hapo.method(name).breaks),
+        stages={**cls.stages, **differs},
+        differs=list(differs),
+        own=[f"{option}={_text(value)}" for option, value in _own(values).items()],
+        options={option: [_text(value), docs[option]] for option, value in values.items()},
+    )
+
+
+def option_docs(cls: type) -> dict[str, str]:
+    """The docstring under each field of a dataclass and its bases, by name of the field."""
+    docs: dict[str, str] = {}
+    for base in reversed([c for c in cls.__mro__ if "__dataclass_fields__" in vars(c)]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for statement, below in zip(body.body, body.body[1:], strict=False):
+            if (
+                isinstance(statement, ast.AnnAssign)
+                and isinstance(statement.target, ast.Name)
+                and isinstance(below, ast.Expr)
+                and isinstance(below.value, ast.Constant)
+            ):
+                docs[statement.target.id] = " ".join(str(below.value.value).split())
+    return docs
+
+
+def differences(cls: type[Options]) -> dict[str, str]:
+    """The stages in which a method differs from GRPO, with its choice: "none" where it leaves GRPO's out."""
+    from ..methods import options_of
+
+    base = options_of("grpo").stages
+    stages = {**cls.stages, **{stage: "none" for stage in base if stage not in cls.stages}}
+    return {stage: choice for stage, choice in stages.items() if choice != base.get(stage)}
+
+
+def defaults(cls: type[Options]) -> dict[str, Any]:
+    """The options of a method with their defaults: first those that set it apart, then the shared ones."""
+    built = cls()
+    values = {f.name: getattr(built, f.name) for f in fields(cls)}
+    return {**_own(values), **values}
+
+
+def _own(values: dict[str, Any]) -> dict[str, Any]:
+    """Without the options of every method, or of every clipped one, that stand at their common default."""
+    from ..methods import ClippedOptions
+
+    shared = {f.name: f.default for f in fields(ClippedOptions)}
+    return {name: value for name, value in values.items() if name not in shared or value != shared[name]}
+
+
+def _text(value: Any) -> str:
+    """A default as one writes it in Python; a temperature law by its strength, the rest being its defaults."""
+    from ..methods import AdaptiveTemperature
+
+    return repr({"tau": value.tau} if isinstance(value, AdaptiveTemperature) else value)
