@@ -1,6 +1,7 @@
 """The documentation says what the code does: names, pages, tables, cited tests and snippets."""
 
 import ast
+import json
 import os
 import pkgutil
 import re
@@ -31,11 +32,7 @@ SOURCE = ROOT / "src/hapo"
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 SNIPPET = re.compile(r"<!-- runs -->\n```python\n(.*?)```", re.DOTALL)
-SNIPPETS = [
-    pytest.param(code, id=f"{page.stem}-{i}")
-    for page in (ROOT / "README.md", DOCS / "sampling.md", DOCS / "start.md", DOCS / "adding_a_method.md")
-    for i, code in enumerate(SNIPPET.findall(page.read_text()))
-]
+SNIPPETS = {f"{page.stem}-{i}": code for page in PAGES for i, code in enumerate(SNIPPET.findall(page.read_text()))}
 
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -156,11 +153,30 @@ def test_the_records_page_has_every_column(tmp_path):
     assert first_cells(section) == set(pq.read_schema(file).names)
 
 
-@pytest.mark.parametrize("code", SNIPPETS)
-def test_snippets_run(code, tmp_path):
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """Folder of the snippets after all have run, and the exit code of each."""
+    folder = tmp_path_factory.mktemp("snippets")
+    for name, code in SNIPPETS.items():
+        (folder / f"{name}.py").write_text(code)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    run = [sys.executable, str(ROOT / "tests/snippets.py"), str(folder)]
+    done = subprocess.run(run, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    return folder, json.loads(done.stdout)
+
+
+@pytest.mark.xdist_group("snippets")
+@pytest.mark.parametrize("name", SNIPPETS)
+def test_snippets_run(name, ran):
+    folder, codes = ran
+    assert codes[name] == 0, (folder / f"{name}.txt").read_text()[-3000:]
+
+
+@pytest.mark.xdist_group("snippets")
+def test_every_page_with_a_runnable_snippet_is_run(ran):
+    marked = sum(page.read_text().count("<!-- runs -->") for page in PAGES)
+    assert marked == len(ran[1]) >= 9
 
 
 def test_the_template_of_a_method_runs_as_the_guide_says(tmp_path):
