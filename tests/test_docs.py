@@ -115,7 +115,7 @@ def test_links_between_files_lead_somewhere():
 
 
 def test_the_trl_page_has_every_refused_option_and_every_metric():
-    page = (DOCS / "trl.md").read_text()
+    page = (DOCS / "trl_reference.md").read_text()
     for name, remedy in DECIDED_BY_METHOD.items():
         assert f"| `{name}` | {remedy} |" in page
     assert set(NAMES.values()) - first_cells(page) == set()
@@ -181,7 +181,7 @@ def test_every_page_with_a_runnable_snippet_is_run(ran):
 
 def test_the_template_of_a_method_runs_as_the_guide_says(tmp_path):
     """The guide's steps on a copy of the package: the file, the name in the import, the test, the card."""
-    template, guide = DOCS / "method_template.py", (DOCS / "adding_a_method.md").read_text()
+    template, guide = DOCS / "method_template.py", (DOCS / "adding_a_method_reference.md").read_text()
     assert f"```python\n{template.read_text()}```" in guide
     shutil.copytree(SOURCE, tmp_path / "hapo")
     shutil.copy(template, tmp_path / "hapo/methods/my_method.py")
