@@ -3,7 +3,7 @@
     python -m bench.verl_overhead --output bench/results/verl_overhead.json
 
 On 512 and on 8192 responses (the paper's rollout batch) of up to 10,240 tokens, one thread. Shares of a step are
-in docs/verl.md.
+in docs/verl_reference.md.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python scripts/mutations.py            # all, about half an hour on a core
     python scripts/mutations.py advantage  # those in files with this word in their path
 
-Each entry names the tests that prove the claim of its line. Where code has moved on, its entry moves with it: a line
-that is not found once is an error. Run it when tests are taken out or thinned.
+Each entry names the tests that prove the claim of its line. Where code has moved on, its entry moves with it: a
+line that is not found once is an error. Run it when tests are taken out or thinned.
 """
 
 from __future__ import annotations

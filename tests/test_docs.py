@@ -1,6 +1,7 @@
 """The documentation says what the code does: names, pages, tables, cited tests and snippets."""
 
 import ast
+import json
 import os
 import pkgutil
 import re
@@ -31,11 +32,7 @@ SOURCE = ROOT / "src/hapo"
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 SNIPPET = re.compile(r"<!-- runs -->\n```python\n(.*?)```", re.DOTALL)
-SNIPPETS = [
-    pytest.param(code, id=f"{page.stem}-{i}")
-    for page in (ROOT / "README.md", DOCS / "sampling.md", DOCS / "start.md", DOCS / "adding_a_method.md")
-    for i, code in enumerate(SNIPPET.findall(page.read_text()))
-]
+SNIPPETS = {f"{page.stem}-{i}": code for page in PAGES for i, code in enumerate(SNIPPET.findall(page.read_text()))}
 
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -118,7 +115,7 @@ def test_links_between_files_lead_somewhere():
 
 
 def test_the_trl_page_has_every_refused_option_and_every_metric():
-    page = (DOCS / "trl.md").read_text()
+    page = (DOCS / "trl_reference.md").read_text()
     for name, remedy in DECIDED_BY_METHOD.items():
         assert f"| `{name}` | {remedy} |" in page
     assert set(NAMES.values()) - first_cells(page) == set()
@@ -156,16 +153,45 @@ def test_the_records_page_has_every_column(tmp_path):
     assert first_cells(section) == set(pq.read_schema(file).names)
 
 
-@pytest.mark.parametrize("code", SNIPPETS)
-def test_snippets_run(code, tmp_path):
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """Folder of the snippets after all have run, and the exit code of each."""
+    folder = tmp_path_factory.mktemp("snippets")
+    for name, code in SNIPPETS.items():
+        (folder / f"{name}.py").write_text(code)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    run = [sys.executable, str(ROOT / "tests/snippets.py"), str(folder)]
+    done = subprocess.run(run, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    return folder, json.loads(done.stdout)
+
+
+@pytest.mark.xdist_group("snippets")
+@pytest.mark.parametrize("name", SNIPPETS)
+def test_snippets_run(name, ran):
+    folder, codes = ran
+    assert codes[name] == 0, (folder / f"{name}.txt").read_text()[-3000:]
+
+
+@pytest.mark.xdist_group("snippets")
+def test_every_page_with_a_runnable_snippet_is_run(ran):
+    marked = sum(page.read_text().count("<!-- runs -->") for page in PAGES)
+    assert marked == len(ran[1]) >= 7
+
+
+def test_the_readme_is_for_a_newcomer():
+    """One line, an installation by line 5, a script that runs by line 25, a picture before the tables, 800 words."""
+    text = (ROOT / "README.md").read_text()
+    script = SNIPPET.search(text)
+    assert len(text.split()) <= 800
+    assert "pip install" in "".join(text.splitlines()[:5])
+    assert text[: script.end()].count("\n") < 25
+    assert script.end() < text.index("\n![") < text.index("\n|")
 
 
 def test_the_template_of_a_method_runs_as_the_guide_says(tmp_path):
     """The guide's steps on a copy of the package: the file, the name in the import, the test, the card."""
-    template, guide = DOCS / "method_template.py", (DOCS / "adding_a_method.md").read_text()
+    template, guide = DOCS / "method_template.py", (DOCS / "adding_a_method_reference.md").read_text()
     assert f"```python\n{template.read_text()}```" in guide
     shutil.copytree(SOURCE, tmp_path / "hapo")
     shutil.copy(template, tmp_path / "hapo/methods/my_method.py")

@@ -1,13 +1,17 @@
-"""The names of the package: imported when they are read, and the same whatever was imported before."""
+"""The package: its names, imported when they are read and the same whatever was imported before, and its wheel."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from hatchling.builders.wheel import WheelBuilder
 
 import hapo
+
+ROOT = Path(__file__).parents[1]
 
 FIRST = """
 import pkgutil, sys, hapo
@@ -55,3 +59,13 @@ def test_a_public_name_can_be_replaced_and_an_unknown_one_is_named(monkeypatch):
     assert hapo.method("dapo").name == "dapo"
     with pytest.raises(AttributeError, match="module 'hapo' has no attribute 'metod'"):
         hapo.metod  # noqa: B018
+
+
+def test_the_wheel_has_the_types_and_all_that_is_no_python():
+    """Asked of the build backend itself: marker of the types, model, recipes, page templates, and no test."""
+    files = {file.distribution_path for file in WheelBuilder(str(ROOT)).recurse_included_files()}
+    assert {"hapo/py.typed", "hapo/assets/demo.yaml", "hapo/assets/tiny/model.safetensors"} <= files
+    tracked = {
+        path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src/hapo").rglob("*") if path.is_file()
+    }
+    assert files == {path for path in tracked if "__pycache__" not in path}

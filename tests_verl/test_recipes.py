@@ -149,7 +149,7 @@ def test_problems_and_rewards(tmp_path: Path) -> None:
 
 def test_the_page_of_the_engine_is_complete() -> None:
     """Every setting with its default, every option that the method decides, every name in records and trackers."""
-    page = (ROOT / "docs/verl.md").read_text()
+    page = (ROOT / "docs/verl_reference.md").read_text()
     for setting in fields(Settings):
         told = re.search(rf"^\| `{setting.name}` \| (.*?) \|", page, re.MULTILINE)
         assert told and (not isinstance(setting.default, int) or told[1] == str(setting.default)), setting.name

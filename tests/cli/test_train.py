@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 
 from hapo.cli import main
+from hapo.engines.estimate import Estimate
 from tests.cli.small import accuracy, evaluations, flags, metrics, train
 
 WEIGHTS = "model/model.safetensors"
@@ -48,6 +54,33 @@ def test_a_run_leaves_records_checkpoints_accuracy_and_the_model(finished):
     end = json.loads((finished / "finished.json").read_text())
     assert (end["steps"], end["why"]) == (5, "max_steps")
     assert 0 < measured[-1]["num_tokens"] == end["num_tokens"]
+
+
+def test_the_model_card_says_what_the_model_is_and_loads_it(finished, monkeypatch):
+    card = ModelCard.load(finished / "README.md")
+    assert card.data.library_name == "transformers"
+    measured = Estimate.of(evaluations(finished)[-1])
+    for fact in (
+        "| base model | `tiny`, the small model that hapo brings |",
+        "| task | `addition` |",
+        "| rewards | `parity` |",
+        "| learning rate | 0.001, constant |",
+        f"| held out, sampled | {measured} on 6 problems, after step 5 |",
+        f"| seed | {yaml.safe_load((finished / 'config.yaml').read_text()).get('seed', 42)} |",
+        "method: hapo\n",
+        "eprint = {2509.16591}",
+    ):
+        assert fact in card.text
+    assert str(finished.parent) not in card.content  # no path of the machine
+    assert "/assets/" not in card.content
+    (snippet,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    monkeypatch.chdir(finished)
+    loaded: dict = {}
+    exec(snippet, loaded)
+    problem = loaded["tokenizer"]("123+456=", return_tensors="pt")
+    trained = load_file(finished / WEIGHTS)["model.embed_tokens.weight"]
+    assert torch.equal(loaded["model"].get_input_embeddings().weight, trained)
+    assert loaded["model"](**problem).logits.isfinite().all()
 
 
 def test_config_yaml_is_a_recipe_and_an_interrupted_run_resumes_to_the_same_weights(
@@ -184,6 +217,7 @@ def test_lora_trains_an_adapter_that_eval_loads(tmp_path):
     options = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear", "max_steps": 2, "beta": 0.01}
     assert main(train(run, evaluate=False, **options)) == 0
     assert (run / "model/adapter_config.json").is_file()
+    assert ModelCard.load(run / "README.md").data.library_name == "peft"
     assert (
         main(["eval", "--config", str(run / "config.yaml"), "--model", str(run / "model"), "--samples", "1"]) == 0
     )

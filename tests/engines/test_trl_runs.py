@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from peft import LoraConfig
 from transformers import TrainerCallback
 
@@ -511,11 +513,16 @@ def test_a_model_whose_logits_scoring_does_not_reproduce_is_refused(tmp_path):
         tiny.trainer(tmp_path, net, max_steps=1).train()
 
 
-def test_the_model_card_cites_the_method(tmp_path):
-    tiny.trainer(tmp_path, method="dapo", max_steps=2, save_strategy="steps", save_steps=2).train()
-    card = (tmp_path / "README.md").read_text()
-    assert "DAPO" in card
-    assert "2503.14476" in card
+def test_the_model_card_of_a_script_loads_its_last_checkpoint_and_cites_the_paper(tmp_path, monkeypatch):
+    tiny.trainer(tmp_path, method="dapo", max_steps=2, save_strategy="steps", save_steps=1).train()
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "dapo" in card.data.tags
+    assert "2503.14476" in card.text
+    assert "| rewards | `count_digits` |" in card.text
+    (snippet,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    assert "checkpoint-2" in snippet
+    monkeypatch.chdir(tmp_path)
+    exec(snippet, {})
 
 
 @pytest.mark.xdist_group("two_ranks")

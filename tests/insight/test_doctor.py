@@ -460,7 +460,7 @@ def test_a_run_that_has_hardly_begun_is_examined_as_far_as_it_goes(metrics, tmp_
 
 
 def test_the_page_has_every_finding():
-    page = (ROOT / "docs/doctor.md").read_text()
+    page = (ROOT / "docs/doctor_findings.md").read_text()
     before, _, after = page.partition("## After training")
     for text, checks in ((before, CONFIG_CHECKS), (after, RUN_CHECKS)):
         assert re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE) == [check.__name__ for check in checks]

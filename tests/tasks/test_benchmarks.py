@@ -208,7 +208,7 @@ def test_names_are_found():
 
 
 def test_the_page_lists_every_set_with_its_hash_and_source():
-    page = (Path(__file__).parents[2] / "docs/eval.md").read_text()
+    page = (Path(__file__).parents[2] / "docs/eval_reference.md").read_text()
     for name, b in BENCHMARKS.items():
         known = "not known" if b.sha256 is None else f"`{b.sha256[:12]}...`"
         assert f"| `{name}` | {b.title} | {b.rows} | {known} | " in page

@@ -1,4 +1,4 @@
-"""What can be known to be wrong with the options of a training run. Thresholds: docs/doctor.md."""
+"""What can be known to be wrong with the options of a training run. Thresholds: docs/doctor_findings.md."""
 
 from __future__ import annotations
 

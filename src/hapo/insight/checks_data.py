@@ -1,4 +1,4 @@
-"""What can be known to be wrong with the data of a training run before it starts. Thresholds: docs/doctor.md."""
+"""What can be known to be wrong with the data of a run before it starts. Thresholds: docs/doctor_findings.md."""
 
 from __future__ import annotations
 

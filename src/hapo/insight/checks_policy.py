@@ -1,4 +1,4 @@
-"""What a run did to the policy: entropy, ratios, gradients. Thresholds: docs/doctor.md."""
+"""What a run did to the policy: entropy, ratios, gradients. Thresholds: docs/doctor_findings.md."""
 
 from __future__ import annotations
 

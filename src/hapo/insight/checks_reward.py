@@ -1,4 +1,4 @@
-"""What a run did to reward, accuracy and length. Thresholds: docs/doctor.md."""
+"""What a run did to reward, accuracy and length. Thresholds: docs/doctor_findings.md."""
 
 from __future__ import annotations
 

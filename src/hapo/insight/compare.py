@@ -66,7 +66,7 @@ class Comparison:
     Attributes:
         reference: the arm that the others are compared with.
         target: held-out accuracy that `tokens_to_target` and `seconds_to_target` are about.
-        runs: one row a run; the columns are described in docs/compare.md.
+        runs: one row a run; the columns are described in docs/compare_reference.md.
         curves: one row a measurement of a run.
         warnings: why the comparison cannot show a difference, where that can be known.
         how: the answers that accuracy is of, `sampled` or, where not every run has sampled ones, `greedy`; the

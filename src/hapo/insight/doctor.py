@@ -1,4 +1,4 @@
-"""The doctor: what is wrong with a training run, before it starts and after. Every finding: docs/doctor.md."""
+"""The doctor: what is wrong with a run, before it starts and after. Every finding: docs/doctor_findings.md."""
 
 from __future__ import annotations
 

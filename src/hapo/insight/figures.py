@@ -46,6 +46,12 @@ class Figure:
         words = f"{self.title}. {self.look}"
         return self.chart.properties(width="container", height=SIZE["height"], description=words).to_dict()
 
+    def _repr_png_(self) -> bytes | None:
+        """In a notebook the figure shows itself; where it has no chart, its name and the reason stand there."""
+        if self.chart is None:
+            return None
+        return vl_convert.vegalite_to_png({**self.spec, **SIZE}, VEGA_LITE, config=theme("light"), ppi=72)
+
     def save(self, file: Path, kind: Literal["png", "svg"]) -> None:
         """Write the figure for a paper: light, without a title, PNG at 300 dpi.
 

@@ -191,18 +191,6 @@ class HAPOConfig(GRPOConfig):
             )
 
 
-def cited(method: Method) -> tuple[str, dict[str, str]]:
-    """Name and paper of a method for TRL's model card."""
-    if method.name not in hapo.methods():
-        return method.name, {}
-    paper = options_of(method.name).paper
-    entry = (
-        f"@article{{{method.name}{paper.year},\n    title = {{{{{paper.title}}}}},\n    year = {paper.year},\n"
-        f"    eprint = {{arXiv:{paper.arxiv}}},\n}}"
-    )
-    return method.name.upper(), {"title": paper.title, "id": paper.arxiv, "citation": entry}
-
-
 def resolve_method(method: Method | None, args: HAPOConfig) -> Method:
     """The method that a trainer was given, or that its config names; `args.beta` then holds its KL weight."""
     if method is not None:

@@ -34,7 +34,7 @@ class Recorder:
                 **trainer.recipe,
                 **_told(args),
                 "method": trainer.method.name,
-                "method_options": _options(trainer),
+                "method_options": options_told(trainer),
             },
             manifest=manifest(
                 seed=args.seed,
@@ -101,7 +101,8 @@ class Recorder:
         )
 
 
-def _options(trainer: Any) -> dict[str, Any]:
+def options_told(trainer: Any) -> dict[str, Any]:
+    """The options of the trainer's method, without what TRL's `beta` says."""
     return {k: v for k, v in trainer.method.options.items() if k not in ("method", "kl_coef")}
 
 

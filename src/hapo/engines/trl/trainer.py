@@ -27,8 +27,9 @@ from ...samplers.transformers import sampling
 from ...scoring import attach_scoring, score_tokens
 from ..records import check_writable
 from . import vllm
+from .card import model_card
 from .checkpoint import check_checkpoint, load_state, save_state
-from .config import HAPOConfig, check_arguments, cited, resolve_method
+from .config import HAPOConfig, check_arguments, resolve_method
 from .drawn import DrawnScores
 from .metrics import MetricLog
 from .passes import of_inputs
@@ -82,7 +83,6 @@ class HAPOTrainer(GRPOTrainer):
         check_arguments(self.method, args, model, trl_kwargs)
         if args.run_records:
             check_writable(Path(args.output_dir))
-        self._name, self._paper = cited(self.method)
         self._tag_names = ["trl", "hapo"]
         self.temperature_stats: hapo.EntropyStats | None = None
         self._sampled_with: hapo.EntropyStats | None = None
@@ -422,6 +422,22 @@ class HAPOTrainer(GRPOTrainer):
         super().log(logs, start_time)
         if self._records is not None:
             self._records.records.add_metrics(self.state.log_history[-1])
+
+    def create_model_card(
+        self, model_name: Any = None, dataset_name: Any = None, tags: Any = None, weights: str | None = None
+    ) -> None:
+        """Write the card of the model as it is now to README.md of the output folder; each checkpoint does.
+
+        Args:
+            model_name, dataset_name, tags: TRL's, not read: the card knows them from the run.
+            weights: folder of the weights, seen from the output folder; the repository on the Hub, if the model
+                goes to one, or else the checkpoint of this step.
+        """
+        if not self.is_world_process_zero():
+            return
+        folder, checkpoints = Path(self.args.output_dir), Path(self._get_output_dir(None))
+        last = checkpoints.relative_to(folder) / f"checkpoint-{self.state.global_step}"
+        model_card(self, self.hub_model_id or weights or last.as_posix()).save(folder / "README.md")
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)

@@ -1,0 +1,121 @@
+"""The model card of a run: what the model is, how well it does, how to load it, whom to cite."""
+
+from __future__ import annotations
+
+import json
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate.utils import is_peft_model
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import SchedulerType
+
+import hapo
+
+from ...methods import options_of
+from ..estimate import Estimate
+from ..records import PACKAGES
+from .recorder import options_told
+
+BUNDLED = Path(hapo.__file__).parent / "assets" / "tiny"
+
+
+def model_card(trainer: Any, weights: str) -> ModelCard:
+    """The card of a trainer's model, as it is now. It names no path of the machine.
+
+    Args:
+        trainer: a `HAPOTrainer`. The task is that of `trainer.recipe`; where that names none, the number of
+            prompts and the names of the rewards stand for it. Accuracies are those in the run's evaluations.jsonl.
+        weights: what `from_pretrained` takes, seen from the folder of the card; or an id on the Hub.
+    """
+    args, method = trainer.args, trainer.method
+    name = trainer.recipe.get("model_name_or_path") or trainer.model.config._name_or_path
+    base, base_id = _base(str(name or ""))
+    adapter = is_peft_model(trainer.accelerator.unwrap_model(trainer.model))
+    rewards = ", ".join(f"`{reward}`" for reward in trainer.reward_func_names)
+    facts = {
+        "base model": base,
+        "task": _task(trainer.recipe),
+        "training prompts": len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None,
+        "rewards": rewards,
+        **_accuracies(Path(args.output_dir) / "evaluations.jsonl"),
+        "method": f"`{method.name}`",
+        "optimiser steps": trainer.state.global_step,
+        "learning rate": f"{args.learning_rate:g}, {SchedulerType(args.lr_scheduler_type).value}",
+        "weight of the KL penalty": f"{args.beta:g}" if args.beta else None,
+        "seed": args.seed,
+        "versions": ", ".join(f"{package} {version}" for package, version in _versions().items()),
+    }
+    data = ModelCardData(
+        library_name="peft" if adapter else "transformers",
+        base_model=base_id,
+        tags=["generated_from_trainer", *trainer._tag_names, method.name],
+    )
+    return ModelCard.from_template(
+        data,
+        template_str=resources.files(__package__).joinpath("card.md").read_text(encoding="utf-8"),
+        title=trainer.hub_model_id or Path(args.output_dir).resolve().name,
+        facts={fact: value for fact, value in facts.items() if value is not None},
+        weights=weights,
+        local=weights != trainer.hub_model_id,
+        adapter=adapter,
+        options=yaml.safe_dump({"method": method.name, **options_told(trainer)}, sort_keys=False),
+        citation=_citation(method.name),
+    )
+
+
+def _base(name: str) -> tuple[str, str | None]:
+    """The base model in words, and its id on the Hub if it has one."""
+    path = Path(name)
+    if name == "tiny" or path == BUNDLED:
+        return "`tiny`, the small model that hapo brings", None
+    if not name:
+        return "made in the training script", None
+    if path.is_absolute() or path.exists():
+        return f"`{path.resolve().name}`, from a folder", None
+    return f"[{name}](https://huggingface.co/{name})", name
+
+
+def _task(recipe: dict[str, Any]) -> str | None:
+    """The data set's name; of a file, the last part of its path. A recipe leaves out what is the default."""
+    if not recipe:
+        return None
+    name = str(recipe.get("dataset", "addition"))
+    return f"`{Path(name).name if Path(name).suffix else name}`"
+
+
+def _accuracies(file: Path) -> dict[str, str]:
+    """The last measurement of each kind, with the optimiser step that it was made after."""
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    last = {line["how"]: line for line in lines}
+    return {
+        f"held out, {how}": f"{Estimate.of(line)} on {line['problems']} problems, after step {line['step']}"
+        for how, line in last.items()
+    }
+
+
+def _versions() -> dict[str, str]:
+    installed = {}
+    for package in PACKAGES:
+        try:
+            installed[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return installed
+
+
+def _citation(method: str) -> str:
+    """BibTeX of the method's paper; for a method of one's own, what to cite in its place."""
+    if method not in hapo.methods():
+        return f"`{method}` is a method of the authors' own: ask them."
+    paper = options_of(method).paper
+    fields = {
+        "title": f"{{{paper.title}}}",
+        "year": paper.year,
+        "eprint": paper.arxiv,
+        "archivePrefix": "arXiv",
+    }
+    entry = "".join(f"  {key} = {{{value}}},\n" for key, value in fields.items())
+    return f"```bibtex\n@misc{{{method}{paper.year},\n{entry}}}\n```"
