@@ -6,8 +6,10 @@ PARITY ?= .venv-parity
 VLLM ?= .venv-vllm
 VERL ?= .venv-verl
 VERL_VLLM ?= .venv-verl-vllm
-# Tiny models are fastest on one thread a process.
+# Tiny models are fastest on one thread per process.
 ONE = OMP_NUM_THREADS=1
+# Byte code is kept, whatever the machine says: uv makes none, and each process of the tests would compile torch anew.
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: setup lock demo test test-browser test-parity test-vllm test-verl test-verl-vllm test-gpu lint format docs smollm2 clean
 

@@ -106,7 +106,7 @@ def make(name: str, environment: Environment, folder: Path) -> None:
     venv.create(folder)
     python = folder / "bin" / "python"
     if uv is not None and with_uv(
-        name, environment, [str(uv), "pip", "install", "--quiet", "--compile-bytecode", "--python", str(python)]
+        name, environment, [str(uv), "pip", "install", "--quiet", "--python", str(python)]
     ):
         return
     venv.create(folder, with_pip=True)
