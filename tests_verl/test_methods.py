@@ -81,11 +81,14 @@ def outputs_of(data: TensorDict, batch: hapo.TokenBatch) -> dict[str, Tensor]:
     return {"log_probs": whole(batch.logp), "entropy": whole(batch.entropy)}
 
 
-@pytest.mark.parametrize("name", hapo.methods())
-def test_advantage_loss_and_gradient(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*((name, {}) for name in hapo.methods()), ("hapo", {"entropy_source": "current"})],  # a signal in the loss
+)
+def test_advantage_loss_and_gradient(name: str, options: dict[str, Any]) -> None:
     """Those of the core on the whole mini-batch, though verl sees two micro-batches, and only its own fields."""
     own_penalty = callable(hapo.method(name).kl_coef)
-    method = hapo.method(name, sampler_cap=2.0, **({} if own_penalty else {"kl_coef": 0.0}))
+    method = hapo.method(name, sampler_cap=2.0, **options, **({} if own_penalty else {"kl_coef": 0.0}))
     batch = batch_of()
     prepared = method.prepare(batch)
 

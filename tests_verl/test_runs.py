@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,17 @@ def same(one: VerlRun, other: VerlRun, within: float) -> None:
     assert len(metrics(other)) >= len(metrics(one)) - 1
 
 
+@pytest.fixture(scope="module")
+def again(hapo_run: VerlRun, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VerlRun]:
+    """The command of a finished run once more, on a copy of its folder."""
+    folder = tmp_path_factory.mktemp("again")
+    shutil.copytree(hapo_run.out, folder / "run")
+    run = launch(inputs, folder, *HAPO)
+    yield run
+    run.kill()
+
+
+@pytest.mark.usefixtures("again")  # which goes on beside this one
 def test_two_ranks_packed_killed_and_resumed(
     hapo_run: VerlRun, inputs: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -117,9 +129,8 @@ def test_first_rollout_is_drawn_at_the_base_temperature(hapo_run: VerlRun) -> No
     )
 
 
-def test_a_finished_run_stays_finished(hapo_run: VerlRun, inputs: Path, tmp_path: Path) -> None:
+def test_a_finished_run_stays_finished(hapo_run: VerlRun, again: VerlRun) -> None:
     """The same command again trains nothing and takes nothing back."""
-    shutil.copytree(hapo_run.out, tmp_path / "run")
-    again = launch(inputs, tmp_path, *HAPO).wait()
+    again.wait()
     for name in ("metrics.jsonl", "evaluations.jsonl", "finished.json"):
         assert (again.out / name).read_text() == (hapo_run.out / name).read_text(), name
