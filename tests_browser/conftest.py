@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 torch.set_num_threads(1)
+PATIENCE = 120_000
+"""Milliseconds that anything may take, for a machine with other work."""
+expect.set_options(timeout=PATIENCE)
 
 
 @dataclass
@@ -48,6 +51,7 @@ def open_page(browser: Browser) -> Iterator[Callable[..., Opened]]:
         page = browser.new_context(
             offline=True, **{"viewport": {"width": 1400, "height": 900}, **context}
         ).new_page()
+        page.set_default_timeout(PATIENCE)
         opened = Opened(page)
         every.append((file, opened))
         page.on("console", lambda message: opened.complaints.append(f"{message.type}: {message.text}"))

@@ -201,7 +201,7 @@ def test_tokens_that_are_not_in_the_loss_are_struck_through(file: Path, run: Run
     assert page.inner_text(".mx-said").startswith("It is not in the loss.")
 
 
-@pytest.mark.parametrize("method", ["dapo", "gspo", "hapo"])
+@pytest.mark.parametrize("method", ["dapo", "hapo"])
 def test_a_run_alone_is_shown_without_a_switch(tmp_path: Path, open_page: Open, method: str) -> None:
     run = Run(make_run(tmp_path / "alone", method, rollouts=1))
     page = open_page(page_of(tmp_path, [run])).page
@@ -348,7 +348,10 @@ def test_hostile_text_executes_nothing_and_breaks_nothing(tmp_path: Path, open_p
     assert page.locator("#microscope img").count() == 0
 
 
-def test_64_responses_of_1000_tokens_are_there_within_two_seconds(tmp_path: Path, open_page: Open) -> None:
+def test_of_64_responses_of_1000_tokens_only_those_of_one_prompt_are_written(
+    tmp_path: Path, open_page: Open
+) -> None:
+    """So that the page opens, and changes its colours, at once: the work is bounded, whatever the machine."""
     run = Run(
         make_run(
             tmp_path / "large",
@@ -364,16 +367,15 @@ def test_64_responses_of_1000_tokens_are_there_within_two_seconds(tmp_path: Path
     file = page_of(tmp_path, [run], against=["dapo"])
     assert file.stat().st_size <= 15e6
     page = open_page(file).page
-    assert float(page.get_attribute("#microscope", "data-ready") or "inf") < 2000
-    took = page.evaluate("""async () => {
-        const start = performance.now();
-        for (const key of ["push", "ratio", "entropy"]) {
-            document.querySelector(`[data-key=${key}]`).click();
-            await new Promise(requestAnimationFrame);
-        }
-        return (performance.now() - start) / 3;
-    }""")
-    assert took < 1000
+    written = page.locator("#mx-text .mx-card .t")
+    expect(written).to_have_count(8000)
+    own = recompute(run.rollout(1), run.method())
+    for key in ("push", "ratio"):
+        page.click(f"[data-key={key}]")
+        assert written.count() == 8000
+    row = own[own.response == 7].iloc[999]
+    follow(page, run="large", rollout=1, response=7, position=row.position)
+    assert same(numbers(page)["ratio", "0"], row.ratio)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -31,8 +31,7 @@ def drawn(page: Page) -> None:
     )
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1400, 380])
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1400), ("dark", 380)])
 def test_every_figure_is_drawn_in_its_column(report: Path, open_page: Open, scheme: str, width: int) -> None:
     page = open_page(report, color_scheme=scheme, viewport={"width": width, "height": 900}).page
     drawn(page)
@@ -57,17 +56,18 @@ def test_the_toggle_changes_the_page_and_its_figures(report: Path, open_page: Op
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"
 
 
-@pytest.mark.parametrize(("label", "kind"), [("PNG", "png"), ("SVG", "svg")])
-def test_a_figure_saves_itself(report: Path, open_page: Open, label: str, kind: str) -> None:
+def test_a_figure_saves_itself(report: Path, open_page: Open) -> None:
     page = open_page(report).page
     drawn(page)
     figure = page.locator("figure#accuracy")
-    figure.hover()
-    figure.locator("summary").click()
-    with page.expect_download() as download:
-        figure.get_by_text(f"Save as {label}").click()
-    assert download.value.suggested_filename == f"accuracy.{kind}"
-    assert Path(download.value.path()).stat().st_size > 5_000
+    for label, kind in (("PNG", "png"), ("SVG", "svg")):
+        figure.hover()
+        if not figure.get_by_text(f"Save as {label}").is_visible():
+            figure.locator("summary").click()
+        with page.expect_download() as download:
+            figure.get_by_text(f"Save as {label}").click()
+        assert download.value.suggested_filename == f"accuracy.{kind}"
+        assert Path(download.value.path()).stat().st_size > 5_000
 
 
 def test_resting_on_a_figure_shows_its_numbers(report: Path, open_page: Open) -> None:
@@ -128,13 +128,13 @@ def test_whatever_is_written_in_a_run_runs_nothing(tmp_path: Path, open_page: Op
 
 def test_an_injected_script_does_not_run(report: Path, open_page: Open) -> None:
     opened = open_page(report)
-    opened.page.evaluate("document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=window.hacked=1>')")
-    opened.page.evaluate(
-        "document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.hacked = 2'}))"
-    )
-    opened.page.wait_for_timeout(200)
+    for injection in (
+        "document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=window.hacked=1>')",
+        "document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.hacked = 2'}))",
+    ):
+        with opened.page.expect_console_message(lambda message: "Content Security Policy" in message.text):
+            opened.page.evaluate(injection)
     assert opened.page.evaluate("window.hacked") is None
-    assert opened.complaints
     opened.complaints.clear()  # the browser reports what the policy kept out
     opened.requests[1:] = []
 

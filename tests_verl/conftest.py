@@ -4,13 +4,13 @@ import os
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VERL_USE_EXTERNAL_MODULES": "hapo.verl_cpu"}
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests_verl.inputs import make_inputs
-from tests_verl.launch import VerlRun, launch
+from tests_verl.launch import HAPO, STAPO, VerlRun, launch
 
 
 @pytest.fixture(scope="session")
@@ -20,14 +20,24 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def run(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., VerlRun]:
-    """Runs verl once for each set of overrides."""
-    done: dict[tuple[object, ...], VerlRun] = {}
+def begun(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, VerlRun]]:
+    """The runs that every test reads, begun at the same time: most of a run is the start of its processes."""
+    runs = {
+        "hapo": launch(inputs, tmp_path_factory.mktemp("hapo"), *HAPO),
+        "stapo": launch(inputs, tmp_path_factory.mktemp("stapo"), *STAPO, ranks=2),
+    }
+    yield runs
+    for run in runs.values():
+        run.kill()
 
-    def get(*overrides: str, ranks: int = 1) -> VerlRun:
-        key = (ranks, *overrides)
-        if key not in done:
-            done[key] = launch(inputs, tmp_path_factory.mktemp("run"), *overrides, ranks=ranks).wait()
-        return done[key]
 
-    return get
+@pytest.fixture(scope="session")
+def hapo_run(begun: dict[str, VerlRun]) -> VerlRun:
+    """hapo on one rank, whole."""
+    return begun["hapo"].wait()
+
+
+@pytest.fixture(scope="session")
+def stapo_run(begun: dict[str, VerlRun]) -> VerlRun:
+    """stapo on two ranks."""
+    return begun["stapo"].wait()

@@ -7,8 +7,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-LIMIT = 300
-"""Seconds that a run may take: verl hangs when one of its workers dies."""
+LIMIT = 900
+"""Seconds that a run may take, half a minute on a free machine: verl hangs when one of its workers dies."""
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 
@@ -21,6 +21,20 @@ METHOD = (
     "algorithm.adv_estimator=hapo",
     f"{ACTOR}.policy_loss.loss_mode=hapo",
 )
+
+HAPO = (
+    "+hapo.method=hapo",
+    # One mini-batch: verl puts responses in the order in which they were ready, which no seed decides.
+    f"{ACTOR}.ppo_mini_batch_size=4",
+    "trainer.total_training_steps=3",
+    "trainer.test_freq=3",
+    "trainer.val_before_train=True",
+    "algorithm.filter_groups.metric=acc",
+)
+"""Three global steps of hapo, each of three optimiser steps, with validation before and after."""
+
+STAPO = ("+hapo.method=stapo",)
+"""Two global steps of two mini-batches and three epochs; the tokens kept depend on the policy of each step."""
 
 
 def overrides_of(inputs: Path, folder: Path, ranks: int) -> list[str]:

@@ -47,16 +47,14 @@ def tokens(folder: Path) -> pd.DataFrame:
     return pd.concat([pq.read_table(file).to_pandas() for file in files], ignore_index=True)
 
 
-def replay(inputs: Path, folder: Path, method: hapo.Method, bonus: float = 0.0) -> list[RolloutBatch]:
-    """Train the model of `inputs` again, on what the run in `folder` drew; `bonus` is verl's on the entropy."""
+def replay(inputs: Path, folder: Path, method: hapo.Method) -> list[RolloutBatch]:
+    """Train the model of `inputs` again, on what the run in `folder` drew."""
     tokenizer = AutoTokenizer.from_pretrained(inputs / "model")
     model = AutoModelForCausalLM.from_pretrained(inputs / "model", dtype=torch.float32)
     optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.999), eps=EPS, weight_decay=0.01)
     table = tokens(folder)
-    return [
-        _rollout(part, tokenizer, model, optimiser, method, bonus)
-        for _, part in table.groupby("rollout", sort=True)
-    ]
+    rollouts = table.groupby("rollout", sort=True)
+    return [_rollout(part, tokenizer, model, optimiser, method) for _, part in rollouts]
 
 
 def _rollout(
@@ -65,7 +63,6 @@ def _rollout(
     model: torch.nn.Module,
     optimiser: torch.optim.Optimizer,
     method: hapo.Method,
-    bonus: float,
 ) -> RolloutBatch:
     first = table.drop_duplicates(["response", "position"]).sort_values(["response", "position"])
     whole = _Rows(first, tokenizer)
@@ -91,13 +88,11 @@ def _rollout(
         rows = _Rows(part, tokenizer)
         chosen = prepared.rows([whole.responses.index(r) for r in rows.responses])
         logp, entropy = rows.score(model)
-        more = -bonus * entropy[rows.mask].mean()
         width = whole.mask.shape[1] - logp.shape[1]
         logp = torch.nn.functional.pad(logp, (0, width))
         entropy = torch.nn.functional.pad(entropy, (0, width))
         chosen = method.step(chosen.replace(logp=logp.detach(), entropy=entropy.detach()))
-        out = method.loss(chosen.replace(logp=logp))
-        loss = out.loss + more
+        loss = method.loss(chosen.replace(logp=logp)).loss
         optimiser.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from dataclasses import fields
@@ -42,7 +43,7 @@ def overrides_of(script: str, tmp_path: Path, **environment: str) -> list[str]:
     fake.chmod(0o755)
     path = f"{fake.parent}{os.pathsep}{os.environ['PATH']}"
     command = ["bash", str(RECIPES / "verl" / f"{script}.sh"), "trainer.project_name=mine"]
-    subprocess.run(command, check=True, env={**os.environ, "PATH": path, **environment}, timeout=60)
+    subprocess.run(command, check=True, env={**os.environ, "PATH": path, **environment}, timeout=300)
     return told.read_text().splitlines()
 
 
@@ -125,18 +126,21 @@ def test_the_smoke_run(tmp_path: Path) -> None:
     assert Path(select(plain, "actor_rollout_ref.model.path")).is_dir()
 
 
-def test_problems_and_rewards(tmp_path: Path) -> None:
+def test_problems_and_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Data as verl reads them, and a reward that no answer can hold up."""
     files = tmp_path / "sums.jsonl"
     files.write_text('{"question": "1+1", "answer": "#### 2"}\n{"question": "1/3+1/6", "answer": "0.5"}\n' * 2)
-    script = [sys.executable, str(RECIPES / "verl" / "prepare.py"), str(tmp_path / "data")]
-    options = [f"dataset={files}", "chat=true", "system_prompt=Think.", "eval_size=1"]
-    subprocess.run([*script, *options], check=True, timeout=120)
+
+    def prepare(*options: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["prepare.py", str(tmp_path / "data"), *options])
+        runpy.run_path(str(RECIPES / "verl" / "prepare.py"), run_name="__main__")
+
+    prepare(f"dataset={files}", "chat=true", "system_prompt=Think.", "eval_size=1")
     (row,) = pq.read_table(tmp_path / "data" / "val.parquet").to_pylist()
     assert [message["role"] for message in row["prompt"]] == ["system", "user"]
     assert row["extra_info"]["index"] == 0 and row["data_source"] == str(files)
-    refused = subprocess.run([*script, "dataste=x"], capture_output=True, text=True, timeout=120)
-    assert refused.returncode and "'dataste' is no option of a task" in refused.stderr
+    with pytest.raises(SystemExit, match="'dataste' is no option of a task"):
+        prepare("dataste=x")
 
     reward: dict[str, Any] = {}
     exec((RECIPES / "verl" / "reward.py").read_text(), reward)

@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,18 +14,16 @@ import torch
 from hapo import EntropyStats
 from hapo.insight.report import write_report
 from hapo.insight.run import Run, recompute
-from tests_verl.launch import ACTOR, VerlRun, launch
+from tests_verl.launch import ACTOR, HAPO, LIMIT, VerlRun, launch
 from tests_verl.replay import tokens
 
-HAPO = ("+hapo.method=hapo", f"{ACTOR}.ppo_mini_batch_size=4")
-"""One mini-batch: verl puts responses in the order in which they were ready, which no seed decides."""
-LONGER = (
-    *HAPO,
-    "trainer.total_training_steps=3",
-    "trainer.test_freq=3",
-    "trainer.val_before_train=True",
-    "algorithm.filter_groups.metric=acc",
+PACKED = (
+    f"{ACTOR}.use_dynamic_bsz=True",
+    f"{ACTOR}.ppo_max_token_len_per_gpu=48",
+    "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=True",
+    "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=64",
 )
+"""Micro-batches of equal tokens instead of equal rows."""
 
 
 def metrics(run: VerlRun) -> dict[int, dict[str, float]]:
@@ -52,45 +50,41 @@ def same(one: VerlRun, other: VerlRun, within: float) -> None:
     assert len(metrics(other)) >= len(metrics(one)) - 1
 
 
-def test_two_ranks(run: Callable[..., VerlRun]) -> None:
-    """The same advantages, signals and gradient norms on 2 ranks as on 1."""
-    same(run(*HAPO), run(*HAPO, ranks=2), within=1e-4)
+@pytest.fixture(scope="module")
+def again(hapo_run: VerlRun, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VerlRun]:
+    """The command of a finished run once more, on a copy of its folder."""
+    folder = tmp_path_factory.mktemp("again")
+    shutil.copytree(hapo_run.out, folder / "run")
+    run = launch(inputs, folder, *HAPO)
+    yield run
+    run.kill()
 
 
-def test_split(run: Callable[..., VerlRun]) -> None:
-    """Micro-batches of equal tokens instead of equal rows: the same gradients."""
-    packed = (
-        f"{ACTOR}.use_dynamic_bsz=True",
-        f"{ACTOR}.ppo_max_token_len_per_gpu=48",
-        "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=True",
-        "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=64",
-    )
-    same(run(*HAPO), run(*HAPO, *packed), within=1e-4)
-
-
-def test_kill_and_resume(
-    run: Callable[..., VerlRun], inputs: Path, tmp_path_factory: pytest.TempPathFactory
+@pytest.mark.usefixtures("again")  # which goes on beside this one
+def test_two_ranks_packed_killed_and_resumed(
+    hapo_run: VerlRun, inputs: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Killed after a checkpoint, the same command goes on with the same statistics to the same numbers."""
-    whole = run(*LONGER)
-    folder = tmp_path_factory.mktemp("killed")
-    killed = launch(inputs, folder, *LONGER)
+    """On two ranks, in packed micro-batches, killed after a checkpoint and started again by the same command: the
+    same tokens, statistics and numbers as in a whole run on one rank, in micro-batches of equal rows."""
+    folder, command = tmp_path_factory.mktemp("killed"), (*HAPO, *PACKED)
+    killed = launch(inputs, folder, *command, ranks=2)
     saved = killed.out / "latest_checkpointed_iteration.txt"
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + LIMIT
     while not saved.is_file() and killed.process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     killed.kill()
+    assert saved.is_file(), killed.log[-6000:]
     at = int(saved.read_text())
     assert at < 3, "the run was over before it could be killed"
-    resumed = launch(inputs, folder, *LONGER).wait()
+    resumed = launch(inputs, folder, *command, ranks=2).wait()
     for step in (at, 3):
         ours, theirs = (
-            json.loads((of.out / f"global_step_{step}/hapo.json").read_text()) for of in (whole, resumed)
+            json.loads((of.out / f"global_step_{step}/hapo.json").read_text()) for of in (hapo_run, resumed)
         )
         assert ours["steps"] == theirs["steps"] == 3 * step
         assert theirs["stats"] == pytest.approx(ours["stats"], rel=1e-4)
-    same(whole, resumed, within=1e-4)
-    once, again = (Run(of.out) for of in (whole, resumed))
+    same(hapo_run, resumed, within=1e-4)
+    once, again = (Run(of.out) for of in (hapo_run, resumed))
     assert once.finished is not None and again.finished is not None
     assert {**again.finished, "seconds": 0} == {**once.finished, "seconds": 0}
     columns = ["step", "num_tokens", "mean", "problems"]
@@ -98,9 +92,9 @@ def test_kill_and_resume(
     assert later[columns].to_numpy().tolist() == once.evaluations[columns].to_numpy().tolist()
 
 
-def test_records(run: Callable[..., VerlRun], tmp_path: Path) -> None:
+def test_records(hapo_run: VerlRun, tmp_path: Path) -> None:
     """Report and microscope read the run, and the core makes of its records what training made."""
-    found = Run(run(*LONGER).out)
+    found = Run(hapo_run.out)
     assert found.manifest["versions"]["verl"].startswith("0.9.") and found.finished is not None
     assert found.rollouts == [1, 4, 7]
     assert found.evaluations["step"].tolist() == [0, 9]
@@ -118,16 +112,15 @@ def test_records(run: Callable[..., VerlRun], tmp_path: Path) -> None:
     assert "microscope" in (tmp_path / "report.html").read_text()
 
 
-def test_first_rollout_is_drawn_at_the_base_temperature(run: Callable[..., VerlRun]) -> None:
+def test_first_rollout_is_drawn_at_the_base_temperature(hapo_run: VerlRun) -> None:
     """Then every token at T_base times the factor of its entropy, by the statistics of the rollout before."""
-    found = run(*LONGER)
-    table, method = tokens(found.out), Run(found.out).method()
+    table, method = tokens(hapo_run.out), Run(hapo_run.out).method()
     assert method.factor is not None
     apart = (table["logp_sampler"] - table["logp_old"]).abs()
     first = table["rollout"] == 1
     assert (table[first]["temperature"] == 1).all() and apart[first].max() < 1e-5
     drawn = table[table["rollout"] == 4]
-    stats = EntropyStats(**json.loads((found.out / "global_step_1/hapo.json").read_text())["stats"])
+    stats = EntropyStats(**json.loads((hapo_run.out / "global_step_1/hapo.json").read_text())["stats"])
     factor = method.factor(torch.tensor(drawn["entropy"].to_numpy()), stats).numpy()
     assert np.allclose(drawn["temperature"], factor, atol=1e-6) and factor.std() > 0.01
     assert apart[drawn.index].max() > 0.05
@@ -136,9 +129,8 @@ def test_first_rollout_is_drawn_at_the_base_temperature(run: Callable[..., VerlR
     )
 
 
-def test_a_finished_run_stays_finished(run: Callable[..., VerlRun], inputs: Path, tmp_path: Path) -> None:
+def test_a_finished_run_stays_finished(hapo_run: VerlRun, again: VerlRun) -> None:
     """The same command again trains nothing and takes nothing back."""
-    shutil.copytree(run(*LONGER).out, tmp_path / "run")
-    again = launch(inputs, tmp_path, *LONGER).wait()
+    again.wait()
     for name in ("metrics.jsonl", "evaluations.jsonl", "finished.json"):
-        assert (again.out / name).read_text() == (run(*LONGER).out / name).read_text(), name
+        assert (again.out / name).read_text() == (hapo_run.out / name).read_text(), name

@@ -96,14 +96,14 @@ class TestByEntryPoint:
         """Eight requests in one batch."""
         check_mixed(llm)
 
-    @pytest.mark.parametrize(("change", "reason"), BAD)
-    def test_a_bad_request_is_refused_and_the_engine_goes_on(self, llm, change, reason):
+    def test_bad_requests_are_refused_and_the_engine_goes_on(self, llm):
         """Offline: a ValueError of ours, which vLLM raises again as its own."""
-        bad = params(None, extra_args=BOUNDED.to_args() | change)
-        with pytest.raises(ValueError, match=re.escape(reason)):
-            AdaptiveTemperature.validate_params(bad)
-        with pytest.raises(VLLMValidationError, match=re.escape(reason)):
-            llm.generate(["1+1=", "2+2="], [params(BOUNDED), bad], use_tqdm=False)
+        for change, reason in BAD:
+            bad = params(None, extra_args=BOUNDED.to_args() | change)
+            with pytest.raises(ValueError, match=re.escape(reason)):
+                AdaptiveTemperature.validate_params(bad)
+            with pytest.raises(VLLMValidationError, match=re.escape(reason)):
+                llm.generate(["1+1=", "2+2="], [params(BOUNDED), bad], use_tqdm=False)
         check_mixed(llm)
 
     def test_statistics_must_be_there(self, llm):
@@ -126,18 +126,16 @@ def no_entry_point(monkeypatch):
     cached_load_custom_logitsprocs.cache_clear()
 
 
-@pytest.mark.parametrize("named", [AdaptiveTemperature, NAME])
-def test_named_only(named, no_entry_point):
-    """By class and by name."""
-    llm = engine(logits_processors=[named])
+def test_named_only(no_entry_point):
+    """By class; by name it is in the next test, and in the server."""
+    llm = engine(logits_processors=[AdaptiveTemperature])
     check_mixed(llm)
     shut(llm)
 
 
-@pytest.mark.parametrize("named", [[AdaptiveTemperature], [NAME, AdaptiveTemperature]])
-def test_named_besides_the_entry_point_is_not_applied_twice(named):
-    """Two or three processors are made, and one acts."""
-    llm = engine(logits_processors=named)
+def test_named_besides_the_entry_point_is_not_applied_twice():
+    """Three processors are made, and one acts."""
+    llm = engine(logits_processors=[NAME, AdaptiveTemperature])
     check_mixed(llm)
     shut(llm)
 

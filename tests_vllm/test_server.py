@@ -49,7 +49,7 @@ def url(tmp_path_factory):
             stderr=subprocess.STDOUT,
         )
     url = f"http://127.0.0.1:{port}"
-    for _ in range(240):
+    for _ in range(1200):  # seconds on a free machine, minutes on one with other work
         assert server.poll() is None, log.read_text()[-3000:]
         try:
             urllib.request.urlopen(url + "/health", timeout=5).close()

@@ -1,4 +1,4 @@
-"""A short training run of HAPOTrainer with vLLM in the same process, on a CPU: trl_run.py OPTIONS.json OUT.json."""
+"""Short training runs of HAPOTrainer with vLLM in the same process, on a CPU: trl_run.py RUNS.json OUT.json."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def replayed_gap(trainer: HAPOTrainer) -> float:
 
 def main(options: dict[str, Any]) -> dict[str, Any]:
     """Log lines of the run, and how far the last rollout's log-probs are from a replay."""
-    sync = options.pop("sync", True)
+    synced = options.pop("synced", None)
     pairs = [(a, b) for a in range(100, 1000, 17) for b in range(100, 1000, 19)]
     data = Dataset.from_list([{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in pairs])
     with tempfile.TemporaryDirectory() as folder:
@@ -70,9 +70,11 @@ def main(options: dict[str, Any]) -> dict[str, Any]:
             folder, use_cpu=True, bf16=False, use_vllm=True, report_to="none", save_strategy="no", **given
         )
         trainer = HAPOTrainer(str(tiny_model_path()), right, args=args, train_dataset=data)
-        if not sync:
-            trainer.vllm_generation.sync_weights = lambda: None
+        if synced is not None:
+            send, times = trainer.vllm_generation.sync_weights, iter(range(synced))
+            trainer.vllm_generation.sync_weights = lambda: send() if next(times, None) is not None else None
         trainer.train()
+        trainer.vllm_generation.llm.llm_engine.engine_core.shutdown()  # room for the next run's
     lines = [line for line in trainer.state.log_history if "loss" in line]
     still = given.get("learning_rate") == 0.0
     return {"lines": lines, "replayed_gap": replayed_gap(trainer) if still else None}
@@ -80,4 +82,5 @@ def main(options: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     source, target = map(Path, sys.argv[1:])
-    target.write_text(json.dumps(main(json.loads(source.read_text()))))
+    runs = json.loads(source.read_text())
+    target.write_text(json.dumps({name: main(options) for name, options in runs.items()}))
