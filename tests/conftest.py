@@ -2,7 +2,10 @@
 
 import functools
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -27,3 +30,23 @@ def one_verifier_process() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hapo.tasks.rewards, "Judge", functools.cache(hapo.tasks.rewards.Judge))
         yield
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two_ranks.py left. The tests that ask for it are one xdist group, so that one worker runs it, once."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*torchrun, "tests/two_ranks.py", str(folder)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}:{ROOT}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    (folder / "stdout.txt").write_text(done.stdout)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder

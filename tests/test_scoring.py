@@ -4,8 +4,6 @@ import copy
 import inspect
 import itertools
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -365,16 +363,14 @@ def test_models_that_cannot_be_scored_are_refused():
         score_tokens(tiny(), ids[:, 3:], attention[:, 3:], response)
 
 
-@pytest.mark.slow
-def test_ddp_and_fsdp_give_the_mean_gradient_of_their_ranks():
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.xdist_group("two_ranks")
+def test_ddp_and_fsdp_give_the_mean_gradient_of_their_ranks(two_ranks):
+    """`check_gradients_over_two_ranks` ran there, on both."""
+    assert (two_ranks / "scored").is_file()
 
 
 def check_gradients_over_two_ranks():
     """A row twice on each rank; without valid tokens on the second rank too; a head sharded on its own too."""
-    dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2,))
     ids, attention, response = (x.repeat_interleave(2, 0) for x in batch())
     mine = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
@@ -401,8 +397,3 @@ def check_gradients_over_two_ranks():
         for model in (DistributedDataParallel(attached()), sharded("model.layers.0"), sharded("lm_head")):
             for a, b in zip(gradients(model, mine, mask), want, strict=True):
                 torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    check_gradients_over_two_ranks()

@@ -223,12 +223,7 @@ def test_lora_trains_an_adapter_that_eval_loads(tmp_path):
     )
 
 
-@pytest.mark.slow
-def test_two_processes_train_and_measure_every_problem_once(tmp_path):
-    folder = tmp_path / "run"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "hapo.cli"]
-    argv = train(folder, max_steps=2, per_device_train_batch_size=4, eval_size=7)
-    run = subprocess.run([*launcher, *argv], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert [m["problems"] for m in evaluations(folder)] == [7] * 4
-    assert run.stdout.count("problems, 95 % intervals") == 1
+@pytest.mark.xdist_group("two_ranks")
+def test_two_processes_train_and_measure_every_problem_once(two_ranks):
+    assert [m["problems"] for m in evaluations(two_ranks / "cli/demo")] == [7] * 4
+    assert (two_ranks / "stdout.txt").read_text().count("problems, 95 % intervals") == 1

@@ -8,7 +8,7 @@ from trl import GRPOConfig, GRPOTrainer
 import hapo
 from hapo.methods import options_of
 from tests.engines import fixed_rollout, tiny
-from tests.engines.two_ranks import SPLIT
+from tests.two_ranks import SPLIT
 
 ROUNDING = 1e-5
 """Of the largest entry of a gradient. The same sums in another order, in float32, differ by up to 1.1e-6, by the processor."""

@@ -2,7 +2,8 @@
 
 Gradients on fixed completions go to FOLDER/NAME.safetensors for each of `SPLIT`. Then comes a run with dynamic
 sampling and records, in FOLDER/run, whose groups straddle ranks; it is resumed inside a rollout, and the metrics of
-both stand in FOLDER/first.jsonl and FOLDER/run/metrics.jsonl.
+both stand in FOLDER/first.jsonl and FOLDER/run/metrics.jsonl. The gradients of scoring are checked here. Last comes
+`hapo train`, in FOLDER/cli/demo.
 """
 
 import shutil
@@ -12,7 +13,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from hapo.cli import main
+from tests.cli import small
 from tests.engines import fixed_rollout, tiny
+from tests.test_scoring import check_gradients_over_two_ranks
 
 SPLIT = {
     "hapo": {"method": "hapo"},
@@ -66,5 +70,8 @@ if __name__ == "__main__":
         shutil.copy(folder / "run/metrics.jsonl", folder / "first.jsonl")
     trainer.accelerator.wait_for_everyone()
     trainer = run(folder / "run", folder / "run/checkpoints/checkpoint-1")
-    trainer.accelerator.wait_for_everyone()  # gloo aborts a rank whose peer has gone
-    torch.distributed.destroy_process_group()
+    check_gradients_over_two_ranks()
+    (folder / "scored").touch()
+    (folder / "cli").mkdir(exist_ok=True)
+    argv = small.train(folder / "cli/demo", max_steps=2, per_device_train_batch_size=4, eval_size=7)
+    assert main(argv) == 0  # and ends the process group
