@@ -36,6 +36,7 @@ OPTIONS = {
     "save_steps": 2,
     "logging_steps": 1,
     "learning_rate": 1e-3,
+    "report": False,
 }
 
 

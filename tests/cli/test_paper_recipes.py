@@ -61,7 +61,7 @@ def test_a_paper_recipe_trains_a_tiny_model_of_its_architecture(problems, tmp_pa
         output_dir=tmp_path / "run", num_generations=4, max_num_gen_batches=3, max_completion_length=6,
         overlong_buffer=3, per_device_train_batch_size=8, gradient_accumulation_steps=1, steps_per_generation=2,
         max_steps=2, warmup_steps=0, logging_steps=1, save_strategy="no", use_cpu=True, bf16=False,
-        activation_checkpointing=False,
+        activation_checkpointing=False, report=False,
     )  # fmt: skip
     assert main(["train", "--config", str(recipe), *stand_in]) == 0
     steps = metrics(tmp_path / "run")

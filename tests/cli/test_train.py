@@ -27,7 +27,7 @@ WEIGHTS = "model/model.safetensors"
 def finished(tmp_path_factory) -> Path:
     """A run without interruption."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    assert main(train(folder)) == 0
+    assert main(train(folder, report=True)) == 0
     return folder
 
 
@@ -41,6 +41,7 @@ def test_a_run_leaves_records_checkpoints_accuracy_and_the_model(finished):
         "evaluations.jsonl",
         "finished.json",
         "model",
+        "report.html",
     }
     assert names <= {p.name for p in finished.iterdir()}
     assert [m["step"] for m in metrics(finished)] == [1, 2, 3, 4, 5]

@@ -23,6 +23,7 @@ DEMO = {
     "record_tokens_every": 1,
     "save_strategy": "no",
     "learning_rate": 1e-4,
+    "report": False,
 }
 """The demo, cut to two rollout batches of 4 x 8 answers, each used for two optimiser steps."""
 
