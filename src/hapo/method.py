@@ -21,7 +21,6 @@ from .batch import (
     compact_blocks,
     lengths,
     masked,
-    some,
     working_dtype,
 )
 from .parts.bounds import Bounds, constant_bounds
@@ -127,6 +126,8 @@ class Method:
     def prepare(self, batch: TokenBatch) -> TokenBatch:
         """Advantage, signal and weight of a rollout batch, frozen; statistics. Then step(), as one step.
 
+        A row whose reward or verdict is NaN could not be scored: it is in no statistic, its tokens are masked.
+
         Call it once on the whole rollout batch, all ranks together: group means, statistics and advantages are
         taken here and nowhere else. Where the rollout batch is used for several optimiser steps, call `step` on
         the rows of each. With `live_keep` no step is made here: `step` must be called in any case.
@@ -135,10 +136,12 @@ class Method:
             ValueError: a field that this method reads is missing.
         """
         batch = batch.replace(**dict.fromkeys(("advantage", "signal", "weight", "keep", "stats", "totals")))
-        if self.filter_groups:
-            verdict = batch.reward if batch.verdict is None else batch.verdict
-            rows = mixed_groups(verdict, batch.group, some(batch.mask))
-            batch = batch.replace(mask=batch.mask & rows.unsqueeze(1))
+        verdict = batch.reward if batch.verdict is None else batch.verdict
+        scored = ~(batch.reward.isnan() | verdict.isnan())
+        rows = mixed_groups(verdict, batch.group, scored) if self.filter_groups else scored
+        batch = batch.replace(
+            mask=batch.mask & rows.unsqueeze(1), reward=batch.reward.masked_fill(~scored, torch.nan)
+        )
         batch = _clean(batch, [name for name in TOKEN_FIELDS if name not in _CURRENT])
         if self.stats is not None:
             self._need(batch, "old_entropy")
@@ -300,15 +303,13 @@ _ENTROPIES = ("entropy", "old_entropy")
 
 
 def _clean(batch: TokenBatch, names: Iterable[str] = TOKEN_FIELDS) -> TokenBatch:
-    """These per-token tensors in float32 (float64 stays), without autograd, zero outside the mask; rewards of
-    empty rows zero."""
+    """These per-token tensors in float32 (float64 stays), without autograd, zero outside the mask; rewards too."""
     tensors = {name: value for name in names if (value := getattr(batch, name)) is not None}
     changes: dict[str, Any] = {**all_masked(tensors, batch.mask)}
-    rows = some(batch.mask)
     for name in ("reward", "verdict"):
         value = getattr(batch, name)
         if value is not None:
-            changes[name] = torch.where(rows, value if value.dtype == torch.float64 else value.float(), 0.0)
+            changes[name] = value.to(working_dtype(value))
     return batch.replace(**changes)
 
 

@@ -262,6 +262,39 @@ def test_unscorable_and_truncated_responses_are_in_no_count(tmp_path):
         assert torch.equal(r, s & w)
 
 
+def test_a_masked_response_still_counts_in_its_group(tmp_path):
+    """Right answers end, wrong ones are cut off: without the masked rows every group would have equal rewards."""
+
+    def rollout(prompts, trainer):
+        rows = range(len(prompts))
+        return {
+            "prompt_ids": [tiny.tokenizer()(p)["input_ids"] for p in prompts],
+            "completion_ids": [[5 + i % 3, 1] if i % 2 else [5 + i % 3] * 8 for i in rows],
+            "logprobs": [[-2.0] * (2 if i % 2 else 8) for i in rows],
+        }
+
+    def reward(completions, **_):
+        return [float(i % 2) for i, _ in enumerate(completions)]
+
+    trainer = tiny.trainer(
+        tmp_path,
+        method="grpo",
+        beta=0.0,
+        reward=reward,
+        rollout_func=rollout,
+        mask_truncated_completions=True,
+        max_steps=1,
+    )
+    before = weights(trainer)
+    trainer.train()
+    rows = torch.cat([b["hapo_mask"].any(1) for b in trainer._buffered_inputs])
+    advantage = torch.cat([b["hapo_advantage"][:, 0] for b in trainer._buffered_inputs])
+    assert rows.float().mean() == 0.5
+    torch.testing.assert_close(advantage[rows], torch.full((16,), 0.866024), atol=1e-5, rtol=0)
+    assert not advantage[~rows].any()
+    assert any(not torch.equal(before[n], w) for n, w in weights(trainer).items())
+
+
 def test_overlong_punishment_shapes_the_reward_not_the_verdict(tmp_path):
     trainer = tiny.trainer(tmp_path, overlong_buffer=4, max_steps=1)
     trainer.train()

@@ -59,13 +59,13 @@ def test_edge_grpo_borders():
 
 
 @pytest.mark.parametrize("variant", ["paper", "release"])
-def test_edge_grpo_leaves_certain_groups_alone_and_counts_no_empty_row(variant):
+def test_edge_grpo_leaves_certain_groups_alone_and_counts_no_unscored_row(variant):
     method = hapo.method("edge_grpo", variant=variant)
     batch = worked_batch()
     certain = method.prepare(batch.replace(old_entropy=torch.zeros_like(batch.old_entropy)))
     torch.testing.assert_close(certain.advantage, hapo.method("grpo").prepare(batch).advantage)
-    empty = batch.mask.clone()
-    empty[1] = False
+    reward = batch.reward.clone()
+    reward[1] = torch.nan
     rows = [0, 2, 3, 4, 5]
-    dropped = method.prepare(batch.replace(mask=empty)).advantage[rows]
+    dropped = method.prepare(batch.replace(reward=reward)).advantage[rows]
     torch.testing.assert_close(dropped, method.prepare(batch.rows(rows)).advantage)

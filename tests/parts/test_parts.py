@@ -131,12 +131,6 @@ def test_fallback_takes_the_group_advantage_of_the_whole_group():
     assert torch.equal(a[3:], by_token[3:])
 
 
-def test_rows_without_tokens_are_in_no_group_mean():
-    mask = T([[True], [True], [False]])
-    a = group_advantage(T([1.0, 0.0, 100.0]), T([0, 0, 0]), mask)
-    assert a[:, 0].tolist() == pytest.approx([math.sqrt(0.5), -math.sqrt(0.5), 0.0], abs=1e-5)
-
-
 def test_equal_rewards_that_do_not_average_exactly_have_advantage_zero():
     reward = torch.full((3,), 0.1)
     mask = torch.ones(3, 2, dtype=torch.bool)
@@ -237,9 +231,10 @@ def test_mean_entropy_of_a_response_without_tokens_is_zero():
     ids=["leave one out", "centred", "z-score", "token z-score"],
 )
 @pytest.mark.parametrize(("singleton", "alone"), [("zero", 0.0), ("reward", 3.0)])
-def test_advantage_of_a_group_of_one_and_of_two_with_an_empty_row(advantage, expected, singleton, alone):
-    reward, group, mask = T([3.0, 1.0, 0.0, 9.0]), T([7, -2, -2, -2]), T([[True], [True], [True], [False]])
-    assert advantage(reward, group, mask, singleton=singleton)[:, 0].tolist() == pytest.approx([alone, *expected])
+def test_advantage_of_a_group_of_one_and_of_two_with_an_unscored_row(advantage, expected, singleton, alone):
+    reward, group, mask = T([3.0, 1.0, 0.0, math.nan]), T([7, -2, -2, -2]), torch.ones(4, 1, dtype=torch.bool)
+    found = advantage(reward, group, mask, singleton=singleton)[:, 0].tolist()
+    assert found == pytest.approx([alone, *expected], rel=2e-6)
 
 
 @pytest.mark.parametrize(
@@ -348,3 +343,40 @@ def test_choices_of_tokens_from_an_empty_batch():
     x = torch.full((2, 3), -9.0)
     assert not most_uncertain(x, nothing, 0.2).any()
     assert not not_spurious(x, x, -x, nothing, tau_p=0.002, q=0.75).any()
+
+
+MASKED = {
+    "reward": T([1.0, 1.0, 0.0, 0.0, 5.0]),
+    "group": T([0, 0, 0, 0, 1]),
+    "mask": T([[True, True], [True, False], [False, False], [False, False], [True, True]]),
+}
+"""Two right answers, two wrong ones that are masked for their length, and another prompt's only answer."""
+
+
+def test_the_reward_of_a_masked_row_counts_in_its_group():
+    """0.5 from the mean, over the deviation sqrt(1/3): TRL and verl give the same."""
+    close(group_advantage(**MASKED), [[0.866024, 0.866024], [0.866024, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    close(group_advantage(**MASKED, scale=False)[:2], [[0.5, 0.5], [0.5, 0.0]])
+    close(leave_one_out_advantage(**MASKED)[:2], [[2 / 3, 2 / 3], [2 / 3, 0.0]])
+    assert (token_group_advantage(**MASKED) == 0).all()  # of all tokens of the group, none is a wrong answer's
+    rows = mixed_groups(MASKED["reward"], MASKED["group"], torch.ones(5, dtype=torch.bool))
+    assert rows.tolist() == [True] * 4 + [False]
+
+
+def test_a_row_without_a_reward_is_in_no_group():
+    reward = MASKED["reward"].clone()
+    reward[2] = torch.nan
+    # Mean 2/3, deviation sqrt(1/3) of three rewards.
+    close(group_advantage(**{**MASKED, "reward": reward})[:3], [[0.577349, 0.577349], [0.577349, 0.0], [0.0, 0.0]])
+    reward[1] = torch.nan
+    close(leave_one_out_advantage(**{**MASKED, "reward": reward})[:2], [[1.0, 1.0], [0.0, 0.0]])
+
+
+@pytest.mark.parametrize(
+    ("advantage", "alone"),
+    [(group_advantage, 5 / (1 + 1e-6)), (token_group_advantage, 5 / (1 + 1e-6)), (leave_one_out_advantage, 5.0)],
+)
+def test_a_group_of_one_may_have_its_reward(advantage, alone):
+    """verl takes mean 0 and deviation 1 there, to which it adds 1e-6."""
+    double = {**MASKED, "reward": MASKED["reward"].double()}
+    assert advantage(**double, singleton="reward")[4].tolist() == pytest.approx([alone] * 2, rel=1e-12)

@@ -129,7 +129,7 @@ class RunRecords:
             made: `LossOutput.tokens` of them.
             mask: valid response tokens, those of dropped groups included.
             response: row of each response in the rollout batch.
-            responses: rows of that whole batch with a valid token.
+            responses: rows of that whole batch whose rewards count.
             ids: token ids.
             texts: a string a token.
             prompts: a string a row.

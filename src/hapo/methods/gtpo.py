@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..batch import TokenBatch
-from ..parts.advantage import signed_advantage
+from ..parts.advantage import STD_EPS, signed_advantage
 from ..parts.groups import alone
 from ..parts.shaping import entropy_shaped_reward
 from ._options import ClippedOptions, Paper, entropy_of, one_of, pair, require
@@ -61,7 +61,7 @@ class EntropyShaped(ClippedOptions):
         advantage = signed_advantage(shaped, correct, group, mask, normalisation)
         if self.singleton == "reward":
             single = alone(batch.group, mask.any(-1)).unsqueeze(1)
-            advantage = torch.where(single & mask, batch.reward.unsqueeze(1).double(), advantage)
+            advantage = torch.where(single & mask, batch.reward.unsqueeze(1).double() / (1 + STD_EPS), advantage)
         return advantage.to(batch.old_logp.dtype)
 
 

@@ -1,7 +1,10 @@
 """Advantages: what a response, or a token of it, earned relative to its group.
 
-Shapes: B sequences, T tokens. Everything here is a constant for autograd, computed in float64. Rows without
-valid tokens are in no count. `singleton` says what a group of one gets: 0, or its reward (verl's convention).
+Shapes: B sequences, T tokens. Everything here is a constant for autograd, computed in float64. A row's reward
+counts in its group whether or not the row has valid tokens, as in TRL and verl: a response that is masked for its
+length is still a failure of its group. A row whose reward is NaN could not be scored, is in no count and has
+advantage 0. `singleton` says what a group of one gets: 0, or its reward, over 1 + 1e-6 where a deviation divides
+(verl's convention).
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..batch import lengths, masked, some, working_dtype
+from ..batch import lengths, masked, working_dtype
 from .groups import alone, equal_rewards, group_index, group_sum
 
 STD_EPS = 1e-6
@@ -38,13 +41,12 @@ def group_advantage(
     std has the divisor n - 1; `scale=False` leaves it out (Dr. GRPO, arXiv 2503.20783). A group whose rewards
     are all equal has advantage 0 exactly.
     """
-    r, centred, n = _centred(reward, group, mask)
-    advantage = centred
-    if scale:
-        index, k = group_index(group)
-        std = (group_sum(centred.square(), index, k)[index] / (n - 1).clamp_min(1)).sqrt()
-        advantage = centred / (std + std_eps)
-    return _on_tokens(advantage, r, reward, group, mask, singleton)
+    centred, n = _centred(reward, group)
+    if not scale:
+        return _on_tokens(centred, reward, group, mask, singleton, divisor=1.0)
+    index, k = group_index(group)
+    std = (group_sum(centred.square(), index, k)[index] / (n - 1).clamp_min(1)).sqrt()
+    return _on_tokens(centred / (std + std_eps), reward, group, mask, singleton)
 
 
 def leave_one_out_advantage(
@@ -58,8 +60,8 @@ def leave_one_out_advantage(
 
     It is n / (n - 1) times the reward's distance from the group's mean.
     """
-    r, centred, n = _centred(reward, group, mask)
-    return _on_tokens(centred * n / (n - 1).clamp_min(1), r, reward, group, mask, singleton)
+    centred, n = _centred(reward, group)
+    return _on_tokens(centred * n / (n - 1).clamp_min(1), reward, group, mask, singleton, divisor=1.0)
 
 
 def token_group_advantage(
@@ -74,10 +76,11 @@ def token_group_advantage(
     """A_it = (a_it - mu_k) / (s_k + 1e-6) with a_it = R_i on every valid token (HAPO, eq. 9).
 
     mu_k and s_k are taken over all valid tokens of group k (divisor N_k), so that the advantages of a group sum
-    to 0 over its tokens. A group of equal rewards has advantage 0 exactly. With `fallback_threshold`, a group
-    in which any |A| reaches it takes `group_advantage` instead (5 in the authors' release; not in the paper).
+    to 0 over its tokens; a row without tokens adds nothing to either. Equal rewards give advantage 0 exactly.
+    With `fallback_threshold`, a group in which any |A| reaches it takes `group_advantage` instead (5 in the
+    authors' release; not in the paper).
     """
-    length = lengths(mask).double()
+    length = torch.where(reward.isnan(), 0, lengths(mask)).double()
     rows = length > 0
     r = torch.where(rows, reward.double(), 0.0)
     index, k = group_index(group)
@@ -86,7 +89,8 @@ def token_group_advantage(
     centred = torch.where(rows, r - mean[index], 0.0)
     std = (group_sum(length * centred.square(), index, k) / n).sqrt()
     advantage = centred / (std[index] + std_eps)
-    out = _on_tokens(advantage, r, reward, group, mask, singleton)
+    advantage = torch.where(equal_rewards(r, group, rows), 0.0, advantage)
+    out = _on_tokens(advantage, reward, group, mask, singleton)
     if fallback_threshold is not None:
         by_group = group_advantage(reward, group, mask, singleton=singleton, std_eps=std_eps)
         extreme = group_sum((advantage.abs() >= fallback_threshold).double(), index, k)
@@ -126,24 +130,27 @@ def signed_advantage(
     return out
 
 
-def _centred(
-    reward: Float[Tensor, " B"], group: Int[Tensor, " B"], mask: Bool[Tensor, "B T"]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Reward, its distance from the group's mean, and the group's size, of each row."""
-    rows = some(mask)
-    r = torch.where(rows, reward.double(), 0.0)
+def _centred(reward: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> tuple[Tensor, Tensor]:
+    """Distance of each row's reward from the group's mean, and the group's size; 0 where there is no reward."""
+    counted = ~reward.isnan()
+    r = torch.where(counted, reward.double(), 0.0)
     index, k = group_index(group)
-    n = group_sum(rows.double(), index, k)
+    n = group_sum(counted.double(), index, k)
     mean = group_sum(r, index, k) / n.clamp_min(1)
-    return r, torch.where(rows, r - mean[index], 0.0), n[index]
+    return torch.where(counted, r - mean[index], 0.0), n[index]
 
 
 def _on_tokens(
-    advantage: Tensor, r: Tensor, reward: Tensor, group: Tensor, mask: Tensor, singleton: Singleton
+    advantage: Tensor,
+    reward: Tensor,
+    group: Tensor,
+    mask: Tensor,
+    singleton: Singleton,
+    divisor: float = 1.0 + STD_EPS,
 ) -> Float[Tensor, "B T"]:
     """The rows' advantages on their valid tokens: exactly 0 where a group's rewards are equal."""
-    rows = some(mask)
-    advantage = torch.where(equal_rewards(r, group, rows), 0.0, advantage)
+    counted = ~reward.isnan()
+    advantage = torch.where(equal_rewards(reward.double(), group, counted) | ~counted, 0.0, advantage)
     if singleton == "reward":
-        advantage = torch.where(alone(group, rows), r, advantage)
+        advantage = torch.where(alone(group, counted) & counted, reward.double() / divisor, advantage)
     return masked(advantage.to(working_dtype(reward)).unsqueeze(1), mask)

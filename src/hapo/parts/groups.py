@@ -1,4 +1,4 @@
-"""Sums over groups, the responses to one prompt. Rows without valid tokens belong to no group."""
+"""Sums over groups, the responses to one prompt. `rows` are those that count."""
 
 from __future__ import annotations
 

@@ -192,8 +192,7 @@ class DynamicSampling:
         """Groups whose scored verdicts differ."""
         verdict = tensors["verdict"]
         group = torch.arange(len(verdict), device=verdict.device) // self.trainer.num_generations
-        scored = ~verdict.isnan() & tensors["completion_mask"].any(1)
-        return mixed_groups(verdict, group, scored).view(-1, self.trainer.num_generations).any(1)
+        return mixed_groups(verdict, group, ~verdict.isnan()).view(-1, self.trainer.num_generations).any(1)
 
 
 def begin_step(trainer: Any, micro_batches: list[dict[str, Any]]) -> None:

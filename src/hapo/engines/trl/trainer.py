@@ -290,7 +290,7 @@ class HAPOTrainer(GRPOTrainer):
             "mask": mask,
             "old_logp": rollout["old_per_token_logps"],
             "old_entropy": rollout["old_entropies"],
-            "verdict": rollout["verdict"].nan_to_num(),
+            "verdict": rollout["verdict"],
         }
         if "ref_per_token_logps" in rollout:
             local["ref_logp"] = rollout["ref_per_token_logps"]
@@ -316,7 +316,8 @@ class HAPOTrainer(GRPOTrainer):
                 rollout[f"hapo_{name}"] = x[rows, :width]
         rollout["hapo_reward"], rollout["hapo_group"] = reward[rows], group[rows]
         rollout["hapo_response"] = torch.arange(len(reward), device=reward.device)[rows]
-        rollout["hapo_responses"] = everyone["mask"].any(1).sum()
+        # All that count: where some have no tokens, and so no record, the records are not whole.
+        rollout["hapo_responses"] = (~reward.isnan()).sum()
         rollout["advantages"] = rollout["hapo_advantage"]
         if train:
             self._step_metrics.add_rollout(batch, everyone["mask"])
@@ -351,7 +352,7 @@ class HAPOTrainer(GRPOTrainer):
             ref_logp=inputs.get("ref_per_token_logps"),
             sampler_logp=inputs.get("sampling_per_token_logps"),
             reward=inputs["hapo_reward"],
-            verdict=inputs["verdict"].nan_to_num(),
+            verdict=inputs["verdict"],
             group=inputs["hapo_group"],
             stats=inputs.get("hapo_stats", self.temperature_stats),
         )

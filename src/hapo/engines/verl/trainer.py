@@ -132,7 +132,7 @@ class HAPOTrainer(PPOTrainerSync):
         metrics.update({f"{NAME}/{k}": v for k, v in {**figures, **sampler_gap(prepared)}.items()})
         if prepared.stats is not None:  # a rollout of which every group was dropped leaves the former ones
             self.temperature_stats = prepared.stats
-        self._plan = self._plan_of(prepared, int(scored.any(1).sum()), t_base)
+        self._plan = self._plan_of(prepared, len(prepared), t_base)  # all rewards count
         return batch
 
     def _verdict(self, data: TensorDict) -> Tensor:
