@@ -127,7 +127,7 @@ class Options(ABC):
     filter_groups: bool = False
     """Drop groups whose verdicts are all equal (DAPO's dynamic sampling)."""
     singleton: Literal["zero", "reward"] = "zero"
-    """Advantage of a group of one: 0, or its reward (verl's convention: over 1 + 1e-6 where a deviation divides)."""
+    """Advantage of a group of one: 0, or its reward (verl's; over 1 + 1e-6 where a deviation divides)."""
     kl_coef: float = 0.0
     """Weight of the k3 penalty towards a reference policy."""
     sampler_cap: float | None = 2.0
