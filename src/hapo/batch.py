@@ -145,6 +145,12 @@ class TokenBatch:
     def __len__(self) -> int:
         return self.mask.shape[0]
 
+    @property
+    def scored(self) -> Bool[Tensor, " B"]:
+        """True at the rows that could be scored: neither reward nor verdict is NaN."""
+        nan = self.reward.isnan()
+        return ~(nan if self.verdict is None else nan | self.verdict.isnan())
+
     def replace(self, **changes: Any) -> TokenBatch:
         """A copy with some fields changed."""
         return replace(self, **changes)
@@ -180,11 +186,6 @@ def lengths(mask: Bool[Tensor, "B T"]) -> Int[Tensor, " B"]:
     if mask.device.type == "cpu":  # numpy counts ten times as fast
         return torch.from_numpy(np.atleast_1d(np.count_nonzero(mask.numpy(), axis=1)))
     return mask.sum(-1)
-
-
-def some(mask: Bool[Tensor, "B T"]) -> Bool[Tensor, " B"]:
-    """True at the rows that have a valid token."""
-    return mask.view(torch.uint8).any(-1).bool()
 
 
 def working_dtype(x: Tensor) -> torch.dtype:

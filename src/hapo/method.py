@@ -136,11 +136,11 @@ class Method:
             ValueError: a field that this method reads is missing.
         """
         batch = batch.replace(**dict.fromkeys(("advantage", "signal", "weight", "keep", "stats", "totals")))
-        verdict = batch.reward if batch.verdict is None else batch.verdict
-        scored = ~(batch.reward.isnan() | verdict.isnan())
-        rows = mixed_groups(verdict, batch.group, scored) if self.filter_groups else scored
+        used = scored = batch.scored
+        if self.filter_groups:
+            used = mixed_groups(batch.reward if batch.verdict is None else batch.verdict, batch.group, scored)
         batch = batch.replace(
-            mask=batch.mask & rows.unsqueeze(1), reward=batch.reward.masked_fill(~scored, torch.nan)
+            mask=batch.mask & used.unsqueeze(1), reward=batch.reward.masked_fill(~scored, torch.nan)
         )
         batch = _clean(batch, [name for name in TOKEN_FIELDS if name not in _CURRENT])
         if self.stats is not None:

@@ -189,10 +189,11 @@ class DynamicSampling:
         return gather_rows(self.trainer.accelerator, tensors)
 
     def _mixed(self, tensors: TensorDict) -> Tensor:
-        """Groups whose scored verdicts differ."""
+        """Groups to learn from: their scored verdicts differ, and some response has a token left."""
         verdict = tensors["verdict"]
         group = torch.arange(len(verdict), device=verdict.device) // self.trainer.num_generations
-        return mixed_groups(verdict, group, ~verdict.isnan()).view(-1, self.trainer.num_generations).any(1)
+        mixed = mixed_groups(verdict, group, ~verdict.isnan()) & tensors["completion_mask"].any(1)
+        return mixed.view(-1, self.trainer.num_generations).any(1)
 
 
 def begin_step(trainer: Any, micro_batches: list[dict[str, Any]]) -> None:

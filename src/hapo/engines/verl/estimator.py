@@ -27,7 +27,7 @@ class Rollout:
     fields: dict[str, Tensor]
     """Fields of `TokenBatch`: old_logp, old_entropy, verdict, ..."""
     scored: Bool[Tensor, "B T"] | None = None
-    """Valid response tokens, without those that verl's rollout correction rejects."""
+    """Valid response tokens of what could be scored, without those that verl's rollout correction rejects."""
     prepared: TokenBatch | None = None
     """What `Method.prepare` made; its mask lacks the groups that the method drops."""
 
@@ -56,7 +56,8 @@ def estimate(
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
     """Advantages and returns, which are the same here, by the method of the running trainer.
 
-    The reward of a response is the sum of its token rewards; rows with equal `index` are one group.
+    The reward of a response is the sum of its token rewards; rows with equal `index` are one group. A response
+    that the rollout correction rejects counts there with its reward, as in verl; one whose reward is NaN does not.
 
     Raises:
         RuntimeError: another trainer than hapo's called it.
@@ -66,13 +67,13 @@ def estimate(
         raise RuntimeError(wrong_mode())
     assert index is not None
     _, group = np.unique(index.astype(str), return_inverse=True)
-    current.scored = response_mask.bool()
     batch = TokenBatch(
-        mask=current.scored,
+        mask=response_mask.bool(),
         reward=token_level_rewards.float().sum(1),
         group=torch.as_tensor(group, device=response_mask.device),
         **current.fields,  # type: ignore[arg-type]
     )
+    current.scored = batch.mask & batch.scored.unsqueeze(1)
     current.prepared = current.method.prepare(batch)
     assert current.prepared.advantage is not None
     return current.prepared.advantage, current.prepared.advantage

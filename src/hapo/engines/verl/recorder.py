@@ -46,7 +46,7 @@ class TokenRecorder:
             self.plan.step,
             batch,
             {name: x[rows] for name, x in out.tokens.items()},
-            mask=padded["response_mask"][rows].bool(),
+            mask=padded["response_mask"][rows].bool() & batch.scored.unsqueeze(1),
             response=chosen["hapo_response"][rows],
             responses=self.plan.responses,
             ids=ids,
