@@ -25,10 +25,10 @@ SCORES = "tests/test_scoring.py"
 
 MUTATIONS: list[tuple[str, str, str, str]] = [
     # parts
-    ("parts/advantage.py", "/ (n - 1).clamp_min(1)).sqrt()\n        advantage = centred", "/ n).sqrt()\n        advantage = centred", "tests/methods/test_grpo.py"),
+    ("parts/advantage.py", "/ (n - 1).clamp_min(1)).sqrt()\n    return _on_tokens", "/ n).sqrt()\n    return _on_tokens", "tests/methods/test_grpo.py"),
     ("parts/advantage.py", "centred * n / (n - 1).clamp_min(1)", "centred", "tests/methods/test_rloo.py"),
     ("parts/advantage.py", "mean = group_sum(length * r, index, k) / n\n", "mean = group_sum(r, index, k) / n\n", "tests/methods/test_hapo.py"),
-    ("parts/advantage.py", "torch.where(equal_rewards(r, group, rows), 0.0, advantage)", "advantage", LAWS + " -k equal_rewards"),
+    ("parts/advantage.py", "counted = ~reward.isnan()\n    r = ", "counted = torch.ones_like(reward, dtype=torch.bool)\n    r = ", "tests/test_masked_rows.py"),
     ("parts/surrogate.py", "clipped_low = negative & (ratio < lower)", "clipped_low = negative & (ratio <= lower)", "tests/parts tests/methods"),
     ("parts/surrogate.py", "beyond = (advantage < 0) & (ratio > dual_clip)\n        effective", "beyond = ratio > dual_clip\n        effective", "tests/parts tests/methods"),
     ("parts/surrogate.py", "torch.where(low, beta1 * lower, torch.where(high, beta2 * upper, r))", "torch.where(low, beta2 * lower, torch.where(high, beta1 * upper, r))", "tests/methods/test_ce_gppo.py"),
@@ -47,7 +47,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     # methods and the core call
     ("methods/gspo.py", "eps_high: float = 4e-4", "eps_high: float = 4e-3", "tests/methods/test_gspo.py"),
     ("methods/hapo.py", 'if "B" not in self.components:', 'if "B" in self.components:', LAWS + " -k test_limits"),
-    ("method.py", "rows = mixed_groups(verdict, batch.group, some(batch.mask))", "rows = mixed_groups(batch.reward, batch.group, some(batch.mask))", "tests/methods/test_dapo.py tests/parts " + RUNS),
+    ("method.py", "used = mixed_groups(batch.reward if batch.verdict is None else batch.verdict, batch.group, scored)", "used = mixed_groups(batch.reward, batch.group, scored)", "tests/methods/test_dapo.py tests/parts " + RUNS),
     ("method.py", "loss = surrogate.loss if batch.weight is None else surrogate.loss * batch.weight", "loss = surrogate.loss", EXACT + " -k core"),
     ("method.py", "advantage = self.reshape(batch.advantage, ratio.detach(), signal, bounds).detach()", "advantage = self.reshape(batch.advantage, ratio, signal, bounds)", LAWS + " -k detach"),
     # scoring
@@ -63,7 +63,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("engines/trl/trainer.py", "loss = self._pass_loss(model, last, recorded) + before", "loss = self._pass_loss(model, last, recorded)", WORK),
     ("engines/trl/rollout.py", "self.generator.manual_seed(self.seed + int(self._state().epoch or 0))", "pass", RUNS + " -k second-epoch"),
     ("engines/trl/rollout.py", "totals = hapo.StepTotals(*trainer.accelerator.reduce(local, \"sum\").tolist())", "totals = hapo.StepTotals(*local.tolist())", EXACT + " -k ranks"),
-    ("engines/trl/rollout.py", "group = torch.arange(len(verdict), device=verdict.device) // self.trainer.num_generations\n        scored", "group = torch.arange(len(verdict), device=verdict.device) // 2\n        scored", RUNS + " -k dynamic"),
+    ("engines/trl/rollout.py", "group = torch.arange(len(verdict), device=verdict.device) // self.trainer.num_generations\n        mixed", "group = torch.arange(len(verdict), device=verdict.device) // 2\n        mixed", RUNS + " -k dynamic"),
     ("engines/trl/checkpoint.py", "trainer._dynamic.prompts.position = state[\"fresh_prompts\"]", "pass", RUNS + " -k bit_for_bit"),
     ("engines/trl/checkpoint.py", "trainer._sampled_with = _from_json(state[\"sampled_with\"])", "pass", RUNS + " -k bit_for_bit"),
     ("engines/trl/drawn.py", "if drawn is None or _drops_out(net):", "if drawn is None:", WORK),

@@ -419,6 +419,7 @@ def test_the_default_schedule_takes_four_updates(tmp_path):
         ({"gradient_accumulation_steps": 3}, "must be a multiple of"),
         ({"max_num_gen_batches": 0}, "max_num_gen_batches must be at least 1"),
         ({"overlong_buffer": 9}, "must not exceed max_completion_length"),
+        ({"overlong_buffer": 4, "mask_truncated_completions": True}, "choose one, overlong_buffer=0"),
     ],
 )
 def test_options_that_cannot_be_honoured_are_refused(tmp_path, options, message):

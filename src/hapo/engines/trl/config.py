@@ -155,6 +155,12 @@ class HAPOConfig(GRPOConfig):
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
         if self.tokens_per_pass is not None and self.tokens_per_pass < 0:
             raise ValueError(f"tokens_per_pass must be at least 0, which is no limit, got {self.tokens_per_pass}")
+        if self.overlong_buffer and self.mask_truncated_completions:
+            raise ValueError(
+                f"overlong_buffer={self.overlong_buffer} punishes long responses, and "
+                "mask_truncated_completions=True takes the longest of them out of the loss: choose one, "
+                "overlong_buffer=0 or mask_truncated_completions=False"
+            )
         if self.overlong_buffer > self.max_completion_length:
             raise ValueError(
                 f"overlong_buffer ({self.overlong_buffer}) must not exceed max_completion_length "

@@ -317,7 +317,7 @@ class HAPOTrainer(GRPOTrainer):
         rollout["hapo_reward"], rollout["hapo_group"] = reward[rows], group[rows]
         rollout["hapo_response"] = torch.arange(len(reward), device=reward.device)[rows]
         # All that count: where some have no tokens, and so no record, the records are not whole.
-        rollout["hapo_responses"] = (~reward.isnan()).sum()
+        rollout["hapo_responses"] = batch.scored.sum()
         rollout["advantages"] = rollout["hapo_advantage"]
         if train:
             self._step_metrics.add_rollout(batch, everyone["mask"])

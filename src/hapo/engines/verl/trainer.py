@@ -132,7 +132,8 @@ class HAPOTrainer(PPOTrainerSync):
         metrics.update({f"{NAME}/{k}": v for k, v in {**figures, **sampler_gap(prepared)}.items()})
         if prepared.stats is not None:  # a rollout of which every group was dropped leaves the former ones
             self.temperature_stats = prepared.stats
-        self._plan = self._plan_of(prepared, len(prepared), t_base)  # all rewards count
+        added = torch.tensor([bool(tag.get("is_padding", False)) for tag in batch.tags])  # by verl, to fill ranks
+        self._plan = self._plan_of(prepared, int((prepared.scored & ~added).sum()), t_base)
         return batch
 
     def _verdict(self, data: TensorDict) -> Tensor:
