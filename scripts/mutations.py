@@ -37,7 +37,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("parts/bounds.py", "s.clamp(max=0).mul_(-low * alpha)", "s.clamp(max=0).mul_(low * alpha)", "tests/methods/test_hapo.py"),
     ("parts/reduce.py", "return _on(loss, mask).sum() / max(totals.kept, 1)", "return _on(loss, mask).sum() / max(int(mask.sum()), 1)", LAWS + " -k split"),
     ("parts/reduce.py", "per_sequence = _on(loss, mask).sum(-1) / lengths(mask).clamp_min(1)", "per_sequence = _on(loss, mask).mean(-1)", LAWS + " -k padding_width"),
-    ("parts/ratio.py", ".clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()", ".exp()", LAWS + " -k edges"),
+    ("parts/ratio.py", ".clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()", ".exp()", "tests/parts"),
     ("parts/penalty.py", "return d.exp() - d - 1.0", "return d.exp() + d - 1.0", "tests/methods/test_grpo.py"),
     ("parts/shaping.py", "return -factor * over.clamp(0.0, 1.0)", "return -factor * over.clamp_min(0.0)", "tests/parts"),
     ("parts/shaping.py", "applies: Bool[Tensor, \"B T\"] = inside ^ (signal > 0)", "applies: Bool[Tensor, \"B T\"] = inside == (signal > 0)", "tests/methods/test_hapo.py"),

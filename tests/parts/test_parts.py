@@ -182,6 +182,23 @@ def test_dual_clip_caps_negative_advantages():
     assert grad.tolist() == [[2.0, 0.0]]
 
 
+def test_dual_clip_leaves_positive_advantages_alone():
+    """Their loss is that of the upper bound however large the ratio is."""
+    ratio = T([[1.1, 4.0, 50.0]])
+    bounds = constant_bounds(ratio, 0.2, 0.2)
+    plain, dual = (clipped_surrogate(ratio.log(), ratio, T([[2.0] * 3]), bounds, c).loss for c in (None, 3.0))
+    assert torch.equal(plain, dual)
+    close(dual, [[-2.2, -2.4, -2.4]])
+
+
+def test_a_log_ratio_beyond_20_is_clamped_without_a_gradient():
+    logp = T([[0.0, -50.0, -0.1]]).requires_grad_()
+    ratio = token_ratio(logp, T([[-50.0, 0.0, -0.2]]))
+    close(ratio.detach().log(), [[20.0, -20.0, 0.1]], atol=1e-5)
+    (grad,) = torch.autograd.grad(ratio.sum(), logp)
+    close(grad, [[0.0, 0.0, math.exp(0.1)]], atol=1e-5)
+
+
 def test_ratio_and_correction_are_guarded():
     assert token_ratio(T([[60.0]]), T([[0.0]])).item() == pytest.approx(math.exp(20))
     weight = truncated_correction(T([[0.0, 0.0, -5.0]]), T([[-3.0, 0.1, 0.0]]), cap=2.0)
