@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # reasoning-gym 0.1.25: the score of spell_backward can exceed 1, by float rounding: the right word followed by other
-# text earns 1.0000000000000002 for some lengths, so that "score >= 1" or "score == 1.0" tell right from wrong badly.
+# text earns 1.0000000000000002 for words of 9 letters, so that "score >= 1" takes it for right. Seen: {9: 1.0000000000000002}.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
