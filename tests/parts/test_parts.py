@@ -214,6 +214,11 @@ def test_k3_is_zero_only_at_the_reference():
     assert grad[0].tolist() == pytest.approx([0.0, 1 - math.exp(-0.5), 1 - math.exp(0.5)], abs=1e-6)
 
 
+def test_overlong_punishment_falls_between_its_borders_and_stays_beyond_them():
+    lengths = T([0, 4, 6, 8, 9, 40])
+    assert soft_overlong_punishment(lengths, 8, 4).tolist() == [0.0, 0.0, -0.5, -1.0, -1.0, -1.0]
+
+
 def test_overlong_punishment_refuses_a_buffer_that_does_not_fit():
     with pytest.raises(ValueError, match="between 1 and max_length = 8, got 9"):
         soft_overlong_punishment(T([3]), 8, 9)
