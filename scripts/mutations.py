@@ -48,8 +48,8 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("methods/gspo.py", "eps_high: float = 4e-4", "eps_high: float = 4e-3", "tests/methods/test_gspo.py"),
     ("methods/hapo.py", 'if "B" not in self.components:', 'if "B" in self.components:', LAWS + " -k test_limits"),
     ("method.py", "used = mixed_groups(batch.reward if batch.verdict is None else batch.verdict, batch.group, scored)", "used = mixed_groups(batch.reward, batch.group, scored)", "tests/methods/test_dapo.py tests/parts " + RUNS),
-    ("method.py", "loss = surrogate.loss if batch.weight is None else surrogate.loss * batch.weight", "loss = surrogate.loss", EXACT + " -k core"),
-    ("method.py", "advantage = self.reshape(batch.advantage, ratio.detach(), signal, bounds).detach()", "advantage = self.reshape(batch.advantage, ratio, signal, bounds)", LAWS + " -k detach"),
+    ("method.py", "loss = surrogate.loss if batch.weight is None else surrogate.loss * batch.weight", "loss = surrogate.loss", LAWS + " -k sampler"),
+    ("method.py", "everywhere = replace(batch.totals, kept=batch.totals.tokens)", "everywhere = batch.totals", "tests/methods/test_forking_tokens.py"),
     # scoring
     ("scoring.py", "gain = self.scale / (self.softcap or self.t_base)", "gain = self.scale / self.t_base", SCORES),
     ("scoring.py", "return (scaling if config.model_type == \"hyperclovax\" else 1.0 / scaling), softcap", "return scaling, softcap", SCORES),

@@ -6,6 +6,7 @@ and holds every other.
 
 import dataclasses
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -424,6 +425,17 @@ def test_bounds_are_recorded_where_the_method_has_any(method):
     high = method.loss(one_step(method, batch)).tokens["high"]
     bounded = "bounds" in options_of(method.name).stages or method.options.get("clip")
     assert (high < torch.inf).all() if bounded else (high == torch.inf).all()
+
+
+@pytest.mark.parametrize(("drawn", "weight"), [(1.5, 1.5), (0.5, 0.5), (8.0, 2.0)])
+@pytest.mark.parametrize("name", hapo.methods())
+def test_the_sampler_s_weight_scales_the_surrogate(name, drawn, weight):
+    """Every token `drawn` times likelier under the policy than where it was drawn: min(drawn, 2) times the gradient."""
+    method, batch = hapo.method(name, kl_coef=0.0), ordinary()
+    _, plain = gradient(method, batch.replace(sampler_logp=None))
+    _, weighted = gradient(method, batch.replace(sampler_logp=batch.old_logp - math.log(drawn)))
+    assert plain.abs().max() > 0
+    same(weighted, weight * plain)
 
 
 def test_every_method_has_a_limit():

@@ -5,6 +5,7 @@ import torch
 
 import hapo
 from hapo.parts.keep import most_uncertain
+from hapo.parts.penalty import k3
 from tests.examples import ENTROPY, OLD, close, loss_and_grad, on_tokens, one_step, padded, worked_batch
 
 
@@ -55,3 +56,12 @@ def test_forking_tokens_goes_by_the_order_of_entropies():
     current = one_step(hapo.method("forking_tokens"), batch).keep
     at_rollout = one_step(hapo.method("forking_tokens", entropy_source="old"), batch).keep
     assert not (current & at_rollout).any()
+
+
+def test_the_penalty_is_a_mean_of_all_valid_tokens_also_of_those_not_kept():
+    batch = worked_batch()
+    with_penalty, without = (
+        loss_and_grad(hapo.method("forking_tokens", kl_coef=c, filter_groups=False), batch)[0] for c in (0.1, 0.0)
+    )
+    expected = k3(batch.logp.detach(), batch.ref_logp)[batch.mask].mean().item()
+    assert (with_penalty - without) / 0.1 == pytest.approx(expected, abs=1e-5)
