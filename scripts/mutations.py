@@ -57,11 +57,11 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("scoring.py", "return parameter.full_tensor(grad_placements=[Partial(\"avg\")] * parameter.device_mesh.ndim)", "return parameter.full_tensor()", SCORES + " -k ddp"),
     # the TRL engine
     ("engines/trl/trainer.py", "loss = out.loss * self.accelerator.num_processes", "loss = out.loss", EXACT + " -k ranks"),
-    ("engines/trl/trainer.py", "return mask & ~rollout[\"verdict\"].isnan().unsqueeze(1)", "return mask", RUNS + " -k unscorable"),
+    ("engines/trl/trainer.py", "group = torch.arange(len(reward), device=reward.device) // n\n", "group = torch.arange(len(reward), device=reward.device) // 2\n", RUNS + " -k dynamic"),
     ("engines/trl/trainer.py", "parts.append(score_tokens(model, ids, attention, mask, t_base=self.temperature))", "parts.append(score_tokens(model, ids, attention, mask))", EXACT + " -k core"),
     ("engines/trl/trainer.py", "self._sampled_with = self.temperature_stats  # None at the first step", "pass", RUNS + " -k adaptive"),
     ("engines/trl/trainer.py", "loss = self._pass_loss(model, last, recorded) + before", "loss = self._pass_loss(model, last, recorded)", WORK),
-    ("engines/trl/rollout.py", "self.generator.manual_seed(self.seed + int(self._state().epoch or 0))", "pass", RUNS + " -k second-epoch"),
+    ("engines/trl/rollout.py", "self.generator.manual_seed(self.seed + int(self._state().epoch or 0))", "pass", RUNS + " -k order_of_an_epoch"),
     ("engines/trl/rollout.py", "totals = hapo.StepTotals(*trainer.accelerator.reduce(local, \"sum\").tolist())", "totals = hapo.StepTotals(*local.tolist())", EXACT + " -k ranks"),
     ("engines/trl/rollout.py", "group = torch.arange(len(verdict), device=verdict.device) // self.trainer.num_generations\n        mixed", "group = torch.arange(len(verdict), device=verdict.device) // 2\n        mixed", RUNS + " -k dynamic"),
     ("engines/trl/checkpoint.py", "trainer._dynamic.prompts.position = state[\"fresh_prompts\"]", "pass", RUNS + " -k bit_for_bit"),

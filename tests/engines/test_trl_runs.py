@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -18,7 +19,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 import hapo
-from hapo.engines.trl.rollout import prompts_to_draw
+from hapo.engines.trl.rollout import EpochSampler, prompts_to_draw
 from hapo.engines.version import require
 from hapo.trl import HAPOConfig, HAPOTrainer
 from tests.engines import tiny
@@ -391,6 +392,21 @@ def test_one_update_a_rollout_warns_that_clipping_is_idle(tmp_path):
     ratios = [line["ratio/mean"] for line in trainer.state.log_history if "ratio/mean" in line]
     assert ratios
     assert ratios == pytest.approx([1] * len(ratios), abs=1e-6)
+
+
+def test_the_order_of_an_epoch_does_not_depend_on_the_epochs_before():
+    state = SimpleNamespace(epoch=0.0)
+
+    def sampler() -> EpochSampler:
+        repeats = {"mini_repeat_count": 2, "batch_size": 4, "repeat_count": 1}
+        return EpochSampler(data_source=range(8), seed=3, shuffle=True, trainer_state=lambda: state, **repeats)
+
+    whole = sampler()
+    first = list(whole)
+    state.epoch = 1.0
+    second = list(whole)
+    assert second == list(sampler())
+    assert first != second
 
 
 def test_the_default_schedule_takes_four_updates(tmp_path):

@@ -27,12 +27,15 @@ def sizes(trainer) -> list[int]:
 
 @pytest.mark.parametrize("options", [{"method": "hapo"}, {"method": "gspo"}, {"method": "grpo"}])
 def test_passes_add_up_to_the_micro_batch(options):
-    whole, _ = fixed_rollout.run(16, 1, 2, 1, tokens_per_pass=0, **options)
+    whole, in_one = fixed_rollout.run(16, 1, 2, 1, tokens_per_pass=0, **options)
     parts, trainer = fixed_rollout.run(16, 1, 2, 1, tokens_per_pass=40, **options)
     for reference, split in zip(whole.steps, parts.steps, strict=True):
         assert difference(reference, split) <= ROUNDING
-    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    losses, expected = (
+        [line["loss"] for line in t.state.log_history if "loss" in line] for t in (trainer, in_one)
+    )
     assert len(losses) == 2 and all(losses)
+    assert losses == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_pass_is_bounded_and_holds_like_rows():
