@@ -63,7 +63,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("engines/trl/trainer.py", "loss = self._pass_loss(model, last, recorded) + before", "loss = self._pass_loss(model, last, recorded)", WORK),
     ("engines/trl/rollout.py", "self.generator.manual_seed(self.seed + int(self._state().epoch or 0))", "pass", RUNS + " -k order_of_an_epoch"),
     ("engines/trl/rollout.py", "totals = hapo.StepTotals(*trainer.accelerator.reduce(local, \"sum\").tolist())", "totals = hapo.StepTotals(*local.tolist())", EXACT + " -k ranks"),
-    ("engines/trl/rollout.py", "group = torch.arange(len(verdict), device=verdict.device) // self.trainer.num_generations\n        mixed", "group = torch.arange(len(verdict), device=verdict.device) // 2\n        mixed", RUNS + " -k dynamic"),
+    ("engines/trl/rollout.py", "order = torch.argsort((~mixed).int(), stable=True)[:most]", "order = torch.argsort(mixed.int(), stable=True)[:most]", RUNS + " -k dynamic"),
     ("engines/trl/checkpoint.py", "trainer._dynamic.prompts.position = state[\"fresh_prompts\"]", "pass", RUNS + " -k bit_for_bit"),
     ("engines/trl/checkpoint.py", "trainer._sampled_with = _from_json(state[\"sampled_with\"])", "pass", RUNS + " -k bit_for_bit"),
     ("engines/trl/drawn.py", "if drawn is None or _drops_out(net):", "if drawn is None:", WORK),

@@ -22,6 +22,8 @@ class Kill(TrainerCallback):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    trainer = tiny.trainer(sys.argv[1], **json.loads(sys.argv[3]))
+    options = json.loads(sys.argv[3])
+    reward = getattr(tiny, options.pop("reward"))
+    trainer = tiny.trainer(sys.argv[1], reward=reward, **options)
     trainer.add_callback(Kill())
     trainer.train()

@@ -88,9 +88,11 @@ def test_kill_and_resume_equals_the_uninterrupted_run_bit_for_bit(tmp_path, opti
     options = {"max_steps": 9, "save_strategy": "steps", "run_records": True, "record_tokens_every": 2, **options}
     if "generation_batch_size" in options:
         options["steps_per_generation"] = None
+    reward = "half_mixed" if "max_num_gen_batches" in options else "count_digits"
     if how == "killed":
-        kill(tmp_path / "b", options)
-    else:
+        kill(tmp_path / "b", {**options, "reward": reward})
+    options["reward"] = getattr(tiny, reward)
+    if how == "raised":
         dying = tiny.trainer(tmp_path / "b", **options)
         dying.add_callback(Dies())
         with pytest.raises(KeyboardInterrupt):

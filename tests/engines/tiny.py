@@ -55,6 +55,11 @@ def count_digits(completions: list[str], **_: Any) -> list[float]:
     return [float(sum(c.isdigit() for c in text) % 3 == 0) for text in completions]
 
 
+def half_mixed(completions: list[str], i: list[int], **_: Any) -> list[float]:
+    """Odd prompts always earn the same, so that dynamic sampling has to draw further ones."""
+    return [1.0 if k % 2 else float(len(c) % 2) for c, k in zip(completions, i, strict=True)]
+
+
 def config(folder: Path | str, **options: Any) -> HAPOConfig:
     defaults: dict[str, Any] = {
         "output_dir": str(folder),
