@@ -25,16 +25,11 @@ SPLIT = {
 """Statistics of the rollout batch, and a choice of tokens by the current policy in each optimiser step."""
 
 
-def reward(completions, i, **_):
-    """Odd prompts always earn the same."""
-    return [1.0 if k % 2 else float(len(c) % 2) for c, k in zip(completions, i, strict=True)]
-
-
 def run(folder: Path, checkpoint: Path | None):
     """Train, and check on every rank what was trained on."""
     trainer = tiny.trainer(
         folder,
-        reward=reward,
+        reward=tiny.half_mixed,
         per_device_train_batch_size=6,
         steps_per_generation=2,
         max_num_gen_batches=10,
