@@ -10,26 +10,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..method import Method
+from ..parts.advantage import group_advantage
 from ..parts.bounds import Bounds, constant_bounds
+from ..parts.reduce import token_mean
 from ..parts.surrogate import Surrogate
-from ._options import Options, Paper, require
+from ..stage import Stage
+from ._options import Options, Paper, k3_penalty, require
 from ._registry import register
-
-
-# EDIT: delete this if a function of hapo.parts does what you need. If not, move yours into the file of its stage,
-# here src/hapo/parts/surrogate.py, with its equation and its derivative.
-def capped_surrogate(
-    logp: Float[Tensor, "B T"], ratio: Float[Tensor, "B T"], advantage: Float[Tensor, "B T"], bounds: Bounds
-) -> Surrogate:
-    """-min(r, 1 + high) A; d/dlogp = -A r where r <= 1 + high, 0 beyond. `logp` is not read."""
-    beyond = ratio > 1.0 + bounds.high
-    capped = torch.where(beyond, 1.0 + bounds.high, ratio)
-    return Surrogate(-capped * advantage, torch.zeros_like(beyond), beyond)
 
 
 @register("my_method")  # EDIT: the name of this file
 @dataclass(frozen=True, kw_only=True)
-class MyMethod(Options):  # EDIT: ClippedOptions adds eps_low, eps_high, dual_clip; or inherit from DAPO, GRPO
+class MyMethod(Options):  # EDIT: ClippedOptions adds eps_low, eps_high, dual_clip; or inherit DAPO's, GRPO's
     """My method: the ratio has a cap, whatever the sign of the advantage.
 
     L = (1/N) sum_it -min(r, cap) A, N the valid tokens of the step. Constant for autograd: advantages. EDIT: the
@@ -38,12 +30,6 @@ class MyMethod(Options):  # EDIT: ClippedOptions adds eps_low, eps_high, dual_cl
 
     paper: ClassVar = Paper("The title of the paper", "0000.00000", 2026)
     summary: ClassVar = "caps the ratio of every token"  # EDIT: the line in `hapo methods`
-    stages: ClassVar = {  # EDIT: in words, for the tables; leave out what the method does not have
-        "advantage": "group z-score",
-        "bounds": "0, cap",
-        "surrogate": "capped ratio",
-        "reduce": "token mean",
-    }
 
     # EDIT: the options, each with its meaning, its unit and the source of its default in the string below it.
     cap: float = 2.0
@@ -56,8 +42,21 @@ class MyMethod(Options):  # EDIT: ClippedOptions adds eps_low, eps_high, dual_cl
 
     def build(self) -> Method:
         """The method with these options."""
-        # EDIT: the stages that differ from Method's own: group z-score, token ratio, 1 ± 0.2, clipped, token mean.
-        return super().build().replace(bounds=self._bounds, surrogate=capped_surrogate)
+        return Method(
+            **self.shared(),  # name, filter, sampler's weight, temperature
+            # EDIT: a part, and the fields of the record that it is given, in order; then its options.
+            advantage=Stage(group_advantage, "reward", "group", "mask", singleton=self.singleton),
+            bounds=Stage(constant_bounds, "ratio", low=1.0, high=self.cap - 1.0),  # without any: no_bounds
+            surrogate=Stage(capped_surrogate, "ratio", "advantage", "bounds"),
+            penalty=k3_penalty(self.kl_coef),
+            reduce=token_mean,
+        )
 
-    def _bounds(self, ratio: Tensor, signal: Tensor | None) -> Bounds:
-        return constant_bounds(ratio, 1.0, self.cap - 1.0)  # [1 - low, 1 + high]; no bounds at all: no_bounds
+
+# EDIT: delete this if a function of hapo.parts does what you need. If another method may need it, move it into the
+# file of its stage, here src/hapo/parts/surrogate.py.
+def capped_surrogate(ratio: Float[Tensor, "B T"], advantage: Float[Tensor, "B T"], bounds: Bounds) -> Surrogate:
+    """-min(r, 1 + high) A; d/dlogp = -A r where r <= 1 + high, 0 beyond."""
+    beyond = ratio > 1.0 + bounds.high
+    capped = torch.where(beyond, 1.0 + bounds.high, ratio)
+    return Surrogate(-capped * advantage, torch.zeros_like(beyond), beyond)

@@ -6,6 +6,7 @@ import torch
 
 import hapo
 from hapo.parts.bounds import Bounds
+from hapo.stage import Record
 
 Rows = list[list[float]]
 
@@ -118,10 +119,33 @@ def loss_and_grad(
 def token_losses(method: hapo.Method, batch: hapo.TokenBatch, out: hapo.LossOutput) -> torch.Tensor:
     """Each token's surrogate, which loss() reduces."""
     t = out.tokens
-    return method.surrogate(batch.logp.detach(), t["ratio"], t["advantage"], Bounds(t["low"], t["high"])).loss
+    record = Record(method.name, batch.replace(logp=batch.logp.detach(), advantage=t["advantage"]))
+    record.ratio, record.bounds = t["ratio"], Bounds(t["low"], t["high"])
+    return method.surrogate(record).loss
 
 
 def close(actual: torch.Tensor, rows: Rows, mask: torch.Tensor | None = None, atol: float = 1e-6) -> None:
     """Equal to the printed figures, at the valid tokens where a mask is given, else with 0 at padding."""
     actual = actual if mask is None else torch.where(mask, actual, 0.0)
     torch.testing.assert_close(actual.double(), padded(rows, fill=0.0, dtype=torch.float64), rtol=0, atol=atol)
+
+
+def on_policy(batch: hapo.TokenBatch) -> hapo.TokenBatch:
+    return batch.replace(logp=batch.old_logp.clone().requires_grad_())
+
+
+def one_token(batch: hapo.TokenBatch) -> hapo.TokenBatch:
+    mask = batch.mask.clone()
+    mask[:, 1:] = False
+    return unclamped(batch.replace(mask=mask))
+
+
+def right_or_wrong(batch: hapo.TokenBatch) -> hapo.TokenBatch:
+    """Without rewards of empty rows, which GRPO-S leaves out of the group and GSPO does not."""
+    return batch.replace(reward=batch.reward.clamp(0, 1).masked_fill(~batch.mask.any(-1), torch.nan))
+
+
+def unclamped(batch: hapo.TokenBatch) -> hapo.TokenBatch:
+    """Ratios within e^±9: beyond, the methods' numerical guards differ."""
+    near = batch.old_logp + (batch.logp.detach() - batch.old_logp).clamp(-9, 9)
+    return batch.replace(logp=near.requires_grad_())

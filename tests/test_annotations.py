@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import hapo
-from hapo.batch import all_masked, masked
+from hapo.batch import masked
 from tests.conftest import TENSOR_CODE
 
 SOURCE = Path(hapo.__file__).parent
@@ -71,6 +71,4 @@ def test_rows_of_another_batch_are_refused():
     values, mask = torch.ones(7, 3), torch.ones(2, 3, dtype=torch.bool)
     with pytest.raises(jaxtyping.TypeCheckError, match="masked"):
         masked(values, mask)
-    with pytest.raises(jaxtyping.TypeCheckError, match="all_masked"):
-        all_masked({"logp": values}, mask)
     assert masked(torch.ones(2, 1), mask).shape == (2, 3)

@@ -7,7 +7,6 @@ import torch
 
 import hapo
 import hapo.batch
-import hapo.parts.entropy
 from tests.test_laws import VARIANTS
 
 CASES = [*((name, {}) for name in hapo.methods()), *VARIANTS]

@@ -3,7 +3,6 @@
 import ast
 import json
 import os
-import pkgutil
 import re
 import runpy
 import shutil
@@ -18,7 +17,6 @@ import pytest
 import torch
 
 import hapo
-import hapo.parts
 from hapo.cli.cards import option_docs
 from hapo.engines.records import RunRecords
 from hapo.engines.trl.config import DECIDED_BY_METHOD
@@ -67,11 +65,9 @@ def test_every_option_of_a_method_has_a_docstring_under_it(name):
     assert {f.name for f in fields(options)} - set(option_docs(options)) == set()
 
 
-def test_the_api_page_has_every_part_and_every_name_of_the_package():
+def test_the_api_page_has_every_name_of_the_package():
     directives = set(re.findall(r"^::: (\S+)", (DOCS / "api.md").read_text(), re.MULTILINE))
-    parts = {f"hapo.parts.{m.name}" for m in pkgutil.iter_modules(hapo.parts.__path__)}
     names = {n for n in hapo.__all__ if not n.startswith("__")}
-    assert parts - directives == set()
     assert names - {d.rpartition(".")[2] for d in directives} == set()
 
 
@@ -82,19 +78,23 @@ def test_every_method_has_a_page(name):
     sections = ["Equations", "What differs from GRPO", "Options", "When to use it", "Paper and released code"]
     assert [h for h in headings if h in sections] == sections
     options = options_of(name)
-    assert f"::: {options.__module__}.{options.__name__}\n" in (DOCS / "api.md").read_text()
-    assert f"methods/{name}.md" in (ROOT / "mkdocs.yml").read_text()
+    made = runpy.run_path(str(ROOT / "scripts/docs_from_code.py"))
+    assert f"::: {options.__module__}.{options.__name__}\n" in made["api_of_methods"]() + "\n"
+    assert f"methods/{name}.md" in [page for entry in made["navigation"]()[1:] for page in entry.values()]
 
 
-def test_the_method_tables_are_those_of_the_code():
-    tables = runpy.run_path(str(ROOT / "scripts/method_table.py"))["tables"]()
-    assert tables in (DOCS / "methods/index.md").read_text(), "run python scripts/method_table.py --write"
+def test_what_the_pages_leave_to_the_code_is_made():
+    made = runpy.run_path(str(ROOT / "scripts/docs_from_code.py"))
+    assert made["readme"]() in (ROOT / "README.md").read_text(), "run python scripts/docs_from_code.py"
+    left = {comment for page in PAGES for comment in re.findall(r"<!-- made: .*? -->", page.read_text())}
+    assert left == made["MADE"].keys()
+    assert all(len(make().splitlines()) > 10 for make in made["MADE"].values())
 
 
 def test_the_tables_of_limits_are_those_of_the_tests():
     page = (DOCS / "laws.md").read_text().partition("## Limits")[2].partition("\n## ")[0]
     first = [re.match(r"`(\w+)`", cells).group(1) for cells in re.findall(r"^\| (`.*?) \|", page, re.MULTILINE)]
-    tested = [one for (one, _), *_ in [*LIMITS, *GRADIENT_LIMITS]]
+    tested = [one[0] for one, *_ in [*LIMITS, *GRADIENT_LIMITS]]
     assert sorted(first) == sorted([*tested, "rloo"])
 
 
@@ -127,7 +127,7 @@ def test_the_trl_page_has_every_refused_option_and_every_metric():
 
 
 def test_the_records_page_has_every_column(tmp_path):
-    method = hapo.method("hapo", filter_groups=False).replace(keep=lambda batch: batch.mask)
+    method = hapo.method("hapo", filter_groups=False).replace(select=lambda batch: batch.mask)
     batch = worked_batch()
     batch = method.prepare(batch.replace(sampler_logp=batch.old_logp, entropy=batch.old_entropy))
     ids = torch.zeros(batch.mask.shape, dtype=torch.long)
@@ -190,13 +190,11 @@ def test_the_readme_is_for_a_newcomer():
 
 
 def test_the_template_of_a_method_runs_as_the_guide_says(tmp_path):
-    """The guide's steps on a copy of the package: the file, the name in the import, the test, the card."""
+    """The guide's steps on a copy of the package: the file, the test, the card."""
     template, guide = DOCS / "method_template.py", (DOCS / "adding_a_method_reference.md").read_text()
     assert f"```python\n{template.read_text()}```" in guide
     shutil.copytree(SOURCE, tmp_path / "hapo")
     shutil.copy(template, tmp_path / "hapo/methods/my_method.py")
-    names = tmp_path / "hapo/methods/__init__.py"
-    names.write_text(names.read_text().replace("    hapo,\n", "    hapo,\n    my_method,\n", 1))
     (its_test,) = re.findall(r"```python\n(import pytest\n.*?)```", guide, re.DOTALL)
     (tmp_path / "test_my_method.py").write_text(its_test)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}

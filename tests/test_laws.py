@@ -5,11 +5,14 @@ and holds every other.
 """
 
 import dataclasses
+import importlib
 import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 
 import jaxtyping
 import pytest
@@ -19,28 +22,33 @@ from hypothesis import strategies as st
 
 import hapo
 from hapo.batch import TOKEN_FIELDS
-from hapo.methods import options_of
-from tests.examples import one_step
+from hapo.methods.hapo import bounded_signal
+from hapo.parts.advantage import group_advantage
+from hapo.parts.entropy import entropy_stats
+from hapo.parts.ratio import sequence_ratio
+from hapo.parts.reduce import sequence_sum, token_mean
+from hapo.stage import Record, Stage
+from tests.examples import on_policy, one_step, one_token, right_or_wrong, unclamped
 
 VARIANTS: list[tuple[str, dict]] = [
     ("archer", {"variant": "release", "entropy_source": "old", "filter_groups": True, "dual_clip": 10.0}),
-    ("aspo", {"eps_uncertain": 0.4, "reduction": "token_mean", "dual_clip": 2.0}),
+    ("aspo", {"eps_uncertain": 0.4, "dual_clip": 2.0}),
     ("ce_gppo", {"dual_clip": 10.0, "beta1": 0.0}),
     ("cispo", {"trust_region": (0.2, 0.28), "is_weight_floor": 0.8, "filter_groups": False}),
     ("dapo", {"kl_coef": 0.01, "filter_groups": False, "dual_clip": 10.0, "temperature": {"tau": 0.1}}),
-    ("dr_grpo", {"scale": True, "reduction": "token_mean", "kl_coef": 0.01, "singleton": "reward"}),
+    ("dr_grpo", {"length_limit": 7, "kl_coef": 0.01, "singleton": "reward"}),
     ("edge_grpo", {"variant": "release"}),
-    ("edge_grpo", {"clamp": (0.1, 10.0), "reduction": "token_mean"}),
+    ("edge_grpo", {"clamp": (0.1, 10.0)}),
     ("entropy_adv", {"entropy_source": "old", "dual_clip": 3.0}),
-    ("forking_tokens", {"normaliser": "valid", "entropy_source": "old", "kl_coef": 0.01}),
+    ("forking_tokens", {"entropy_source": "old", "kl_coef": 0.01}),
     ("grpo", {"kl_coef": 0.0, "dual_clip": 3.0, "singleton": "reward"}),
-    ("grpo_s", {"normalisation": "own", "scope": "batch", "entropy_clip": (0.2, 0.28)}),
-    ("grpo_s", {"normalisation": "joint", "weight": "geometric", "singleton": "reward"}),
+    ("grpo_s", {"variant": "own"}),
+    ("grpo_s", {"variant": "joint", "singleton": "reward"}),
     ("gspo", {"form": "token", "eps_low": 0.2, "eps_high": 0.28}),
-    ("gtpo", {"normalisation": "own", "scope": "batch", "filter_groups": True, "singleton": "reward"}),
+    ("gtpo", {"variant": "own", "filter_groups": True, "singleton": "reward"}),
     ("hapo", {"filter_groups": False}),
     ("hapo", {"variant": "release"}),
-    ("hapo", {"variant": "release", "stats_scope": "micro_batch", "entropy_source": "current"}),
+    ("hapo", {"variant": "release", "entropy_source": "current"}),
     ("hapo", {"components": "B", "sampler_cap": None}),
     ("hapo", {"components": "CA", "temperature": {"law": "zscore"}}),
     ("hapo", {"components": "AD", "entropy_source": "current"}),
@@ -51,6 +59,14 @@ VARIANTS: list[tuple[str, dict]] = [
 ]
 
 
+def declared(name: str) -> list:
+    """The rows of this name in the test files of the methods: VARIANTS, LIMITS, GRADIENT_LIMITS."""
+    files = sorted((Path(__file__).parent / "methods").glob("test_*.py"))
+    modules = [importlib.import_module(f"tests.methods.{file.stem}") for file in files]
+    return [row for module in modules for row in getattr(module, name, [])]
+
+
+VARIANTS += declared("VARIANTS")
 METHODS: list[tuple[str, dict]] = [(name, {}) for name in hapo.methods()]
 EVERY = [
     pytest.param(hapo.method(name, **options), id=name + "".join(f"-{k}={v}" for k, v in options.items()))
@@ -273,10 +289,6 @@ def test_edges_are_finite(method, batch, data):
 
 @every_method
 def test_equal_rewards_and_groups_of_one(method):
-    if method.options.get("scope") == "batch":
-        method = hapo.method(
-            method.name, **{k: v for k, v in method.options.items() if k != "method"} | {"scope": "group"}
-        )
     t = torch.full((3, 2), -1.0)
     batch = hapo.TokenBatch(
         mask=torch.ones(3, 2, dtype=torch.bool),
@@ -323,39 +335,22 @@ def test_dtype(method, dtype):
     torch.testing.assert_close(grad.double(), exact_grad, rtol=torch.finfo(dtype).eps, atol=1e-5)
 
 
-def on_policy(batch: hapo.TokenBatch) -> hapo.TokenBatch:
-    return batch.replace(logp=batch.old_logp.clone().requires_grad_())
-
-
-def one_token(batch: hapo.TokenBatch) -> hapo.TokenBatch:
-    mask = batch.mask.clone()
-    mask[:, 1:] = False
-    return unclamped(batch.replace(mask=mask))
-
-
-def right_or_wrong(batch: hapo.TokenBatch) -> hapo.TokenBatch:
-    """Without rewards of empty rows, which GRPO-S leaves out of the group and GSPO does not."""
-    return batch.replace(reward=batch.reward.clamp(0, 1).masked_fill(~batch.mask.any(-1), torch.nan))
-
-
-def unclamped(batch: hapo.TokenBatch) -> hapo.TokenBatch:
-    """Ratios within e^±9: beyond, the methods' numerical guards differ."""
-    near = batch.old_logp + (batch.logp.detach() - batch.old_logp).clamp(-9, 9)
-    return batch.replace(logp=near.requires_grad_())
-
-
 DAPO = ("dapo", {"filter_groups": False})
 GRPO = ("grpo", {"kl_coef": 0.0})
+OVER_TOKENS = {"reduce": token_mean}
+WITHOUT_DIVISIONS = {
+    "advantage": Stage(group_advantage, "reward", "group", "mask", scale=False),
+    "reduce": partial(sequence_sum, constant=3000.0),
+}
 UNBOUNDED = {"eps_low": 1 - 1e-5, "eps_high": 1e9}
 LIMITS = [
     (
         ("archer", {"kl_coef": 0.04, "kl_reasoning": 0.04, "eps_reasoning": 0.2}),
-        ("grpo", {"reduction": "token_mean"}),
+        ("grpo", {}, OVER_TOKENS),
     ),
-    (("dr_grpo", {}), ("grpo", {"kl_coef": 0.0, "scale": False, "reduction": "sequence_sum"})),
-    (("archer", {"kl_coef": 0.0, "eps_reasoning": 0.2}), ("grpo", {"kl_coef": 0.0, "reduction": "token_mean"})),
-    (("dapo", {}), ("grpo", {"kl_coef": 0.0, "reduction": "token_mean", "eps_high": 0.28, "filter_groups": True})),
-    (("dr_grpo", {"scale": True, "reduction": "sequence_mean"}), GRPO),
+    (("archer", {"kl_coef": 0.0, "eps_reasoning": 0.2}), (*GRPO, OVER_TOKENS)),
+    (("dapo", {}), ("grpo", {"kl_coef": 0.0, "eps_high": 0.28, "filter_groups": True}, OVER_TOKENS)),
+    (("dr_grpo", {}), (*GRPO, WITHOUT_DIVISIONS)),
     (("edge_grpo", {"clamp": (1.0, 1.0)}), GRPO),
     (("entropy_adv", {"alpha": 0.0}), DAPO),
     (("forking_tokens", {"rho": 1.0}), ("dapo", {})),
@@ -365,16 +360,23 @@ LIMITS = [
     (("hapo", {"components": "ACD", "alpha": 0.0, "beta": 0.0}), ("dapo", {"temperature": {"tau": 0.1}})),
     (("stapo", {"tau_p": 0.0}), DAPO),
 ]
-"""One method with options is another: loss and gradient agree bit for bit."""
+"""One method with options is another, with stages replaced: loss and gradient agree bit for bit."""
+EVERY_LIMIT = [*LIMITS, *declared("LIMITS")]
 
 
-@pytest.mark.parametrize(("one", "other"), LIMITS, ids=[a[0] + "-".join(a[1]) for a, _ in LIMITS])
+def built(name: str, options: dict, replaced: dict | None = None) -> hapo.Method:
+    return hapo.method(name, **options).replace(**(replaced or {}))
+
+
+@pytest.mark.parametrize(("one", "other"), EVERY_LIMIT, ids=[a[0] + "-".join(a[1]) for a, _ in EVERY_LIMIT])
 @given(batch=batches())
 def test_limits(one, other, batch):
-    a, b = hapo.method(one[0], **one[1]), hapo.method(other[0], **other[1])
+    a, b = built(*one), built(*other)
     p, q = one_step(a, batch), one_step(b, batch)
     assert torch.equal(p.advantage, q.advantage)
-    assert (a.factor is None, p.stats) == (b.factor is None, q.stats) or one[1].get("components") == ""
+    assert (a.temperature_rule is None, p.stats) == (b.temperature_rule is None, q.stats) or one[1].get(
+        "components"
+    ) == ""
     out, reference = a.loss(p), b.loss(q)
     for name in ("ratio", "advantage", "low", "high", "clipped"):
         assert torch.equal(out.tokens[name], reference.tokens[name]), name
@@ -385,10 +387,10 @@ def test_limits(one, other, batch):
 
 GRADIENT_LIMITS = [
     (("aspo", {}), ("grpo", {"kl_coef": 0.001}), on_policy),
-    (("ce_gppo", {"beta1": 0.0, "beta2": 0.0}), ("grpo", {"kl_coef": 0.0, "reduction": "token_mean"}), unclamped),
+    (("ce_gppo", {"beta1": 0.0, "beta2": 0.0}), (*GRPO, OVER_TOKENS), unclamped),
     (("cispo", {"is_weight_cap": 1e9, "trust_region": (0.2, 0.28)}), ("dapo", {}), unclamped),
     (
-        ("grpo_s", {"beta2": 0.0, "weight": "geometric"}),
+        ("grpo_s", {"beta2": 0.0}, {"ratio": Stage(sequence_ratio, "logp", "old_logp", "mask")}),
         ("gspo", {"eps_low": 0.2, "eps_high": 0.28}),
         right_or_wrong,
     ),
@@ -399,13 +401,16 @@ GRADIENT_LIMITS = [
     (("sapo", {"tau_pos": 1e-7, "tau_neg": 2e-7}), ("grpo", {"kl_coef": 0.0, **UNBOUNDED}), unclamped),
 ]
 """The same up to rounding, and for the gradient alone: values differ where a surrogate holds a stop-gradient."""
+EVERY_GRADIENT_LIMIT = [*GRADIENT_LIMITS, *declared("GRADIENT_LIMITS")]
 
 
-@pytest.mark.parametrize(("one", "other", "where"), GRADIENT_LIMITS, ids=[a[0] for a, _, _ in GRADIENT_LIMITS])
+@pytest.mark.parametrize(
+    ("one", "other", "where"), EVERY_GRADIENT_LIMIT, ids=[a[0] for a, _, _ in EVERY_GRADIENT_LIMIT]
+)
 @given(batch=batches())
 def test_limits_of_the_gradient(one, other, where, batch):
     batch = where(batch)
-    same(*(gradient(hapo.method(name, **options), batch)[1] for name, options in (one, other)))
+    same(*(gradient(built(*spec), batch)[1] for spec in (one, other)))
 
 
 @given(batch=batches())
@@ -423,8 +428,7 @@ def test_rloo_is_dr_grpo_times_n_over_n_minus_one(batch):
 def test_bounds_are_recorded_where_the_method_has_any(method):
     batch = ordinary()
     high = method.loss(one_step(method, batch)).tokens["high"]
-    bounded = "bounds" in options_of(method.name).stages or method.options.get("clip")
-    assert (high < torch.inf).all() if bounded else (high == torch.inf).all()
+    assert (high < torch.inf).all() if "bounds" in method.stages else (high == torch.inf).all()
 
 
 @pytest.mark.parametrize(("drawn", "weight"), [(1.5, 1.5), (0.5, 0.5), (8.0, 2.0)])
@@ -439,8 +443,8 @@ def test_the_sampler_s_weight_scales_the_surrogate(name, drawn, weight):
 
 
 def test_every_method_has_a_limit():
-    pairs = [*LIMITS, *GRADIENT_LIMITS, (("rloo", {}), ("dr_grpo", {}))]
-    assert {name for pair in pairs for name, _ in pair[:2]} == {*hapo.methods()}
+    pairs = [*EVERY_LIMIT, *EVERY_GRADIENT_LIMIT, (("rloo", {}), ("dr_grpo", {}))]
+    assert {spec[0] for pair in pairs for spec in pair[:2]} == {*hapo.methods()}
 
 
 def ordinary() -> hapo.TokenBatch:
@@ -508,7 +512,11 @@ def test_a_law_is_broken_just_where_the_method_says_so(method):
 
 def test_the_release_statistics_break_the_split_law():
     """How much the authors' choices cost, on one batch of 8 responses cut in two."""
-    release = {"variant": "release", "entropy_source": "current"}
-    assert breach_of_split(hapo.method("hapo", **release, stats_scope="micro_batch")) > 0.02
-    assert breach_of_split(hapo.method("hapo", **release)) < 1e-6
+    release = hapo.method("hapo", variant="release", entropy_source="current")
+    assert breach_of_split(release) < 1e-6
+
+    def of_these_rows(batch: Record) -> torch.Tensor:
+        return bounded_signal(batch.entropy, entropy_stats(batch.entropy, batch.mask), "release")
+
+    assert breach_of_split(release.replace(signal=of_these_rows)) > 0.02
     assert breach_of_split(hapo.method("archer", variant="release", kl_coef=0.1)) > 5e-4

@@ -28,8 +28,8 @@ ORDERS = [
     "import hapo.methods; hapo.method('dapo'); assert 'dapo' in hapo.methods()",
     "from hapo.methods.dapo import DAPO; import hapo; assert 'hapo' in hapo.methods()",
     "import hapo; hapo.parts.entropy.entropy_from_logits; hapo.parts.shaping; hapo.batch.compact_blocks",
-    "import hapo; hapo.batch.compact_blocks; hapo.parts.keep",
-    "import hapo.parts.keep; hapo.parts.entropy; hapo.parts.shaping",
+    "import hapo; hapo.batch.compact_blocks; hapo.parts.select",
+    "import hapo.parts.select; hapo.parts.entropy; hapo.parts.shaping",
     "import hapo; assert {hapo.EntropyStats, hapo.StepTotals, hapo.LossOutput} and hapo.methods()",
 ]
 """Each in a fresh package, after which all public names must be what they are."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import hapo
 from hapo.parts.advantage import group_advantage
-from hapo.parts.keep import most_uncertain
+from hapo.parts.select import most_uncertain
 from hapo.parts.penalty import k3
 from hapo.parts.ratio import token_ratio
 

@@ -115,13 +115,13 @@ def test_records(hapo_run: VerlRun, tmp_path: Path) -> None:
 def test_first_rollout_is_drawn_at_the_base_temperature(hapo_run: VerlRun) -> None:
     """Then every token at T_base times the factor of its entropy, by the statistics of the rollout before."""
     table, method = tokens(hapo_run.out), Run(hapo_run.out).method()
-    assert method.factor is not None
+    assert method.temperature_rule is not None
     apart = (table["logp_sampler"] - table["logp_old"]).abs()
     first = table["rollout"] == 1
     assert (table[first]["temperature"] == 1).all() and apart[first].max() < 1e-5
     drawn = table[table["rollout"] == 4]
     stats = EntropyStats(**json.loads((hapo_run.out / "global_step_1/hapo.json").read_text())["stats"])
-    factor = method.factor(torch.tensor(drawn["entropy"].to_numpy()), stats).numpy()
+    factor = method.temperature_rule(torch.tensor(drawn["entropy"].to_numpy()), stats).numpy()
     assert np.allclose(drawn["temperature"], factor, atol=1e-6) and factor.std() > 0.01
     assert apart[drawn.index].max() > 0.05
     assert np.allclose(

@@ -32,7 +32,7 @@ def right(completions: list[str], answer: list[str], **_: Any) -> list[float]:
 
 def replayed_gap(trainer: HAPOTrainer) -> float:
     """Largest distance of vLLM's log-probs from those of the adaptive temperature in a pass of our own."""
-    law, stats = trainer.method.factor, trainer._sampled_with
+    law, stats = trainer.method.temperature_rule, trainer._sampled_with
     worst = 0.0
     for inputs in trainer._buffered_inputs:
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)

@@ -5,17 +5,12 @@ Shapes: B sequences, T tokens. Log-probabilities and entropies are in nats, of s
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-
-BLOCK = 1 << 19
-"""Tokens that a CPU works on at once: the tensors of a block, 2 MiB each in float32, stay in its cache."""
 
 TOKEN_FIELDS = (
     "old_logp",
@@ -76,7 +71,7 @@ class TokenBatch:
 
     What stands at masked positions is never read. `logp` is the only tensor with a gradient. `advantage`,
     `signal`, `weight`, `keep`, `stats` and `totals` are made by `Method.prepare` and `Method.step` and are
-    constants from then on.
+    constants from then on. `hapo.stage.Record` is what the stages of a method see of it.
 
     Raises:
         ValueError: a field has another shape, dtype or device than the contract says, named in the message.
@@ -157,14 +152,8 @@ class TokenBatch:
 
     def count(self) -> StepTotals:
         """Totals of exactly these rows."""
-        length = lengths(self.mask)
-        kept = length if self.keep is None else lengths(self.mask & self.keep)
-        return StepTotals(*torch.stack([(length > 0).sum(), length.sum(), kept.sum()]).tolist())
-
-    def columns(self, width: int) -> TokenBatch:
-        """The first columns; the step's totals stay."""
-        tensors = {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
-        return self.replace(**{name: x[:, :width] for name, x in tensors.items() if x.ndim == 2})
+        kept = self.mask if self.keep is None else self.mask & self.keep
+        return StepTotals(*torch.stack([self.mask.any(-1).sum(), self.mask.sum(), kept.sum()]).tolist())
 
     def rows(self, index: slice | Tensor | list[int]) -> TokenBatch:
         """Some rows of the step, for one micro-batch: the step's totals stay, so that losses add up."""
@@ -181,46 +170,22 @@ class TokenBatch:
         )
 
 
-def lengths(mask: Bool[Tensor, "B T"]) -> Int[Tensor, " B"]:
-    """Valid tokens of each row."""
-    if mask.device.type == "cpu":  # numpy counts ten times as fast
-        return torch.from_numpy(np.atleast_1d(np.count_nonzero(mask.numpy(), axis=1)))
-    return mask.sum(-1)
-
-
 def working_dtype(x: Tensor) -> torch.dtype:
     """float32; float64 stays."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def masked(x: Float[Tensor, "B #T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """x in float32 (float64 stays) with zeros where the mask is False, whatever stood there. No gradient."""
-    return all_masked({"": x}, mask)[""]
+    """x in float32 (float64 stays) with zeros where the mask is False, whatever stood there.
 
-
-def all_masked(
-    tensors: dict[str, Float[Tensor, "B #T"]], mask: Bool[Tensor, "B T"]
-) -> dict[str, Float[Tensor, "B T"]]:
-    """`masked` of several tensors; one of width 1 stands for all T columns.
-
-    By bits, so that NaN and inf become 0: on a CPU that takes a fifth of the time of `torch.where`.
+    Differentiable in x, as often as one likes; where the mask is False the gradient is 0, even of NaN or inf.
 
     Raises:
-        ValueError: a tensor has other rows or columns than the mask, with its name and both shapes.
+        ValueError: x has other rows or columns than the mask; one of width 1 stands for all T columns.
     """
-    for name, x in tensors.items():
-        if x.ndim != 2 or len(x) != len(mask) or x.shape[1] not in (1, mask.shape[1]):
-            raise ValueError(f"{name or 'a tensor'} has shape {tuple(x.shape)}, and the mask {tuple(mask.shape)}")
-    tensors = {name: x.detach().to(working_dtype(x)) for name, x in tensors.items()}
-    out = {name: x.new_empty(mask.shape) for name, x in tensors.items()}
-    for rows in row_blocks(mask):
-        of_size: dict[torch.dtype, Tensor] = {}
-        for name, x in tensors.items():
-            ints = torch.int64 if x.dtype == torch.float64 else torch.int32
-            if ints not in of_size:
-                of_size[ints] = mask[rows].to(ints).neg_()
-            torch.bitwise_and(x[rows].view(ints), of_size[ints], out=out[name][rows].view(ints))
-    return out
+    if x.ndim != 2 or len(x) != len(mask) or x.shape[1] not in (1, mask.shape[1]):
+        raise ValueError(f"a tensor has shape {tuple(x.shape)}, and the mask {tuple(mask.shape)}")
+    return torch.where(mask, x.to(working_dtype(x)), 0.0)
 
 
 def valid(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, " N"]:
@@ -229,31 +194,3 @@ def valid(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "
     if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
         return torch.from_numpy(x.numpy()[mask.numpy()])
     return x[mask]
-
-
-def compact_blocks(mask: Bool[Tensor, "B T"]) -> list[tuple[slice | Tensor, int]]:
-    """All rows in blocks of about `BLOCK` tokens, each as rows and as many columns as these need.
-
-    Rows of like length stand together, so that little padding is left. An accelerator takes all rows at once.
-    """
-    rows, width = mask.shape
-    if mask.device.type != "cpu" or mask.numel() <= BLOCK:
-        return [(slice(None), width)]
-    last_first = mask.numpy()[:, ::-1]
-    needed = np.where(last_first.any(1), width - last_first.argmax(1), 1)
-    order = np.argsort(needed, kind="stable")
-    blocks: list[tuple[slice | Tensor, int]] = []
-    begin = 0
-    for end in range(1, rows + 1):
-        if end == rows or (end + 1 - begin) * needed[order[end]] > BLOCK:
-            blocks.append((torch.from_numpy(order[begin:end]), int(needed[order[end - 1]])))
-            begin = end
-    return blocks
-
-
-def row_blocks(mask: Bool[Tensor, "B T"]) -> list[slice]:
-    """Rows in blocks of about `BLOCK` tokens, at least one block; an accelerator takes all rows at once."""
-    rows, width = mask.shape
-    blocks = math.ceil(rows * width / BLOCK) if mask.device.type == "cpu" else 1
-    step = math.ceil(rows / max(blocks, 1)) or 1
-    return [slice(i, i + step) for i in range(0, rows, step)] or [slice(0, 0)]

@@ -12,7 +12,7 @@ from hapo.assets import tiny_model_path
 from hapo.cli import main
 from hapo.methods import AdaptiveTemperature
 from hapo.samplers.calibration import calibrate
-from hapo.samplers.rule import TemperatureRule
+from hapo.samplers.rule import TemperatureRule, law_from
 from tests.cli.small import flags
 
 PROMPTS = ["347+586=", "1+2=", "12+34="]
@@ -57,7 +57,7 @@ def test_jsonl_holds_the_same_prompts(prompts):
 def test_a_law_without_statistics_loads_nothing(tmp_path, capsys, law):
     assert run(tmp_path, model=None, prompts=None, **law) == 0
     assert f"the law {law['law']!r} reads no statistics: nothing was calibrated" in capsys.readouterr().out
-    assert TemperatureRule.load(tmp_path / "rule.json") == TemperatureRule(AdaptiveTemperature(**law))
+    assert TemperatureRule.load(tmp_path / "rule.json") == TemperatureRule(law_from(law))
 
 
 @pytest.mark.parametrize(

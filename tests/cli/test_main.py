@@ -73,7 +73,7 @@ def test_the_list_has_paper_stages_and_own_options_of_every_method(capsys, monke
         paper = options_of(name).paper
         assert f" {name} {paper.year} {paper.arxiv} " in text
     assert "no KL stages: filter, bounds, reduce, no penalty filter_groups=True, eps_high=0.28 dr_grpo" in text
-    assert "stages: the reference of this list kl_coef=0.04, scale=True," in text
+    assert "stages: the reference of this list kl_coef=0.04 grpo_s" in text
     assert "temperature={'tau': 0.1}, eps_high=0.28, components='ABCD'," in text
 
 
@@ -86,8 +86,9 @@ def test_a_card_has_stages_options_defaults_and_their_meaning(name, capsys, monk
     assert f"{cls.paper.title} ({cls.paper.year})\nhttps://arxiv.org/abs/{cls.paper.arxiv}\n" in out
     assert ("by its definition" in out) == bool(hapo.method(name).breaks)
     rows = [re.split(r"\s{2,}", line.strip()) for line in out.splitlines()]
-    for stage, choice in {**cls.stages, **differences(cls)}.items():
-        assert [f"{stage} *" if stage in differences(cls) else stage, choice] in rows
+    differs = differences(name)
+    for stage, choice in {**hapo.method(name).stages, **differs}.items():
+        assert [f"{stage} *" if stage in differs else stage, choice] in rows
     for option, value in defaults(cls).items():
         shown = "{'tau': 0.1}" if isinstance(value, AdaptiveTemperature) else repr(value)
         assert [option, shown, option_docs(cls)[option]] in rows

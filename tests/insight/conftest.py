@@ -81,7 +81,7 @@ def make_run(
     folder.mkdir(parents=True)
     steps = STEPS_PER_RECORD * rollouts if steps is None else steps
     built = None if method is None else hapo.method(method, **(options or {}))
-    adaptive = temperature and built is not None and built.factor is not None
+    adaptive = temperature and built is not None and built.temperature_rule is not None
     _write_config(folder, method, options or {}, seed, config or {}, size, updates, length)
     _write_manifest(folder, seed, manifest or {}, ranks)
     written = [_metrics(rng, step, steps, length, built, adaptive) for step in range(1, steps + 1)]
@@ -146,15 +146,15 @@ def _rollout(
     step = first + torch.tensor(rng.permutation(b)) % updates
     moved = torch.tensor(rng.normal(0.0, 1.0, typical.shape), dtype=torch.float32) * (0.05 + 0.15 * entropy)
     drawn_at = torch.ones_like(old)
-    if stats is not None and method.factor is not None:
-        drawn_at = method.factor(entropy, stats)
+    if stats is not None and method.temperature_rule is not None:
+        drawn_at = method.temperature_rule(entropy, stats)
     sampler = (old * drawn_at + torch.tensor(rng.normal(0, 1e-3, old.shape), dtype=torch.float32)).clamp(max=0.0)
     batch = hapo.TokenBatch(
         mask=torch.arange(length)[None, :] < torch.tensor(lengths)[:, None],
         old_logp=old,
         logp=torch.where((step > first)[:, None], old + moved, old).clamp(max=0.0),
         sampler_logp=sampler,
-        ref_logp=old + 0.1 * moved if method.kl_coef else None,
+        ref_logp=old + 0.1 * moved if method.penalty else None,
         old_entropy=entropy,
         entropy=entropy * torch.exp(0.1 * moved),
         reward=score,
@@ -246,7 +246,7 @@ def _metrics(
         "time/score": 0.2,
         "time/update": 0.5,
     }
-    if method.kl_coef:
+    if method.penalty:
         line["kl"] = 2e-3 * done
     if method.stats is not None:
         line |= {"entropy_stats/pivot": -2.2, "entropy_stats/sigma": 0.7, "entropy_stats/floored": 0.0}

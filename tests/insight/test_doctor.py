@@ -89,12 +89,6 @@ BROKEN_CONFIGS = [
         {"method_options": {"temperature": {"law": "zscore", "tau": 0.3}}},
         "tau 0.3, t_min 0.1, t_max 2 draws tokens at 0.1 to 1.9 times T_base",
     ),
-    (
-        "temperature_range",
-        "warning",
-        {"method": "grpo", "method_options": {"temperature": {"law": "edt", "theta": 0.6}}},
-        '{"temperature": {"law": "edt", "theta": 0.1}}',
-    ),
     ("small_groups", "warning", {"num_generations": 2}, "50 % of the groups hold both if half"),
     ("short_completions", "error", {"max_completion_length": 20}, "the longest has 30 tokens"),
     ("short_completions", "warning", {"max_completion_length": 28}, "--max_completion_length 32"),

@@ -5,6 +5,7 @@ import torch
 
 import hapo
 from hapo.parts.entropy import masked_quantile
+from hapo.parts.reduce import token_mean
 from tests.examples import OLD, close, example, loss_and_grad, on_tokens, worked_batch
 
 GATE = [[1, 0, 0, 0], [1, 0], [0, 1, 0], [0, 1], [1, 0, 0], [0, 1]]
@@ -73,7 +74,7 @@ def test_archer_gate_holds_the_order_statistic_where_the_quantile_is_one():
 def test_archer_with_one_width_and_no_kl_is_grpo_with_a_token_mean():
     archer = hapo.method("archer", eps_knowledge=0.2, eps_reasoning=0.2, **NO_KL)
     loss, grad, _ = loss_and_grad(archer, worked_batch())
-    grpo = hapo.method("grpo", kl_coef=0.0, reduction="token_mean")
+    grpo = hapo.method("grpo", kl_coef=0.0).replace(reduce=token_mean)
     grpo_loss, grpo_grad, _ = loss_and_grad(grpo, worked_batch())
     assert loss == grpo_loss
     assert torch.equal(grad, grpo_grad)

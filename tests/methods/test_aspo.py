@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import hapo
+from hapo.parts.reduce import sequence_mean, token_mean
 from tests.examples import close, example, logs, loss_and_grad, token_losses
 
 T = torch.tensor
@@ -14,15 +15,15 @@ P = [[0.45, 0.6, 0.1, 0.33], [0.25, 0.3, 0.4]]
 
 
 @pytest.mark.parametrize(
-    ("reduction", "loss", "grad"),
+    ("reduce", "loss", "grad"),
     [
-        ("token_mean", 0.615138, [[-0.190476, 0.0, -0.514286, -0.155844], [0.142857, 0.0, 0.342857]]),
-        ("sequence_mean", 0.514950, [[-0.166667, 0.0, -0.450000, -0.136364], [0.166667, 0.0, 0.400000]]),
+        (token_mean, 0.615138, [[-0.190476, 0.0, -0.514286, -0.155844], [0.142857, 0.0, 0.342857]]),
+        (sequence_mean, 0.514950, [[-0.166667, 0.0, -0.450000, -0.136364], [0.166667, 0.0, 0.400000]]),
     ],
 )
-def test_aspo(reduction, loss, grad):
+def test_aspo(reduce, loss, grad):
     batch = example(old=logs(P_OLD), new=logs(P), reward=[1.0, 0.0])
-    method = hapo.method("aspo", reduction=reduction, kl_coef=0.0)
+    method = hapo.method("aspo", kl_coef=0.0).replace(reduce=reduce)
     actual_loss, actual_grad, out = loss_and_grad(method, batch, advantage=T([[1.2] * 4, [-0.8] * 4]))
     assert actual_loss == pytest.approx(loss, abs=1e-6)
     close(actual_grad, grad)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import hapo
+from hapo.parts.reduce import token_mean
 from tests.examples import close, example, logs, loss_and_grad, token_losses
 
 P_OLD = [[0.5, 0.4, 0.3], [0.2, 0.5, 0.05, 0.6]]
@@ -40,7 +41,7 @@ def test_ce_gppo(options, loss, changed_losses, changed_grads):
 def test_ce_gppo_without_betas_has_the_gradient_of_the_clipped_surrogate():
     batch = example(old=logs(P_OLD), new=logs(P), reward=[1.0, 0.0])
     _, grad, _ = loss_and_grad(hapo.method("ce_gppo", beta1=0.0, beta2=0.0), batch, ADVANTAGE)
-    clipped = hapo.method("grpo", kl_coef=0.0, reduction="token_mean")
+    clipped = hapo.method("grpo", kl_coef=0.0).replace(reduce=token_mean)
     loss, expected, _ = loss_and_grad(clipped, batch, ADVANTAGE)
     assert loss == pytest.approx(0.517857, abs=1e-6)
     torch.testing.assert_close(grad, expected, rtol=0, atol=1e-7)

@@ -5,13 +5,14 @@ import torch
 
 import hapo
 from hapo.parts.entropy import mean_entropy
+from hapo.parts.reduce import sequence_mean, token_mean
 from hapo.parts.shaping import relative_entropy
 from tests.examples import OLD, close, loss_and_grad, on_tokens, padded, worked_batch
 
 
-@pytest.mark.parametrize(("reduction", "loss"), [("sequence_mean", -0.290736), ("token_mean", -0.308772)])
-def test_edge_grpo(reduction, loss):
-    batch, method = worked_batch(), hapo.method("edge_grpo", reduction=reduction)
+@pytest.mark.parametrize(("reduce", "loss"), [(sequence_mean, -0.290736), (token_mean, -0.308772)])
+def test_edge_grpo(reduce, loss):
+    batch, method = worked_batch(), hapo.method("edge_grpo").replace(reduce=reduce)
     close(method.prepare(batch).advantage, on_tokens([0.959033, -0.747246, -0.558109, 2.241739, 0.0, 0.0], OLD))
     actual, grad, _ = loss_and_grad(method, batch)
     assert actual == pytest.approx(loss, abs=1e-6)
@@ -23,7 +24,7 @@ def test_edge_grpo(reduction, loss):
         [0.0],
         [0.0],
     ]
-    if reduction == "token_mean":  # a token's weight is 1/16 instead of 1 / (6 n)
+    if reduce is token_mean:  # a token's weight is 1/16 instead of 1 / (6 n)
         grad = grad * 16 / (6 * batch.mask.sum(-1, keepdim=True))
     close(grad, expected)
 

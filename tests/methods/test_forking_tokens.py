@@ -4,18 +4,19 @@ import pytest
 import torch
 
 import hapo
-from hapo.parts.keep import most_uncertain
 from hapo.parts.penalty import k3
+from hapo.parts.reduce import token_mean, valid_token_mean
+from hapo.parts.select import most_uncertain
 from tests.examples import ENTROPY, OLD, close, loss_and_grad, on_tokens, one_step, padded, worked_batch
 
 
 @pytest.mark.parametrize(
-    ("normaliser", "loss", "grad"),
-    [("kept", 0.081969, -0.264441), ("valid", 0.020492, -0.264441 * 4 / 16)],
+    ("reduce", "loss", "grad"),
+    [(token_mean, 0.081969, -0.264441), (valid_token_mean, 0.020492, -0.264441 * 4 / 16)],
 )
-def test_forking_tokens(normaliser, loss, grad):
+def test_forking_tokens(reduce, loss, grad):
     batch = worked_batch()
-    method = hapo.method("forking_tokens", rho=0.2, filter_groups=False, normaliser=normaliser)
+    method = hapo.method("forking_tokens", rho=0.2, filter_groups=False).replace(reduce=reduce)
     prepared = one_step(method, batch)
     close(prepared.keep, [[1, 0, 0, 0], [1, 0], [0, 1, 0], [0, 0], [0, 0, 0], [0, 1]])
     assert batch.entropy[prepared.keep].min().item() == pytest.approx(0.9, abs=1e-6)

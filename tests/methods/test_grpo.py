@@ -5,6 +5,7 @@ import torch
 
 import hapo
 from hapo.parts.penalty import k3
+from hapo.parts.reduce import token_mean
 from tests.examples import NEW, OLD, REF, close, loss_and_grad, on_tokens, padded, token_losses, worked_batch
 
 
@@ -85,7 +86,7 @@ def test_grpo_weighs_responses_not_tokens():
 
 def test_grpo_on_a_dapo_recipe():
     """Token mean and clip-higher make GRPO's advantage DAPO's loss on the same rows."""
-    grpo = hapo.method("grpo", kl_coef=0.0, eps_high=0.28, reduction="token_mean", filter_groups=True)
+    grpo = hapo.method("grpo", kl_coef=0.0, eps_high=0.28, filter_groups=True).replace(reduce=token_mean)
     loss, grad, _ = loss_and_grad(grpo, worked_batch())
     dapo_loss, dapo_grad, _ = loss_and_grad(hapo.method("dapo"), worked_batch())
     assert loss == dapo_loss

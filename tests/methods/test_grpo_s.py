@@ -12,7 +12,7 @@ CORRECT = torch.tensor([True, True, False, False])
 
 
 @pytest.mark.parametrize(
-    ("normalisation", "advantage", "loss", "grad"),
+    ("variant", "advantage", "loss", "grad"),
     [
         (
             "padded",
@@ -29,8 +29,8 @@ CORRECT = torch.tensor([True, True, False, False])
         ("own", [0.707062, -0.707062, 0.707094, -0.707094], 0.020623, []),
     ],
 )
-def test_grpo_s(normalisation, advantage, loss, grad):
-    batch, method = shares_batch(), hapo.method("grpo_s", normalisation=normalisation)
+def test_grpo_s(variant, advantage, loss, grad):
+    batch, method = shares_batch(), hapo.method("grpo_s", variant=variant)
     close(method.prepare(batch).advantage, on_tokens(advantage, SHARES_H))
     actual, gradient, out = loss_and_grad(method, batch)
     assert actual == pytest.approx(loss, abs=1e-6)
@@ -63,6 +63,6 @@ def test_grpo_s_clips_a_whole_response_for_one_token():
 def test_grpo_s_joint_with_equal_entropies_has_grpos_advantage():
     batch = shares_batch()
     batch = batch.replace(old_entropy=torch.full_like(batch.old_entropy, 0.3))
-    advantage = hapo.method("grpo_s", normalisation="joint").prepare(batch).advantage
+    advantage = hapo.method("grpo_s", variant="joint").prepare(batch).advantage
     expected = hapo.method("grpo").prepare(batch).advantage
     torch.testing.assert_close(advantage, expected, rtol=0, atol=2e-6)

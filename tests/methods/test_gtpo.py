@@ -11,7 +11,7 @@ CORRECT = torch.tensor([True, True, False, False])
 
 
 @pytest.mark.parametrize(
-    ("normalisation", "advantage", "loss", "grad"),
+    ("variant", "advantage", "loss", "grad"),
     [
         (
             "padded",
@@ -32,8 +32,8 @@ CORRECT = torch.tensor([True, True, False, False])
         ),
     ],
 )
-def test_gtpo(normalisation, advantage, loss, grad):
-    batch, method = shares_batch(), hapo.method("gtpo", normalisation=normalisation)
+def test_gtpo(variant, advantage, loss, grad):
+    batch, method = shares_batch(), hapo.method("gtpo", variant=variant)
     close(method.prepare(batch).advantage, advantage)
     actual, gradient, out = loss_and_grad(method, batch)
     assert actual == pytest.approx(loss, abs=1e-6)
@@ -58,8 +58,6 @@ def test_gtpo_shaped_rewards(clip, shaped):
     batch = shares_batch()
     entropy = batch.old_entropy if clip is None else batch.old_entropy.clamp(*clip)
     close(entropy_shaped_reward(entropy, CORRECT, batch.group, batch.mask), shaped)
-    clipped = hapo.method("gtpo", entropy_clip=clip).prepare(batch).advantage
-    assert torch.equal(clipped, hapo.method("gtpo").prepare(batch.replace(old_entropy=entropy)).advantage)
 
 
 def test_gtpo_columns_sum_to_the_number_of_responses_alive():
@@ -79,7 +77,7 @@ def test_gtpo_padded_keeps_the_sign_and_own_balances_each_sign():
     padded = hapo.method("gtpo").prepare(batch).advantage
     assert (padded[batch.mask & CORRECT.unsqueeze(1)] > 0).all()
     assert (padded[batch.mask & ~CORRECT.unsqueeze(1)] < 0).all()
-    own = hapo.method("gtpo", normalisation="own").prepare(batch).advantage
+    own = hapo.method("gtpo", variant="own").prepare(batch).advantage
     assert own[CORRECT].sum().item() == pytest.approx(0, abs=1e-6)
     alone = hapo.method("gtpo").prepare(batch.replace(group=torch.arange(4))).advantage
     assert (alone == 0).all()
@@ -91,7 +89,7 @@ def test_entropies_that_hardly_differ_are_compared_in_float64(name):
     batch = shares_batch()
     similar = 1.0 + 1e-3 * batch.old_entropy
     results = [
-        hapo.method(name, normalisation="own")
+        hapo.method(name, variant="own")
         .prepare(
             batch.replace(old_entropy=h, old_logp=batch.old_logp.to(h.dtype), reward=batch.reward.to(h.dtype))
         )

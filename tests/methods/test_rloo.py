@@ -38,7 +38,7 @@ def test_rloo_takes_the_kl_off_the_reward():
     reward = torch.tensor([1.0, 0.0, 0.5]) - beta * (old - torch.tensor([-1.5, -1.0, -1.5]))
     advantage = hapo.method("rloo", kl_coef=beta).prepare(batch).advantage
     torch.testing.assert_close(advantage[:, 0], (reward - reward.mean()) * 1.5)
-    with pytest.raises(ValueError, match="needs TokenBatch.ref_logp at prepare"):
+    with pytest.raises(ValueError, match="reads TokenBatch.ref_logp"):
         hapo.method("rloo", kl_coef=beta).prepare(rloo_batch())
 
 

@@ -7,7 +7,7 @@ import torch
 
 import hapo
 from hapo.parts.entropy import masked_quantile
-from hapo.parts.keep import not_spurious
+from hapo.parts.select import not_spurious
 from tests.examples import close, example, logs, loss_and_grad, on_tokens, one_step
 
 T = torch.tensor

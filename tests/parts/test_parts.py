@@ -15,10 +15,10 @@ from hapo.parts.advantage import (
 )
 from hapo.parts.bounds import asymmetric_bounds, constant_bounds, gated_bounds
 from hapo.parts.entropy import entropy_from_logits, entropy_signal, entropy_stats, masked_quantile, mean_entropy
-from hapo.parts.keep import mixed_groups, most_uncertain, not_spurious
 from hapo.parts.penalty import k3
 from hapo.parts.ratio import mean_ratio, sequence_ratio, token_ratio, truncated_correction
 from hapo.parts.reduce import sequence_mean, sequence_sum, token_mean, valid_token_mean
+from hapo.parts.select import mixed_groups, most_uncertain, not_spurious
 from hapo.parts.shaping import (
     entropy_shaped_reward,
     redistribute,
@@ -165,7 +165,7 @@ def test_asymmetric_bounds_widen_one_side():
 def test_a_ratio_on_the_bound_is_unclipped():
     ratio = T([[1.25, 1.26, 0.75, 0.74, 1.26, 0.74]]).requires_grad_()
     advantage = T([[1.0, 1.0, -1.0, -1.0, -1.0, 1.0]])
-    out = clipped_surrogate(ratio.log(), ratio, advantage, constant_bounds(ratio.detach(), 0.25, 0.25))
+    out = clipped_surrogate(ratio, advantage, constant_bounds(ratio.detach(), 0.25, 0.25))
     assert out.loss.tolist()[0] == pytest.approx([-1.25, -1.25, 0.75, 0.75, 1.26, -0.74])
     (grad,) = torch.autograd.grad(out.loss.sum(), ratio)
     assert grad.tolist() == [[-1.0, 0.0, 1.0, 0.0, 1.0, -1.0]]
@@ -176,7 +176,7 @@ def test_a_ratio_on_the_bound_is_unclipped():
 def test_dual_clip_caps_negative_advantages():
     ratio = T([[3.0, 3.5]]).requires_grad_()
     bounds = constant_bounds(ratio.detach(), 0.2, 0.2)
-    out = clipped_surrogate(ratio.log(), ratio, T([[-2.0, -2.0]]), bounds, dual_clip=3.0)
+    out = clipped_surrogate(ratio, T([[-2.0, -2.0]]), bounds, dual_clip=3.0)
     assert out.loss.tolist() == [[6.0, 6.0]]
     (grad,) = torch.autograd.grad(out.loss.sum(), ratio)
     assert grad.tolist() == [[2.0, 0.0]]
@@ -186,7 +186,7 @@ def test_dual_clip_leaves_positive_advantages_alone():
     """Their loss is that of the upper bound however large the ratio is."""
     ratio = T([[1.1, 4.0, 50.0]])
     bounds = constant_bounds(ratio, 0.2, 0.2)
-    plain, dual = (clipped_surrogate(ratio.log(), ratio, T([[2.0] * 3]), bounds, c).loss for c in (None, 3.0))
+    plain, dual = (clipped_surrogate(ratio, T([[2.0] * 3]), bounds, c).loss for c in (None, 3.0))
     assert torch.equal(plain, dual)
     close(dual, [[-2.2, -2.4, -2.4]])
 
@@ -288,8 +288,8 @@ def test_gated_bounds_are_symmetric():
 @pytest.mark.parametrize(
     ("surrogate", "inside", "outside"),
     [
-        (clipped_surrogate, [-1.25, 0.75], [0.0, 0.0]),
-        (unclipped_surrogate, [-1.25, 0.75], [-1.5, 0.5]),
+        (lambda logp, *rest: clipped_surrogate(*rest), [-1.25, 0.75], [0.0, 0.0]),
+        (lambda logp, r, a, bounds: unclipped_surrogate(r, a), [-1.25, 0.75], [-1.5, 0.5]),
         (clipped_weight, [-1.25, 0.75], [-1.25, 0.75]),
         (partial(clipped_weight, trust_region=(0.25, 0.25)), [-1.25, 0.75], [0.0, 0.0]),
         (partial(gradient_preserving, beta1=0.5, beta2=2.0), [-1.25, 0.75], [-2.5, 0.375]),

@@ -8,11 +8,19 @@ import pytest
 import torch
 
 from hapo.batch import EntropyStats
-from hapo.methods import AdaptiveTemperature
-from hapo.parts.temperature import dynatemp_factor, edt_factor
+from hapo.samplers.decoding_rules import EDT, DynamicTemperature
+from hapo.samplers.rule import law_from
 
 V = 1000
 TOP = math.log(V)
+
+
+def dynatemp_factor(entropy, vocabulary, tau, exponent=1.0):
+    return DynamicTemperature(vocabulary=vocabulary, tau=tau, exponent=exponent).factor(entropy)
+
+
+def edt_factor(entropy, theta, low=0.1):
+    return EDT(theta=theta, t_min=low).factor(entropy)
 
 
 def test_dynatemp_goes_from_one_minus_tau_to_one_plus_tau():
@@ -54,7 +62,7 @@ def test_edt_is_a_power_of_the_inverse_entropy():
 )
 def test_every_law_rises_with_the_entropy_and_stays_positive(options, dtype):
     entropy = torch.cat([torch.zeros(1), torch.logspace(-9, math.log10(TOP), 200)]).to(dtype)
-    factor = AdaptiveTemperature(**options).factor(entropy, EntropyStats(0.4, 0.9, 1.5, -19.0))
+    factor = law_from(options).factor(entropy, EntropyStats(0.4, 0.9, 1.5, -19.0))
     assert factor.min() > 0
     assert factor.isfinite().all()
     assert (factor.diff() >= 0).all()

@@ -10,6 +10,7 @@ import torch
 
 from hapo.batch import EntropyStats
 from hapo.methods import AdaptiveTemperature
+from hapo.samplers.decoding_rules import EDT, DynamicTemperature
 from hapo.samplers.rule import TemperatureRule, temper_
 
 STATS = EntropyStats(pivot=-1.25, sigma=2.5, h_max=1.5, h_min=-6.0)
@@ -18,8 +19,8 @@ RULES = [
     TemperatureRule(AdaptiveTemperature(), STATS),
     TemperatureRule(AdaptiveTemperature(tau=0.3, rho=0.6, variant="release"), STATS),
     TemperatureRule(AdaptiveTemperature(law="zscore", tau=1.7, t_min=0.5, t_max=1.5), STATS),
-    TemperatureRule(AdaptiveTemperature(law="dynatemp", vocabulary=50_000, exponent=2.0)),
-    TemperatureRule(AdaptiveTemperature(law="edt", theta=0.3)),
+    TemperatureRule(DynamicTemperature(vocabulary=50_000, exponent=2.0)),
+    TemperatureRule(EDT(theta=0.3)),
 ]
 
 
@@ -70,6 +71,8 @@ def test_parameters_of_others_are_no_rule(args):
         ({"hapo_law": "dynatemp", "hapo_vocabulary": 1}, "vocabulary must be a whole number > 1"),
         ({"hapo_law": "dynatemp", "hapo_vocabulary": 9, "hapo_exponent": 0.0}, "exponent must be > 0"),
         ({"hapo_law": "edt", "hapo_theta": -0.1}, "theta must be >= 0"),
+        ({"hapo_law": "edt", "hapo_tau": 0.1}, "the law 'edt' has no option 'tau'"),
+        ({"hapo_law": "linear"}, "law must be one of 'bounded', 'zscore', 'dynatemp', 'edt'"),
     ],
 )
 def test_bad_parameters_are_refused_with_their_name(args, message):

@@ -18,6 +18,7 @@ import torch
 
 from hapo.batch import EntropyStats
 from hapo.methods import AdaptiveTemperature
+from hapo.samplers.decoding_rules import EDT, DynamicTemperature
 from hapo.samplers.rule import TemperatureRule
 from hapo.samplers.sglang import AdaptiveTemperatureLogitProcessor, check_server, request_args
 
@@ -26,8 +27,8 @@ STATS = EntropyStats(pivot=0.4, sigma=0.9, h_max=1.1, h_min=-3.0)
 RULES = {
     "bounded": TemperatureRule(AdaptiveTemperature(tau=0.4), STATS),
     "zscore": TemperatureRule(AdaptiveTemperature(law="zscore", tau=0.3), STATS),
-    "dynatemp": TemperatureRule(AdaptiveTemperature(law="dynatemp", tau=0.5, vocabulary=VOCAB)),
-    "edt": TemperatureRule(AdaptiveTemperature(law="edt", theta=0.3)),
+    "dynatemp": TemperatureRule(DynamicTemperature(tau=0.5, vocabulary=VOCAB)),
+    "edt": TemperatureRule(EDT(theta=0.3)),
 }
 ALL_TOKENS = 1 << 30  # top_k of a request that does not restrict it
 

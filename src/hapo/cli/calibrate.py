@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -14,7 +15,7 @@ from rich.console import Console
 
 from ..assets import tiny_model_path
 from ..methods import AdaptiveTemperature
-from ..samplers.rule import TemperatureRule
+from ..samplers.rule import LAWS, Law, TemperatureRule, law_from
 from . import UsageError
 from .cards import option_docs
 
@@ -29,7 +30,7 @@ def main(argv: list[str]) -> int:
     law = _law(options)
     _check_output(options.output)
     console = Console(highlight=False, markup=False)
-    if law.needs_stats:
+    if isinstance(law, AdaptiveTemperature):
         rule = _calibrated(law, options, console)
     else:
         console.print(f"the law {law.law!r} reads no statistics: nothing was calibrated")
@@ -91,7 +92,7 @@ def _calibrated(law: AdaptiveTemperature, options: argparse.Namespace, console: 
             prompts,
             max_new_tokens=options.max_new_tokens,
             t_base=options.temperature,
-            rho=options.rho,
+            rho=law.rho,
             batch_size=options.batch_size,
             seed=options.seed,
             advance=advance,
@@ -105,9 +106,10 @@ def _calibrated(law: AdaptiveTemperature, options: argparse.Namespace, console: 
     return TemperatureRule(law, stats)
 
 
-def _law(options: argparse.Namespace) -> AdaptiveTemperature:
+def _law(options: argparse.Namespace) -> Law:
+    told = {name: value for name in _law_options() if (value := getattr(options, name)) is not None}
     try:
-        return AdaptiveTemperature(**{f.name: getattr(options, f.name) for f in fields(AdaptiveTemperature)})
+        return law_from(told)
     except ValueError as error:
         raise UsageError(str(error)) from error
 
@@ -138,14 +140,26 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", default="auto", help="of the weights")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the model")
     law = parser.add_argument_group("the law")
-    docs, types = option_docs(AdaptiveTemperature), get_type_hints(AdaptiveTemperature)
-    for f in fields(AdaptiveTemperature):
-        choices = get_args(types[f.name]) if get_origin(types[f.name]) is Literal else None
-        kind = {float: float, int | None: int}.get(types[f.name], str)
-        law.add_argument(
-            f"--{f.name}", type=kind, choices=choices, default=f.default, help=docs[f.name].removesuffix(".")
-        )
+    for name, (kind, choices, meaning) in _law_options().items():
+        law.add_argument(f"--{name}", type=kind, choices=choices, help=meaning)
     return parser
+
+
+def _law_options() -> dict[str, tuple[type, Sequence[str] | None, str]]:
+    """Option -> its type, its choices, and its meaning in each law that has it."""
+    kinds = {kind: [name for name in LAWS if LAWS[name] is kind] for kind in dict.fromkeys(LAWS.values())}
+    found: dict[str, tuple[type, Sequence[str] | None, list[str]]] = {
+        "law": (str, list(LAWS), ["default: bounded"])
+    }
+    for kind, names in kinds.items():
+        docs, types = option_docs(kind), get_type_hints(kind)
+        for f in fields(kind):
+            if f.name != "law":
+                choices = get_args(types[f.name]) if get_origin(types[f.name]) is Literal else None
+                of = {float: float, int | None: int}.get(types[f.name], str)
+                meaning = f"{', '.join(names)}: {docs[f.name].removesuffix('.')} (default: {f.default})"
+                found.setdefault(f.name, (of, choices, []))[2].append(meaning)
+    return {name: (of, choices, "; ".join(meanings)) for name, (of, choices, meanings) in found.items()}
 
 
 def _positive(word: str) -> int:

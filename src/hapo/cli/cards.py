@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..methods import Options
 
 PACKAGE = Path(hapo.__file__).parent
-SOURCES = ("batch.py", "method.py", "methods/*.py", "parts/*.py", "cli/cards.py")
+SOURCES = ("batch.py", "stage.py", "method.py", "methods/*.py", "parts/*.py", "cli/cards.py")
 """The files of the package that a card depends on."""
 
 
@@ -40,7 +40,7 @@ class Card:
     breaks: list[str]
     """Laws that it breaks by its definition."""
     stages: dict[str, str]
-    """Its choice of each stage; "none" where GRPO has the stage and it has not."""
+    """The part that is each of its stages, with its options; "none" where GRPO has the stage and it has not."""
     differs: list[str]
     """Stages in which it differs from GRPO."""
     own: list[str]
@@ -107,7 +107,7 @@ def make_card(name: str) -> Card:
     from ..methods import options_of
 
     cls = options_of(name)
-    differs, values, docs = differences(cls), defaults(cls), option_docs(cls)
+    differs, values, docs = differences(name), defaults(cls), option_docs(cls)
     return Card(
         name=name,
         summary=cls.summary,
@@ -115,7 +115,7 @@ def make_card(name: str) -> Card:
         year=cls.paper.year,
         arxiv=cls.paper.arxiv,
         breaks=sorted(hapo.method(name).breaks),
-        stages={**cls.stages, **differs},
+        stages={**hapo.method(name).stages, **differs},
         differs=list(differs),
         own=[f"{option}={_text(value)}" for option, value in _own(values).items()],
         options={option: [_text(value), docs[option]] for option, value in values.items()},
@@ -139,12 +139,10 @@ def option_docs(cls: type) -> dict[str, str]:
     return docs
 
 
-def differences(cls: type[Options]) -> dict[str, str]:
+def differences(name: str) -> dict[str, str]:
     """The stages in which a method differs from GRPO, with its choice: "none" where it leaves GRPO's out."""
-    from ..methods import options_of
-
-    base = options_of("grpo").stages
-    stages = {**cls.stages, **{stage: "none" for stage in base if stage not in cls.stages}}
+    base, own = hapo.method("grpo").stages, hapo.method(name).stages
+    stages = {**own, **{stage: "none" for stage in base if stage not in own}}
     return {stage: choice for stage, choice in stages.items() if choice != base.get(stage)}
 
 

@@ -25,7 +25,7 @@ ROWS = 512
 TRUNCATIONS = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
 """Sampling options -> the value at which they leave the policy as it is."""
 
-CLAMPS = {"zscore": ("t_min", "t_max"), "edt": ("t_min",)}
+CLAMPS = {"zscore": ("t_min", "t_max")}
 """Temperature law -> the options that clamp it."""
 
 
@@ -65,7 +65,7 @@ def ratio_always_one(plan: Plan) -> Finding | None:
     from ..parts.surrogate import unclipped_surrogate
 
     args = plan.args
-    if args.updates_per_rollout > 1 or plan.method.surrogate is unclipped_surrogate:
+    if args.updates_per_rollout > 1 or getattr(plan.method.surrogate, "part", None) is unclipped_surrogate:
         return None
     return Finding(
         "ratio_always_one",
@@ -84,7 +84,7 @@ def uncorrected_sampler(plan: Plan) -> Finding | None:
         return None
     given = {name: getattr(plan.args, name) for name in TRUNCATIONS} | (plan.args.generation_kwargs or {})
     causes = [f"{name} {given[name]}" for name, plain in TRUNCATIONS.items() if given[name] not in (plain, None)]
-    if plan.method.factor is not None:
+    if plan.method.temperature_rule is not None:
         causes.append("the adaptive temperature")
     if plan.args.use_vllm:
         causes.append("use_vllm")
@@ -111,10 +111,8 @@ def temperature_range(plan: Plan) -> Finding | None:
     low, high = _factors(law)
     if low >= 0.5 and high <= 2.0:
         return None
-    strength = "theta" if law.law == "edt" else "tau"
-    told = ", ".join(f"{name} {getattr(law, name):g}" for name in (strength, *CLAMPS.get(law.law, ())))
-    vocabulary = {"vocabulary": law.vocabulary} if law.law == "dynatemp" else {}
-    remedy = json.dumps({"temperature": {"law": law.law, strength: 0.1, **vocabulary}})
+    told = ", ".join(f"{name} {getattr(law, name):g}" for name in ("tau", *CLAMPS.get(law.law, ())))
+    remedy = json.dumps({"temperature": {"law": law.law, "tau": 0.1}})
     return Finding(
         "temperature_range",
         "warning",
@@ -126,13 +124,7 @@ def temperature_range(plan: Plan) -> Finding | None:
 
 
 def _factors(law: AdaptiveTemperature) -> tuple[float, float]:
-    """Smallest and largest factor on T_base: of z-scores up to 3, and of EDT at an entropy of 0.1 nats."""
-    if law.law == "edt":
-        import torch
-
-        from ..parts.temperature import edt_factor
-
-        return edt_factor(torch.tensor(0.1), law.theta, low=law.t_min).item(), 1.0
+    """Smallest and largest factor on T_base, of z-scores up to 3."""
     if law.law == "zscore":
         return max(1 - 3 * law.tau, law.t_min), min(1 + 3 * law.tau, law.t_max)
     return 1 - law.tau, 1 + law.tau

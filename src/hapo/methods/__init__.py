@@ -1,24 +1,11 @@
-"""Named methods, one file a paper: only compositions of parts, with their defaults and citations."""
+"""Named methods, one file a paper: only compositions of parts, with their defaults and citations.
 
-from . import (  # noqa: F401 - importing a method registers it
-    archer,
-    aspo,
-    ce_gppo,
-    cispo,
-    dapo,
-    dr_grpo,
-    edge_grpo,
-    entropy_adv,
-    forking_tokens,
-    grpo,
-    grpo_s,
-    gspo,
-    gtpo,
-    hapo,
-    rloo,
-    sapo,
-    stapo,
-)
+A file of this folder that registers a class of options is a method; its name begins with no underscore.
+"""
+
+import importlib
+import pkgutil
+
 from ._options import AdaptiveTemperature, ClippedOptions, Options, Paper
 from ._registry import method, methods, options_of, register
 
@@ -32,3 +19,7 @@ __all__ = [
     "options_of",
     "register",
 ]
+
+for _file in pkgutil.iter_modules(__path__):
+    if not _file.name.startswith("_"):
+        importlib.import_module(f".{_file.name}", __name__)

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import difflib
 import math
-from abc import ABC
-from collections.abc import Iterable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from ..batch import EntropyStats, TokenBatch
+from ..batch import EntropyStats
 from ..method import Method
-from ..parts.advantage import group_advantage
-from ..parts.bounds import Bounds, constant_bounds
 from ..parts.entropy import entropy_stats
-from ..parts.surrogate import clipped_surrogate
-from ..parts.temperature import bounded_factor, dynatemp_factor, edt_factor, zscore_factor
+from ..parts.penalty import kl_penalty
+from ..parts.temperature import bounded_factor, zscore_factor
+from ..stage import Stage, When
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Paper:
 class AdaptiveTemperature:
     """HAPO's sampling temperature (arXiv 2509.16591, eq. 8): T = T_base (1 + tau h), h the entropy signal.
 
-    It is orthogonal to the loss, so every method takes it: `temperature={"tau": 0.1}`. `law` names others.
+    It is orthogonal to the loss, so every method takes it: `temperature={"tau": 0.1}`.
 
     Raises:
         ValueError: a value is out of its range, named in the message.
@@ -42,35 +41,26 @@ class AdaptiveTemperature:
 
     tau: float = 0.1
     """Strength (paper)."""
-    law: Literal["bounded", "zscore", "dynatemp", "edt"] = "bounded"
-    """1 + tau clip(h, -1, 1); the paper's eq. 8 with its z-score, clamped to [t_min, t_max]; or a rule without
-    statistics, llama.cpp's dynamic temperature (1 - tau to 1 + tau) or EDT (0.8^(theta / H))."""
+    law: Literal["bounded", "zscore"] = "bounded"
+    """1 + tau clip(h, -1, 1), or the paper's eq. 8 with its z-score, clamped to [t_min, t_max]."""
     rho: float = 0.8
     """Quantile of log entropy that is the pivot (paper)."""
     t_min: float = 0.1
-    """Lower clamp of the z-score law and of EDT, as a factor on T_base (ours; the papers state none)."""
+    """Lower clamp of the z-score rule, as a factor on T_base (ours; the paper states none)."""
     t_max: float = 2.0
-    """Upper clamp of the z-score law, as a factor on T_base (ours)."""
+    """Upper clamp of the z-score rule, as a factor on T_base (ours)."""
     variant: Literal["paper", "release"] = "paper"
     """Sign of the lower branch of h: the paper's, or as the authors' code computes it."""
-    exponent: float = 1.0
-    """Power of the normalised entropy in "dynatemp"."""
-    vocabulary: int | None = None
-    """Number of tokens, which "dynatemp" normalises by."""
-    theta: float = 0.1
-    """Strength of "edt", nats."""
+
+    needs_stats: ClassVar[bool] = True
+    """The rule reads statistics of a rollout or of a calibration."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         check_numbers(self)
-        one_of("law", self.law, ("bounded", "zscore", "dynatemp", "edt"))
+        one_of("law", self.law, ("bounded", "zscore"))
         one_of("variant", self.variant, ("paper", "release"))
-        if self.law == "dynatemp":
-            fits = isinstance(self.vocabulary, int) and self.vocabulary > 1
-            require(fits, "vocabulary", self.vocabulary, "a whole number > 1 with the law 'dynatemp'")
-        require(0 < self.exponent < math.inf, "exponent", self.exponent, "> 0 and finite")
-        require(0 <= self.theta < math.inf, "theta", self.theta, ">= 0 and finite")
-        if self.law in ("bounded", "dynatemp"):
+        if self.law == "bounded":
             safe = "in [0, 1): from 1 on, the temperature 1 + tau h of the most certain token is 0 or negative"
             require(0 <= self.tau < 1, "tau", self.tau, safe)
         require(0 <= self.tau < math.inf, "tau", self.tau, ">= 0 and finite")
@@ -80,7 +70,7 @@ class AdaptiveTemperature:
 
     @classmethod
     def of(cls, value: AdaptiveTemperature | Mapping[str, Any], **defaults: Any) -> AdaptiveTemperature:
-        """The law that a mapping of its options describes, as it comes from YAML or the command line."""
+        """The rule that a mapping of its options describes, as it comes from YAML or the command line."""
         if isinstance(value, cls):
             return value
         if not isinstance(value, Mapping):
@@ -91,24 +81,14 @@ class AdaptiveTemperature:
     @property
     def acts(self) -> bool:
         """Whether any temperature differs from T_base."""
-        return (self.theta if self.law == "edt" else self.tau) > 0
+        return self.tau > 0
 
     @property
-    def needs_stats(self) -> bool:
-        """Whether the law reads statistics of a rollout or of a calibration."""
-        return self.law in ("bounded", "zscore")
-
-    def factor(self, entropy: Tensor, stats: EntropyStats | None) -> Tensor:
-        """Factor on T_base at positions with these entropies (nats, of softmax(logits / T_base))."""
-        if self.law == "dynatemp":
-            assert self.vocabulary is not None
-            return dynatemp_factor(entropy, self.vocabulary, self.tau, self.exponent)
-        if self.law == "edt":
-            return edt_factor(entropy, self.theta, low=self.t_min)
-        assert stats is not None
+    def factor(self) -> Callable[[Tensor, EntropyStats], Tensor]:
+        """(entropies in nats, of softmax(logits / T_base); statistics) -> factor on T_base."""
         if self.law == "zscore":
-            return zscore_factor(entropy, stats, self.tau, self.t_min, self.t_max)
-        return bounded_factor(entropy, stats, self.tau, self.variant)
+            return partial(zscore_factor, tau=self.tau, low=self.t_min, high=self.t_max)
+        return partial(bounded_factor, tau=self.tau, variant=self.variant)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +102,6 @@ class Options(ABC):
     name: ClassVar[str]
     paper: ClassVar[Paper]
     summary: ClassVar[str]
-    stages: ClassVar[dict[str, str]]
 
     filter_groups: bool = False
     """Drop groups whose verdicts are all equal (DAPO's dynamic sampling)."""
@@ -134,8 +113,7 @@ class Options(ABC):
     """Cap of the importance weight min(exp(old - sampler), cap), used where the batch knows its sampler's
     log-probs; None switches the weight off."""
     temperature: AdaptiveTemperature | Mapping[str, Any] | None = None
-    """HAPO's adaptive sampling temperature, e.g. {"tau": 0.1}; its keys: tau, law, rho, t_min, t_max, variant,
-    exponent, vocabulary, theta."""
+    """HAPO's adaptive sampling temperature, e.g. {"tau": 0.1}; its keys: tau, law, rho, t_min, t_max, variant."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -146,30 +124,26 @@ class Options(ABC):
         if self.temperature is not None:
             object.__setattr__(self, "temperature", AdaptiveTemperature.of(self.temperature))
 
+    @abstractmethod
     def build(self) -> Method:
-        """The method with these options: here the group's z-score and Method's own choices for the loss."""
-        method = Method(
-            name=self.name,
-            advantage=self._advantage,
-            filter_groups=self.filter_groups,
-            sampler_cap=self.sampler_cap,
-            kl_coef=self.kl_coef,
-        )
-        if self.temperature is None:
-            return method
-        assert isinstance(self.temperature, AdaptiveTemperature)
-        return method.replace(stats=self._stats, factor=self.temperature.factor if self.temperature.acts else None)
+        """The method with these options."""
 
-    def _advantage(self, batch: TokenBatch) -> Tensor:
-        return group_advantage(batch.reward, batch.group, batch.mask, singleton=self.singleton)
-
-    def _stats(self, batch: TokenBatch) -> EntropyStats | None:
-        assert batch.old_entropy is not None and isinstance(self.temperature, AdaptiveTemperature)
-        return entropy_stats(batch.old_entropy, batch.mask, self.temperature.rho)
+    def shared(self, **own: Any) -> dict[str, Any]:
+        """What every `build` hands to `Method`: name, filter, sampler's weight, temperature; `own` goes before."""
+        rule = self.temperature
+        shared: dict[str, Any] = {
+            "name": self.name,
+            "filter_groups": self.filter_groups,
+            "sampler_cap": self.sampler_cap,
+        }
+        if isinstance(rule, AdaptiveTemperature):
+            shared["stats"] = Stage(entropy_stats, "old_entropy", "mask", rho=rule.rho)
+            shared["temperature_rule"] = rule.factor if rule.acts else None
+        return {**shared, **own}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClippedOptions(Options):
+class ClippedOptions(Options, ABC):
     """Options of the methods that hold the ratio between bounds."""
 
     eps_low: float = 0.2
@@ -186,32 +160,18 @@ class ClippedOptions(Options):
         require(self.eps_high > 0, "eps_high", self.eps_high, "> 0")
         require(self.dual_clip is None or self.dual_clip > 1, "dual_clip", self.dual_clip, "> 1, or None")
 
-    def build(self) -> Method:
-        """The clipped surrogate between constant bounds."""
-        surrogate = partial(clipped_surrogate, dual_clip=self.dual_clip)
-        return super().build().replace(bounds=self._bounds, surrogate=surrogate)
 
-    def _bounds(self, ratio: Tensor, signal: Tensor | None) -> Bounds:
-        return constant_bounds(ratio, self.eps_low, self.eps_high)
+def k3_penalty(kl_coef: float) -> Stage[Tensor] | None:
+    """kl_coef times k3 towards the reference policy, on every valid token; None where the weight is 0."""
+    return Stage(kl_penalty, "logp", "ref_logp", "mask", coef=kl_coef) if kl_coef else None
 
 
 EntropySource = Literal["current", "old"]
 
 
-def entropy_of(batch: TokenBatch, source: EntropySource) -> Tensor:
-    """The current policy's entropies, or those at rollout, detached.
-
-    Raises:
-        ValueError: the batch has none.
-    """
-    name = "entropy" if source == "current" else "old_entropy"
-    entropy: Tensor | None = getattr(batch, name)
-    if entropy is None:
-        raise ValueError(
-            f'entropy_source="{source}" reads TokenBatch.{name} (nats), and it is missing: take it in the same '
-            f"pass as {'logp' if source == 'current' else 'old_logp'}"
-        )
-    return entropy.detach()
+def entropy_from(source: EntropySource, current: When) -> tuple[str, When]:
+    """The field of the record, and when a stage that reads it is made: at `current`, or at "prepare"."""
+    return ("entropy", current) if source == "current" else ("old_entropy", "prepare")
 
 
 def require(holds: bool, name: str, value: object, condition: str) -> None:

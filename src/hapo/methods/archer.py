@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar, Literal
 
-import torch
-from torch import Tensor
-
-from ..batch import TokenBatch
 from ..method import Method
-from ..parts.bounds import Bounds, gated_bounds
-from ..parts.entropy import masked_quantile
+from ..parts.advantage import group_advantage
+from ..parts.bounds import gated_bounds
+from ..parts.entropy import above_quantile
+from ..parts.penalty import gated_kl
+from ..parts.reduce import token_mean
 from ..parts.surrogate import clipped_surrogate
-from ._options import EntropySource, Options, Paper, entropy_of, one_of, require
+from ..stage import Stage
+from ._options import EntropySource, Options, Paper, entropy_from, one_of, require
 from ._registry import register
 
 
@@ -36,14 +35,6 @@ class Archer(Options):
         "Stabilizing Knowledge, Promoting Reasoning: Dual-Token Constraints for RLVR", "2507.15778", 2025
     )
     summary: ClassVar = "wide clip without KL on each response's uncertain tokens, normal clip with KL elsewhere"
-    stages: ClassVar = {
-        "advantage": "group z-score",
-        "signal": "entropy above its response's quantile",
-        "bounds": "0.8 to 1.2, or 0.5 to 1.5 by signal",
-        "surrogate": "clipped",
-        "penalty": "k3 by signal",
-        "reduce": "token mean",
-    }
 
     rho: float = 0.8
     """Quantile of a response's entropies from which a token counts as uncertain (paper)."""
@@ -75,35 +66,18 @@ class Archer(Options):
 
     def build(self) -> Method:
         """The method with these options."""
-        penalised = self.kl_coef > 0 or self.kl_reasoning > 0
-        release = self.variant == "release" and penalised
-        return (
-            super()
-            .build()
-            .replace(
-                signal=self._gate,
-                live_signal=self.entropy_source == "current",
-                bounds=self._bounds,
-                surrogate=partial(clipped_surrogate, dual_clip=self.dual_clip),
-                kl_coef=self._kl_weight if penalised else 0.0,
-                breaks=frozenset({"split"} if release else ()),
-            )
+        release, penalised = self.variant == "release", self.kl_coef > 0 or self.kl_reasoning > 0
+        entropy, at = entropy_from(self.entropy_source, "loss")
+        weights = {"inside": self.kl_reasoning, "outside": self.kl_coef}
+        kl = Stage(gated_kl, "logp", "ref_logp", "signal", "mask", **weights, apart=release)
+        return Method(
+            **self.shared(),
+            signal=Stage(above_quantile, entropy, "mask", level=self.rho, strict=release),
+            signal_at=at,
+            advantage=Stage(group_advantage, "reward", "group", "mask", singleton=self.singleton),
+            bounds=Stage(gated_bounds, "signal", inside=self.eps_reasoning, outside=self.eps_knowledge),
+            surrogate=Stage(clipped_surrogate, "ratio", "advantage", "bounds", dual_clip=self.dual_clip),
+            penalty=kl if penalised else None,
+            reduce=token_mean,
+            breaks=frozenset({"split"} if release and penalised else ()),
         )
-
-    def _gate(self, batch: TokenBatch) -> Tensor:
-        h = entropy_of(batch, self.entropy_source)
-        threshold = masked_quantile(h, batch.mask, self.rho)
-        return ((h > threshold) if self.variant == "release" else (h >= threshold)).to(h.dtype)
-
-    def _bounds(self, ratio: Tensor, signal: Tensor | None) -> Bounds:
-        assert signal is not None
-        return gated_bounds(signal, self.eps_reasoning, self.eps_knowledge)
-
-    def _kl_weight(self, signal: Tensor | None, mask: Tensor) -> Tensor:
-        assert signal is not None
-        gate = signal > 0
-        weight = torch.full_like(signal, self.kl_coef).masked_fill(gate, self.kl_reasoning)
-        if self.variant == "release":
-            n, gated = mask.sum(), (mask & gate).sum()
-            weight = weight * n / torch.where(gate, gated, n - gated).clamp_min(1)
-        return weight

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-from torch import Tensor
-
-from ..batch import TokenBatch
 from ..method import Method
-from ..parts.bounds import Bounds, gated_bounds
-from ..parts.entropy import masked_quantile
-from ..parts.reduce import sequence_mean, token_mean
+from ..parts.advantage import group_advantage
+from ..parts.bounds import constant_bounds, gated_bounds
+from ..parts.entropy import above_quantile
+from ..parts.reduce import sequence_mean
 from ..parts.surrogate import asymmetric_ratio
-from ._options import ClippedOptions, EntropySource, Paper, entropy_of, one_of, require
+from ..stage import Stage
+from ._options import ClippedOptions, EntropySource, Paper, entropy_from, k3_penalty, one_of, require
 from ._registry import register
 
 
@@ -36,13 +34,6 @@ class ASPO(ClippedOptions):
         2025,
     )
     summary: ClassVar = "tokens of positive advantage weigh 1/ratio, with a soft cap"
-    stages: ClassVar = {
-        "advantage": "group z-score",
-        "bounds": "0.8 to 1.2",
-        "surrogate": "1/r where A > 0, soft cap on both sides",
-        "penalty": "k3",
-        "reduce": "sequence mean of token means",
-    }
 
     c_neg: float = 3.0
     """Cap of the weight where A < 0; the gradient stays (code; a figure of the paper shows 3). With
@@ -51,9 +42,6 @@ class ASPO(ClippedOptions):
     """Cap of the weight where A > 0; the gradient stays (code)."""
     kl_coef: float = 0.001
     """Weight of the k3 penalty (paper and scripts)."""
-    reduction: Literal["sequence_mean", "token_mean"] = "sequence_mean"
-    """Mean of per-response means (paper; the code's token mean of single responses is the same), or one mean
-    over all tokens."""
     eps_uncertain: float | None = None
     """Clip range on both sides for tokens above their response's `rho`-quantile of entropy: 0.4 in the code,
     none in the paper. `eps_low` must then equal `eps_high`."""
@@ -67,7 +55,6 @@ class ASPO(ClippedOptions):
         super().__post_init__()
         for name in ("c_neg", "c_pos"):
             require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
-        one_of("reduction", self.reduction, ("sequence_mean", "token_mean"))
         one_of("entropy_source", self.entropy_source, ("current", "old"))
         require(0 <= self.rho <= 1, "rho", self.rho, "in [0, 1]")
         if self.eps_uncertain is not None:
@@ -76,26 +63,19 @@ class ASPO(ClippedOptions):
 
     def build(self) -> Method:
         """The method with these options."""
-        surrogate = partial(asymmetric_ratio, c_neg=self.c_neg, c_pos=self.c_pos, dual_clip=self.dual_clip)
-        method = (
-            super()
-            .build()
-            .replace(
-                surrogate=surrogate,
-                reduce=sequence_mean if self.reduction == "sequence_mean" else token_mean,
-                breaks=frozenset({"detach"}),
-            )
+        entropy, at = entropy_from(self.entropy_source, "loss")
+        uncertain = Stage(above_quantile, entropy, "mask", level=self.rho, strict=True)
+        wider = Stage(gated_bounds, "signal", inside=self.eps_uncertain, outside=self.eps_low)
+        caps = {"c_neg": self.c_neg, "c_pos": self.c_pos, "dual_clip": self.dual_clip}
+        plain = self.eps_uncertain is None
+        return Method(
+            **self.shared(),
+            signal=None if plain else uncertain,
+            signal_at=at,
+            advantage=Stage(group_advantage, "reward", "group", "mask", singleton=self.singleton),
+            bounds=Stage(constant_bounds, "ratio", low=self.eps_low, high=self.eps_high) if plain else wider,
+            surrogate=Stage(asymmetric_ratio, "logp", "ratio", "advantage", "bounds", **caps),
+            penalty=k3_penalty(self.kl_coef),
+            reduce=sequence_mean,
+            breaks=frozenset({"detach"}),
         )
-        if self.eps_uncertain is None:
-            return method
-        return method.replace(
-            signal=self._uncertain, live_signal=self.entropy_source == "current", bounds=self._wider
-        )
-
-    def _uncertain(self, batch: TokenBatch) -> Tensor:
-        h = entropy_of(batch, self.entropy_source)
-        return (h > masked_quantile(h, batch.mask, self.rho)).to(h.dtype)
-
-    def _wider(self, ratio: Tensor, signal: Tensor | None) -> Bounds:
-        assert signal is not None and self.eps_uncertain is not None
-        return gated_bounds(signal, self.eps_uncertain, self.eps_low)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 from ..method import Method
+from ..parts.advantage import group_advantage
+from ..parts.bounds import constant_bounds
+from ..parts.reduce import token_mean
 from ..parts.surrogate import gradient_preserving
-from ._options import ClippedOptions, Paper, require
+from ..stage import Stage
+from ._options import ClippedOptions, Paper, k3_penalty, require
 from ._registry import register
 
 
@@ -28,12 +31,6 @@ class CEGPPO(ClippedOptions):
         2025,
     )
     summary: ClassVar = "clipped tokens keep the gradient of the bound, times beta1 (low) or beta2 (high)"
-    stages: ClassVar = {
-        "advantage": "group z-score",
-        "bounds": "0.8 to 1.2",
-        "surrogate": "gradient-preserving",
-        "reduce": "token mean",
-    }
 
     beta1: float = 0.5
     """Coefficient below the lower bound, A < 0 (paper's general setting; 0.75 for its 7B model)."""
@@ -48,5 +45,13 @@ class CEGPPO(ClippedOptions):
 
     def build(self) -> Method:
         """The method with these options."""
-        surrogate = partial(gradient_preserving, beta1=self.beta1, beta2=self.beta2, dual_clip=self.dual_clip)
-        return super().build().replace(surrogate=surrogate, breaks=frozenset({"detach"}))
+        kept = {"beta1": self.beta1, "beta2": self.beta2, "dual_clip": self.dual_clip}
+        return Method(
+            **self.shared(),
+            advantage=Stage(group_advantage, "reward", "group", "mask", singleton=self.singleton),
+            bounds=Stage(constant_bounds, "ratio", low=self.eps_low, high=self.eps_high),
+            surrogate=Stage(gradient_preserving, "logp", "ratio", "advantage", "bounds", **kept),
+            penalty=k3_penalty(self.kl_coef),
+            reduce=token_mean,
+            breaks=frozenset({"detach"}),
+        )

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
-from torch import Tensor
-
 from ..method import Method
-from ..parts.bounds import Bounds, constant_bounds
+from ..parts.advantage import group_advantage
+from ..parts.bounds import constant_bounds
+from ..parts.reduce import token_mean
 from ..parts.surrogate import clipped_weight
-from ._options import Options, Paper, pair, require
+from ..stage import Stage
+from ._options import Options, Paper, k3_penalty, pair, require
 from ._registry import register
 
 
@@ -29,13 +29,6 @@ class CISPO(Options):
         "MiniMax-M1: Scaling Test-Time Compute Efficiently with Lightning Attention", "2506.13585", 2025
     )
     summary: ClassVar = "clips the importance weight instead of the update: every token keeps a gradient"
-    stages: ClassVar = {
-        "filter": "mixed groups",
-        "advantage": "group z-score",
-        "bounds": "0 to 1.28, both signs",
-        "surrogate": "sg(clipped ratio) log-prob",
-        "reduce": "token mean",
-    }
 
     is_weight_cap: float = 1.28
     """Largest importance weight itself, not its distance from 1; the paper's value is not published. 1.28 is
@@ -59,15 +52,15 @@ class CISPO(Options):
 
     def build(self) -> Method:
         """The method with these options."""
-        return (
-            super()
-            .build()
-            .replace(
-                bounds=self._bounds,
-                surrogate=partial(clipped_weight, trust_region=self.trust_region),
-                breaks=frozenset({"detach"}),
-            )
+        low, high = 1.0 - self.is_weight_floor, self.is_weight_cap - 1.0
+        return Method(
+            **self.shared(),
+            advantage=Stage(group_advantage, "reward", "group", "mask", singleton=self.singleton),
+            bounds=Stage(constant_bounds, "ratio", low=low, high=high),
+            surrogate=Stage(
+                clipped_weight, "logp", "ratio", "advantage", "bounds", trust_region=self.trust_region
+            ),
+            penalty=k3_penalty(self.kl_coef),
+            reduce=token_mean,
+            breaks=frozenset({"detach"}),
         )
-
-    def _bounds(self, ratio: Tensor, signal: Tensor | None) -> Bounds:
-        return constant_bounds(ratio, 1.0 - self.is_weight_floor, self.is_weight_cap - 1.0)

@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ._options import ClippedOptions, Paper
+from ..method import Method
+from ..parts.advantage import group_advantage
+from ..parts.bounds import constant_bounds
+from ..parts.reduce import token_mean
+from ..parts.surrogate import clipped_surrogate
+from ..stage import Stage
+from ._options import ClippedOptions, Paper, k3_penalty
 from ._registry import register
 
 
@@ -21,15 +27,19 @@ class DAPO(ClippedOptions):
 
     paper: ClassVar = Paper("DAPO: An Open-Source LLM Reinforcement Learning System at Scale", "2503.14476", 2025)
     summary: ClassVar = "GRPO with clip-higher, token mean, mixed groups only, no KL"
-    stages: ClassVar = {
-        "filter": "mixed groups",
-        "advantage": "group z-score",
-        "bounds": "0.8 to 1.28",
-        "surrogate": "clipped",
-        "reduce": "token mean",
-    }
 
     eps_high: float = 0.28
     """Upper clip range (paper)."""
     filter_groups: bool = True
     """Drop groups whose verdicts are all equal (paper, eq. 11)."""
+
+    def build(self) -> Method:
+        """The method with these options."""
+        return Method(
+            **self.shared(),
+            advantage=Stage(group_advantage, "reward", "group", "mask", singleton=self.singleton),
+            bounds=Stage(constant_bounds, "ratio", low=self.eps_low, high=self.eps_high),
+            surrogate=Stage(clipped_surrogate, "ratio", "advantage", "bounds", dual_clip=self.dual_clip),
+            penalty=k3_penalty(self.kl_coef),
+            reduce=token_mean,
+        )

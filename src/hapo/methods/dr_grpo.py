@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from functools import partial
+from typing import ClassVar
 
-from ._options import Paper
+from ..method import Method
+from ..parts.advantage import group_advantage
+from ..parts.bounds import constant_bounds
+from ..parts.reduce import sequence_sum
+from ..parts.surrogate import clipped_surrogate
+from ..stage import Stage
+from ._options import ClippedOptions, Paper, k3_penalty, require
 from ._registry import register
-from .grpo import GRPO
 
 
 @register("dr_grpo")
 @dataclass(frozen=True, kw_only=True)
-class DrGRPO(GRPO):
+class DrGRPO(ClippedOptions):
     """Dr. GRPO: A = R - mean, and per-response sums over a constant C instead of per-response means.
 
     L = (1/S) sum_i sum_t -min(r A, clip(r, 1 - eps, 1 + eps) A) / C, C = `length_limit`. The paper's objective
@@ -22,16 +28,22 @@ class DrGRPO(GRPO):
 
     paper: ClassVar = Paper("Understanding R1-Zero-Like Training: A Critical Perspective", "2503.20783", 2025)
     summary: ClassVar = "GRPO without the division by length and by standard deviation, no KL"
-    stages: ClassVar = {
-        "advantage": "reward minus group mean",
-        "bounds": "0.8 to 1.2",
-        "surrogate": "clipped",
-        "reduce": "sequence mean of token sums / C",
-    }
 
-    kl_coef: float = 0.0
-    """Weight of the k3 penalty; the paper has none."""
-    scale: bool = False
-    """Divide advantages by the group's standard deviation; not here (paper)."""
-    reduction: Literal["sequence_mean", "token_mean", "sequence_sum"] = "sequence_sum"
-    """Per-response sums over a constant (paper)."""
+    length_limit: int = 3000
+    """C: the limit of generation, in tokens (3000 in the paper's main run)."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        require(self.length_limit >= 1, "length_limit", self.length_limit, ">= 1")
+
+    def build(self) -> Method:
+        """The method with these options."""
+        return Method(
+            **self.shared(),
+            advantage=Stage(group_advantage, "reward", "group", "mask", singleton=self.singleton, scale=False),
+            bounds=Stage(constant_bounds, "ratio", low=self.eps_low, high=self.eps_high),
+            surrogate=Stage(clipped_surrogate, "ratio", "advantage", "bounds", dual_clip=self.dual_clip),
+            penalty=k3_penalty(self.kl_coef),
+            reduce=partial(sequence_sum, constant=float(self.length_limit)),
+        )

@@ -6,13 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..batch import TokenBatch
 from ..method import Method
-from ..parts.reduce import sequence_mean, token_mean
+from ..parts.advantage import Singleton, group_advantage
+from ..parts.bounds import constant_bounds
+from ..parts.reduce import sequence_mean
 from ..parts.shaping import relative_entropy
-from ._options import ClippedOptions, Paper, entropy_of, one_of, pair, require
+from ..parts.surrogate import clipped_surrogate
+from ..stage import Stage
+from ._options import ClippedOptions, Paper, k3_penalty, one_of, pair, require
 from ._registry import register
 
 
@@ -34,19 +38,10 @@ class EDGEGRPO(ClippedOptions):
         "EDGE-GRPO: Entropy-Driven GRPO with Guided Error Correction for Advantage Diversity", "2507.21848", 2025
     )
     summary: ClassVar = "group advantage divided by the response's relative entropy"
-    stages: ClassVar = {
-        "advantage": "group z-score / relative entropy of the response",
-        "bounds": "0.8 to 1.2",
-        "surrogate": "clipped",
-        "reduce": "sequence mean of token means",
-    }
 
     clamp: Sequence[float] | None = None
     """Range of Phat; off (release: a disabled clamp to [0.1, 10]). Without it a response of entropy near 0
     gets a very large advantage."""
-    reduction: Literal["sequence_mean", "token_mean"] = "sequence_mean"
-    """Mean of per-response means (the paper's GRPO objective), or one mean over all tokens (release, per local
-    batch there)."""
     variant: Literal["paper", "release"] = "paper"
     """The paper's definition of P, or what the authors' code computes."""
 
@@ -54,7 +49,6 @@ class EDGEGRPO(ClippedOptions):
         """Check the ranges."""
         super().__post_init__()
         one_of("variant", self.variant, ("paper", "release"))
-        one_of("reduction", self.reduction, ("sequence_mean", "token_mean"))
         if self.clamp is not None:
             clamp: Any = pair("clamp", self.clamp, "a pair (low, high), or None")
             require(0 < clamp[0] <= 1 <= clamp[1], "clamp", self.clamp, "0 < low <= 1 <= high")
@@ -62,13 +56,29 @@ class EDGEGRPO(ClippedOptions):
 
     def build(self) -> Method:
         """The method with these options."""
-        reduce = sequence_mean if self.reduction == "sequence_mean" else token_mean
-        return super().build().replace(reduce=reduce)
+        options = {"variant": self.variant, "clamp": self.clamp, "singleton": self.singleton}
+        return Method(
+            **self.shared(),
+            advantage=Stage(entropy_driven_advantage, "reward", "old_entropy", "group", "mask", **options),
+            bounds=Stage(constant_bounds, "ratio", low=self.eps_low, high=self.eps_high),
+            surrogate=Stage(clipped_surrogate, "ratio", "advantage", "bounds", dual_clip=self.dual_clip),
+            penalty=k3_penalty(self.kl_coef),
+            reduce=sequence_mean,
+        )
 
-    def _advantage(self, batch: TokenBatch) -> Tensor:
-        advantage = super()._advantage(batch)
-        entropy = entropy_of(batch, "old")
-        relative = relative_entropy(entropy, batch.group, batch.mask, self.variant)
-        if self.clamp is not None:
-            relative = relative.clamp(*self.clamp)
-        return (advantage / relative).to(advantage.dtype)
+
+def entropy_driven_advantage(
+    reward: Float[Tensor, " B"],
+    entropy: Float[Tensor, "B T"],
+    group: Int[Tensor, " B"],
+    mask: Bool[Tensor, "B T"],
+    variant: Literal["paper", "release"] = "paper",
+    clamp: tuple[float, float] | None = None,
+    singleton: Singleton = "zero",
+) -> Float[Tensor, "B T"]:
+    """A_i / Phat_i: the group's z-score over the response's relative entropy, clamped where `clamp` says."""
+    advantage = group_advantage(reward, group, mask, singleton=singleton)
+    relative = relative_entropy(entropy, group, mask, variant)
+    if clamp is not None:
+        relative = relative.clamp(*clamp)
+    return (advantage / relative).to(advantage.dtype)

@@ -5,13 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from jaxtyping import Float
 from torch import Tensor
 
-from ..batch import TokenBatch
 from ..method import Method
-from ..parts.bounds import Bounds
+from ..parts.advantage import group_advantage
+from ..parts.bounds import constant_bounds
+from ..parts.reduce import token_mean
 from ..parts.shaping import entropy_bonus
-from ._options import ClippedOptions, EntropySource, Paper, entropy_of, one_of, require
+from ..parts.surrogate import clipped_surrogate
+from ..stage import Stage
+from ._options import ClippedOptions, EntropySource, Paper, entropy_from, k3_penalty, one_of, require
 from ._registry import register
 
 
@@ -26,14 +30,6 @@ class EntropyAdv(ClippedOptions):
 
     paper: ClassVar = Paper("Reasoning with Exploration: An Entropy Perspective", "2506.14758", 2025)
     summary: ClassVar = "advantage plus a capped bonus for the token's entropy"
-    stages: ClassVar = {
-        "advantage": "group z-score",
-        "signal": "entropy",
-        "reshape": "A + min(alpha H, |A| / kappa)",
-        "bounds": "0.8 to 1.28",
-        "surrogate": "clipped",
-        "reduce": "token mean",
-    }
 
     alpha: float = 0.4
     """Weight of the entropy (paper: 0.4 for GRPO, 0.1 for PPO)."""
@@ -53,15 +49,20 @@ class EntropyAdv(ClippedOptions):
 
     def build(self) -> Method:
         """The method with these options."""
-        return (
-            super()
-            .build()
-            .replace(signal=self._entropy, live_signal=self.entropy_source == "current", reshape=self._reshape)
+        entropy, at = entropy_from(self.entropy_source, "loss")
+        return Method(
+            **self.shared(),
+            signal=Stage(itself, entropy),
+            signal_at=at,
+            advantage=Stage(group_advantage, "reward", "group", "mask", singleton=self.singleton),
+            bounds=Stage(constant_bounds, "ratio", low=self.eps_low, high=self.eps_high),
+            shaping=Stage(entropy_bonus, "advantage", "signal", alpha=self.alpha, kappa=self.kappa),
+            surrogate=Stage(clipped_surrogate, "ratio", "advantage", "bounds", dual_clip=self.dual_clip),
+            penalty=k3_penalty(self.kl_coef),
+            reduce=token_mean,
         )
 
-    def _entropy(self, batch: TokenBatch) -> Tensor:
-        return entropy_of(batch, self.entropy_source)
 
-    def _reshape(self, advantage: Tensor, ratio: Tensor, signal: Tensor | None, bounds: Bounds) -> Tensor:
-        assert signal is not None
-        return entropy_bonus(advantage, signal, self.alpha, self.kappa)
+def itself(entropy: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """The entropy is the signal."""
+    return entropy

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-from torch import Tensor
-
-from ..batch import TokenBatch
 from ..method import Method
-from ..parts.keep import most_uncertain
-from ..parts.reduce import token_mean, valid_token_mean
-from ._options import EntropySource, Paper, entropy_of, one_of, require
+from ..parts.advantage import group_advantage
+from ..parts.bounds import constant_bounds
+from ..parts.reduce import token_mean
+from ..parts.select import most_uncertain
+from ..parts.surrogate import clipped_surrogate
+from ..stage import Stage
+from ._options import EntropySource, Paper, entropy_from, k3_penalty, one_of, require
 from ._registry import register
 from .dapo import DAPO
 
@@ -33,34 +34,29 @@ class ForkingTokens(DAPO):
         2025,
     )
     summary: ClassVar = "DAPO on the fifth of the tokens with the highest entropy"
-    stages: ClassVar = {**DAPO.stages, "keep": "top rho by entropy", "reduce": "mean of kept tokens"}
 
     rho: float = 0.2
     """Share of the tokens that learn (paper)."""
     entropy_source: EntropySource = "current"
-    """Entropies that choose: of the current policy (release), which takes one more forward pass a step, or at
-    rollout."""
-    normaliser: Literal["kept", "valid"] = "kept"
-    """Divide by the number of kept tokens (paper), or of all valid tokens (TRL's top_entropy_quantile)."""
+    """Entropies that choose: of the current policy (release), which takes one more forward pass a step, or those
+    of the whole rollout batch, at rollout."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
         require(0 < self.rho <= 1, "rho", self.rho, "in (0, 1]")
         one_of("entropy_source", self.entropy_source, ("current", "old"))
-        one_of("normaliser", self.normaliser, ("kept", "valid"))
 
     def build(self) -> Method:
         """The method with these options."""
-        return (
-            super()
-            .build()
-            .replace(
-                keep=self._keep,
-                live_keep=self.entropy_source == "current",
-                reduce=token_mean if self.normaliser == "kept" else valid_token_mean,
-            )
+        entropy, at = entropy_from(self.entropy_source, "step")
+        return Method(
+            **self.shared(),
+            advantage=Stage(group_advantage, "reward", "group", "mask", singleton=self.singleton),
+            select=Stage(most_uncertain, entropy, "mask", rho=self.rho),
+            select_at=at,
+            bounds=Stage(constant_bounds, "ratio", low=self.eps_low, high=self.eps_high),
+            surrogate=Stage(clipped_surrogate, "ratio", "advantage", "bounds", dual_clip=self.dual_clip),
+            penalty=k3_penalty(self.kl_coef),
+            reduce=token_mean,
         )
-
-    def _keep(self, batch: TokenBatch) -> Tensor:
-        return most_uncertain(entropy_of(batch, self.entropy_source), batch.mask, self.rho)

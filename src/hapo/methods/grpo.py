@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-from torch import Tensor
-
-from ..batch import TokenBatch
 from ..method import Method
 from ..parts.advantage import group_advantage
-from ..parts.reduce import sequence_mean, sequence_sum, token_mean
-from ._options import ClippedOptions, Paper, one_of, require
+from ..parts.bounds import constant_bounds
+from ..parts.reduce import sequence_mean
+from ..parts.surrogate import clipped_surrogate
+from ..stage import Stage
+from ._options import ClippedOptions, Paper, k3_penalty
 from ._registry import register
 
 
@@ -29,38 +28,17 @@ class GRPO(ClippedOptions):
 
     paper: ClassVar = Paper("DeepSeekMath: Pushing the Limits of Mathematical Reasoning", "2402.03300", 2024)
     summary: ClassVar = "group z-score, mean of per-response means, KL to a reference"
-    stages: ClassVar = {
-        "advantage": "group z-score",
-        "bounds": "0.8 to 1.2",
-        "surrogate": "clipped",
-        "penalty": "k3",
-        "reduce": "sequence mean of token means",
-    }
 
     kl_coef: float = 0.04
     """beta of the paper."""
-    scale: bool = True
-    """Divide advantages by the group's standard deviation (paper; off in Dr. GRPO)."""
-    reduction: Literal["sequence_mean", "token_mean", "sequence_sum"] = "sequence_mean"
-    """Mean of per-response means (paper), one mean over all tokens (DAPO), or per-response sums over a constant
-    (Dr. GRPO)."""
-    length_limit: int = 3000
-    """The constant of "sequence_sum": the limit of generation, in tokens (3000 in Dr. GRPO's main run)."""
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        super().__post_init__()
-        one_of("reduction", self.reduction, ("sequence_mean", "token_mean", "sequence_sum"))
-        require(self.length_limit >= 1, "length_limit", self.length_limit, ">= 1")
 
     def build(self) -> Method:
         """The method with these options."""
-        reduce = {
-            "sequence_mean": sequence_mean,
-            "token_mean": token_mean,
-            "sequence_sum": partial(sequence_sum, constant=float(self.length_limit)),
-        }
-        return super().build().replace(reduce=reduce[self.reduction])
-
-    def _advantage(self, batch: TokenBatch) -> Tensor:
-        return group_advantage(batch.reward, batch.group, batch.mask, singleton=self.singleton, scale=self.scale)
+        return Method(
+            **self.shared(),
+            advantage=Stage(group_advantage, "reward", "group", "mask", singleton=self.singleton),
+            bounds=Stage(constant_bounds, "ratio", low=self.eps_low, high=self.eps_high),
+            surrogate=Stage(clipped_surrogate, "ratio", "advantage", "bounds", dual_clip=self.dual_clip),
+            penalty=k3_penalty(self.kl_coef),
+            reduce=sequence_mean,
+        )

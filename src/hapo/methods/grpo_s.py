@@ -5,16 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..batch import TokenBatch
 from ..method import Method
+from ..parts.advantage import Singleton
+from ..parts.bounds import constant_bounds
 from ..parts.entropy import mean_entropy
-from ..parts.ratio import mean_ratio, sequence_ratio
+from ..parts.ratio import mean_ratio
 from ..parts.reduce import sequence_mean
-from ._options import one_of, require
+from ..parts.surrogate import clipped_surrogate
+from ..stage import Stage
+from ._options import k3_penalty, one_of, require
 from ._registry import register
-from .gtpo import PAPER, EntropyShaped
+from .gtpo import PAPER, EntropyShaped, share_advantage
 
 
 @register("grpo_s")
@@ -24,46 +28,68 @@ class GRPOS(EntropyShaped):
 
     Right responses: r = beta1 + beta2 n H_i / sum_k H_k over the n right ones, H_i the mean entropy of the
     response at rollout; wrong ones: r = -beta1 - beta2 m u_j / sum_k u_k, u = 1/H. A is the z-score of r
-    (`normalisation`); w_i = (1/n_i) sum_t r_it, eq. 11; L = (1/S) sum_i -min(w A, clip(w, 1 - eps_low,
+    (`variant`); w_i = (1/n_i) sum_t r_it, eq. 11; L = (1/S) sum_i -min(w A, clip(w, 1 - eps_low,
     1 + eps_high) A). Constant for autograd: everything but the ratio. A group of right answers only has
     advantages too, unless `filter_groups` drops it. No code of the authors is public.
     """
 
     paper: ClassVar = PAPER
     summary: ClassVar = "response rewards by their share of entropy, one ratio a response (GTPO's sibling)"
-    stages: ClassVar = {
-        "advantage": "z-score of entropy-shaped response rewards, per sign",
-        "ratio": "arithmetic mean over the response",
-        "bounds": "0.8 to 1.28",
-        "surrogate": "clipped",
-        "reduce": "sequence mean of token means",
-    }
 
     beta1: float = 1.0
     """Weight of the outcome (paper)."""
     beta2: float = 0.1
     """Weight of the entropy share (paper)."""
-    normalisation: Literal["padded", "joint", "own"] = "padded"
+    variant: Literal["padded", "joint", "own"] = "padded"
     """The set that normalises right (wrong) responses: all of the group, 0 for the other sign; one set for both
     signs; or the own sign's only. The paper's wording allows the first two."""
-    weight: Literal["arithmetic", "geometric"] = "arithmetic"
-    """Mean of the token ratios: arithmetic (paper, eq. 11), or geometric (its appendix)."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
         for name in ("beta1", "beta2"):
             require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
-        one_of("normalisation", self.normalisation, ("padded", "joint", "own"))
-        one_of("weight", self.weight, ("arithmetic", "geometric"))
+        one_of("variant", self.variant, ("padded", "joint", "own"))
 
     def build(self) -> Method:
         """The method with these options."""
-        ratio = mean_ratio if self.weight == "arithmetic" else sequence_ratio
-        return super().build().replace(ratio=ratio, reduce=sequence_mean)
+        shares = {
+            "base": self.beta1,
+            "bonus": self.beta2,
+            "threshold": self.threshold,
+            "singleton": self.singleton,
+        }
+        reads = ("old_entropy", "reward", "verdict", "group", "mask")
+        return Method(
+            **self.shared(),
+            advantage=Stage(response_share_advantage, *reads, normalisation=self.variant, **shares),
+            ratio=Stage(mean_ratio, "logp", "old_logp", "mask"),
+            bounds=Stage(constant_bounds, "ratio", low=self.eps_low, high=self.eps_high),
+            surrogate=Stage(clipped_surrogate, "ratio", "advantage", "bounds", dual_clip=self.dual_clip),
+            penalty=k3_penalty(self.kl_coef),
+            reduce=sequence_mean,
+        )
 
-    def _advantage(self, batch: TokenBatch) -> Tensor:
-        entropy = mean_entropy(self._entropy(batch), batch.mask).unsqueeze(1)
-        rows = batch.mask.any(-1, keepdim=True)
-        advantage = self._shaped(batch, entropy, rows, self.beta1, self.beta2, self.normalisation)
-        return advantage.expand(batch.mask.shape)
+
+def response_share_advantage(
+    entropy: Float[Tensor, "B T"],
+    reward: Float[Tensor, " B"],
+    verdict: Float[Tensor, " B"],
+    group: Int[Tensor, " B"],
+    mask: Bool[Tensor, "B T"],
+    base: float = 1.0,
+    bonus: float = 0.1,
+    threshold: float = 0.5,
+    normalisation: Literal["padded", "joint", "own"] = "padded",
+    singleton: Singleton = "zero",
+) -> Float[Tensor, "B T"]:
+    """`share_advantage` of the responses' mean entropies: the same number on every token of a response.
+
+    A response without tokens has no entropy, and is not part of its group.
+    """
+    mean = mean_entropy(entropy, mask).unsqueeze(1).to(entropy.dtype)
+    rows = mask.any(-1, keepdim=True)
+    advantage = share_advantage(
+        mean, reward, verdict, group, rows, base, bonus, threshold, normalisation, singleton
+    )
+    return advantage.expand(mask.shape)

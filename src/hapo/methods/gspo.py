@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar, Literal
 
 from ..method import Method
+from ..parts.advantage import group_advantage
+from ..parts.bounds import constant_bounds
 from ..parts.ratio import sequence_ratio
 from ..parts.reduce import sequence_mean
-from ._options import ClippedOptions, Paper, one_of
+from ..parts.surrogate import clipped_surrogate
+from ..stage import Stage
+from ._options import ClippedOptions, Paper, k3_penalty, one_of
 from ._registry import register
 
 
@@ -25,13 +28,6 @@ class GSPO(ClippedOptions):
 
     paper: ClassVar = Paper("Group Sequence Policy Optimization", "2507.18071", 2025)
     summary: ClassVar = "one ratio a response, the geometric mean; clips whole responses"
-    stages: ClassVar = {
-        "advantage": "group z-score",
-        "ratio": "geometric mean over the response",
-        "bounds": "0.9997 to 1.0004",
-        "surrogate": "clipped",
-        "reduce": "sequence mean of token means",
-    }
 
     eps_low: float = 3e-4
     """Lower clip range (paper, section 5.1)."""
@@ -48,12 +44,13 @@ class GSPO(ClippedOptions):
 
     def build(self) -> Method:
         """The method with these options."""
-        return (
-            super()
-            .build()
-            .replace(
-                ratio=partial(sequence_ratio, form=self.form),
-                reduce=sequence_mean,
-                breaks=frozenset({"detach"} if self.form == "token" else ()),
-            )
+        return Method(
+            **self.shared(),
+            advantage=Stage(group_advantage, "reward", "group", "mask", singleton=self.singleton),
+            ratio=Stage(sequence_ratio, "logp", "old_logp", "mask", form=self.form),
+            bounds=Stage(constant_bounds, "ratio", low=self.eps_low, high=self.eps_high),
+            surrogate=Stage(clipped_surrogate, "ratio", "advantage", "bounds", dual_clip=self.dual_clip),
+            penalty=k3_penalty(self.kl_coef),
+            reduce=sequence_mean,
+            breaks=frozenset({"detach"} if self.form == "token" else ()),
         )

@@ -7,15 +7,19 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from ..batch import EntropyStats, TokenBatch
+from ..batch import EntropyStats
 from ..method import Method
-from ..parts.advantage import token_group_advantage
-from ..parts.bounds import Bounds, asymmetric_bounds
+from ..parts.advantage import group_advantage, token_group_advantage
+from ..parts.bounds import Bounds, asymmetric_bounds, constant_bounds
 from ..parts.entropy import entropy_signal, entropy_stats
+from ..parts.reduce import token_mean
 from ..parts.shaping import redistribute
-from ._options import AdaptiveTemperature, EntropySource, Paper, entropy_of, one_of, require
+from ..parts.surrogate import clipped_surrogate
+from ..stage import Stage
+from ._options import AdaptiveTemperature, EntropySource, Paper, entropy_from, k3_penalty, one_of, require
 from ._registry import register
 from .dapo import DAPO
 
@@ -37,22 +41,12 @@ class HAPO(DAPO):
 
     `variant="release"` computes what the authors' code does where it departs from the paper: the lower branch
     of h without its sign, an open neutral zone from the adapted bounds, a fall-back to the group advantage
-    where |A| >= 5 (over valid tokens; the release counts padding too), dual clip 10, e_R 0.2, tau 0.05. Its
-    micro-batch statistics of current entropies are `stats_scope="micro_batch", entropy_source="current"`.
+    where |A| >= 5 (over valid tokens; the release counts padding too), dual clip 10, e_R 0.2, tau 0.05. It also
+    takes statistics of current entropies in each micro-batch; here they are the rollout batch's (law 1).
     """
 
     paper: ClassVar = Paper("Heterogeneous Adaptive Policy Optimization", "2509.16591", 2025)
     summary: ClassVar = "token entropy drives temperature, advantage, redistribution and clip bounds"
-    stages: ClassVar = {
-        "temperature": "T_base (1 + tau h)",
-        "filter": "mixed groups",
-        "advantage": "token-level group z-score",
-        "signal": "signed log-entropy rank h",
-        "reshape": "A (1 + beta h) by entropy and ratio",
-        "bounds": "0.8 to 1.28, one side widened by h",
-        "surrogate": "clipped",
-        "reduce": "token mean",
-    }
 
     components: str = "ABCD"
     """Which of the four parts are on, e.g. "AB"; "" is DAPO."""
@@ -75,8 +69,6 @@ class HAPO(DAPO):
     """|A| from which a group takes the group advantage: off (paper), 5 (release)."""
     entropy_source: EntropySource = "old"
     """Entropies that make the signal: at rollout, or of the current policy (release)."""
-    stats_scope: Literal["batch", "micro_batch"] = "batch"
-    """What the statistics are taken over; "micro_batch" (release) makes the gradient depend on the split."""
 
     def __post_init__(self) -> None:
         """Fill in what the variant decides, and check the ranges."""
@@ -101,7 +93,6 @@ class HAPO(DAPO):
             require(self.temperature is None, "temperature", self.temperature, "None where component A is off")
         super().__post_init__()
         one_of("entropy_source", self.entropy_source, ("old", "current"))
-        one_of("stats_scope", self.stats_scope, ("batch", "micro_batch"))
         require(
             set(self.components) <= set("ABCD") and len(set(self.components)) == len(self.components),
             "components",
@@ -121,49 +112,46 @@ class HAPO(DAPO):
 
     def build(self) -> Method:
         """The method with these options."""
-        method = super().build()
         on = set(self.components)
-        if on:
-            method = method.replace(stats=self._stats, signal=self._signal)
-        if on & set("CD") and (self.entropy_source, self.stats_scope) != ("old", "batch"):
-            breaks = frozenset({"split"} if self.stats_scope == "micro_batch" else ())
-            method = method.replace(live_signal=True, breaks=breaks)
-        if "C" in on:
-            method = method.replace(reshape=self._redistribute)
-        if "D" in on:
-            method = method.replace(bounds=self._adaptive_bounds)
-        return method
-
-    def _stats(self, batch: TokenBatch) -> EntropyStats | None:
-        return entropy_stats(entropy_of(batch, "old"), batch.mask, self.rho)
-
-    def _signal(self, batch: TokenBatch) -> Tensor:
-        entropy, stats = entropy_of(batch, self.entropy_source), batch.stats
-        if self.stats_scope == "micro_batch":
-            stats = entropy_stats(entropy, batch.mask, self.rho)
-        if stats is None:
-            return torch.zeros_like(entropy)
-        return entropy_signal(entropy, stats, self.variant).clamp_(-1.0, 1.0)
-
-    def _advantage(self, batch: TokenBatch) -> Tensor:
-        if "B" not in self.components:
-            return super()._advantage(batch)
-        return token_group_advantage(
-            batch.reward,
-            batch.group,
-            batch.mask,
-            singleton=self.singleton,
-            fallback_threshold=self.fallback_threshold,
+        entropy, at = entropy_from(self.entropy_source, "loss")
+        rows, clip = ("reward", "group", "mask"), {"low": self.eps_low, "high": self.eps_high}
+        group = Stage(group_advantage, *rows, singleton=self.singleton)
+        over_tokens = {"singleton": self.singleton, "fallback_threshold": self.fallback_threshold}
+        zone = Stage(redistribute, "advantage", "ratio", "signal", **clip, beta=self.beta)
+        if self.variant == "release":
+            zone = Stage(release_redistribute, "advantage", "ratio", "signal", "bounds", beta=self.beta)
+        return Method(
+            **self.shared(stats=Stage(entropy_stats, "old_entropy", "mask", rho=self.rho) if on else None),
+            signal=Stage(bounded_signal, entropy, "stats", variant=self.variant) if on else None,
+            signal_at=at if on & set("CD") else "prepare",
+            advantage=Stage(token_group_advantage, *rows, **over_tokens) if "B" in on else group,
+            bounds=(
+                Stage(asymmetric_bounds, "signal", **clip, alpha=self.alpha)
+                if "D" in on
+                else Stage(constant_bounds, "ratio", **clip)
+            ),
+            shaping=zone if "C" in on else None,
+            surrogate=Stage(clipped_surrogate, "ratio", "advantage", "bounds", dual_clip=self.dual_clip),
+            penalty=k3_penalty(self.kl_coef),
+            reduce=token_mean,
         )
 
-    def _redistribute(self, advantage: Tensor, ratio: Tensor, signal: Tensor | None, bounds: Bounds) -> Tensor:
-        assert signal is not None and self.eps_high is not None
-        low: Tensor | float = self.eps_low
-        high: Tensor | float = self.eps_high
-        if self.variant == "release":
-            low, high = bounds
-        return redistribute(advantage, ratio, signal, low, high, self.beta, closed=self.variant == "paper")
 
-    def _adaptive_bounds(self, ratio: Tensor, signal: Tensor | None) -> Bounds:
-        assert signal is not None and self.eps_high is not None
-        return asymmetric_bounds(signal, self.eps_low, self.eps_high, self.alpha)
+def bounded_signal(
+    entropy: Float[Tensor, "B T"], stats: EntropyStats | None, variant: Literal["paper", "release"] = "paper"
+) -> Float[Tensor, "B T"]:
+    """`entropy_signal` within [-1, 1]; 0 where no token is valid, so that there are no statistics."""
+    if stats is None:
+        return torch.zeros_like(entropy)
+    return entropy_signal(entropy, stats, variant).clamp(-1.0, 1.0)
+
+
+def release_redistribute(
+    advantage: Float[Tensor, "B T"],
+    ratio: Float[Tensor, "B T"],
+    signal: Float[Tensor, "B T"],
+    bounds: Bounds,
+    beta: float = 1.0,
+) -> Float[Tensor, "B T"]:
+    """`redistribute` as the authors' code does: an open neutral zone from the adapted bounds."""
+    return redistribute(advantage, ratio, signal, bounds.low, bounds.high, beta, closed=False)

@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..batch import TokenBatch
 from ..method import Method
-from ..parts.advantage import leave_one_out_advantage
-from ..parts.bounds import Bounds, constant_bounds, no_bounds
+from ..parts.advantage import Singleton, leave_one_out_advantage
+from ..parts.bounds import constant_bounds, no_bounds
 from ..parts.reduce import sequence_sum
 from ..parts.surrogate import clipped_surrogate, unclipped_surrogate
+from ..stage import Stage
 from ._options import Options, Paper, pair, require
 from ._registry import register
 
@@ -34,11 +36,6 @@ class RLOO(Options):
         2024,
     )
     summary: ClassVar = "leave-one-out baseline, no clipping, sums over a response"
-    stages: ClassVar = {
-        "advantage": "reward minus the others' mean",
-        "surrogate": "unclipped",
-        "reduce": "sequence mean of token sums",
-    }
 
     kl_coef: float = 0.0
     """beta of the KL in the reward, not a loss term; 0.03 to 0.1 in the paper, with a reward model."""
@@ -56,28 +53,42 @@ class RLOO(Options):
 
     def build(self) -> Method:
         """The method with these options."""
-        return (
-            super()
-            .build()
-            .replace(
-                kl_coef=0.0,
-                bounds=self._bounds if self.clip else no_bounds,
-                surrogate=clipped_surrogate if self.clip else unclipped_surrogate,
-                reduce=sequence_sum,
-            )
+        baseline = ("reward", "group", "mask")
+        return Method(
+            **self.shared(),
+            advantage=(
+                Stage(
+                    penalised_advantage,
+                    *baseline,
+                    "old_logp",
+                    "ref_logp",
+                    coef=self.kl_coef,
+                    singleton=self.singleton,
+                )
+                if self.kl_coef
+                else Stage(leave_one_out_advantage, *baseline, singleton=self.singleton)
+            ),
+            bounds=Stage(constant_bounds, "ratio", low=self.clip[0], high=self.clip[1])
+            if self.clip
+            else Stage(no_bounds, "ratio"),
+            surrogate=(
+                Stage(clipped_surrogate, "ratio", "advantage", "bounds")
+                if self.clip
+                else Stage(unclipped_surrogate, "ratio", "advantage")
+            ),
+            reduce=sequence_sum,
         )
 
-    def _bounds(self, ratio: Tensor, signal: Tensor | None) -> Bounds:
-        assert self.clip is not None
-        return constant_bounds(ratio, *self.clip)
 
-    def _advantage(self, batch: TokenBatch) -> Tensor:
-        reward = batch.reward
-        if self.kl_coef:
-            if batch.ref_logp is None:
-                raise ValueError(
-                    f"kl_coef = {self.kl_coef} puts the KL to a reference policy into the reward and needs "
-                    "TokenBatch.ref_logp at prepare(); set it, or kl_coef=0"
-                )
-            reward = reward - self.kl_coef * (batch.old_logp - batch.ref_logp).sum(-1)
-        return leave_one_out_advantage(reward, batch.group, batch.mask, singleton=self.singleton)
+def penalised_advantage(
+    reward: Float[Tensor, " B"],
+    group: Int[Tensor, " B"],
+    mask: Bool[Tensor, "B T"],
+    old_logp: Float[Tensor, "B T"],
+    ref_logp: Float[Tensor, "B T"],
+    coef: float,
+    singleton: Singleton = "zero",
+) -> Float[Tensor, "B T"]:
+    """`leave_one_out_advantage` of R_i - coef sum_t (old_logp - ref_logp), the KL at rollout in the reward."""
+    penalised = reward - coef * torch.where(mask, old_logp - ref_logp, 0.0).sum(-1)
+    return leave_one_out_advantage(penalised, group, mask, singleton=singleton)

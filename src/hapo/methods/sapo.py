@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 from ..method import Method
+from ..parts.advantage import group_advantage
 from ..parts.bounds import no_bounds
 from ..parts.reduce import sequence_mean
 from ..parts.surrogate import soft_gate
-from ._options import Options, Paper, require
+from ..stage import Stage
+from ._options import Options, Paper, k3_penalty, require
 from ._registry import register
 
 
@@ -30,11 +31,6 @@ class SAPO(Options):
 
     paper: ClassVar = Paper("Soft Adaptive Policy Optimization", "2511.20347", 2025)
     summary: ClassVar = "a smooth gate in the place of the clip, steeper for negative advantages"
-    stages: ClassVar = {
-        "advantage": "group z-score",
-        "surrogate": "sigmoid gate of the ratio",
-        "reduce": "sequence mean of token means",
-    }
 
     tau_pos: float = 1.0
     """Steepness of the gate where A > 0 (paper); towards 0 nothing is held back."""
@@ -49,5 +45,11 @@ class SAPO(Options):
 
     def build(self) -> Method:
         """The method with these options."""
-        surrogate = partial(soft_gate, tau_pos=self.tau_pos, tau_neg=self.tau_neg)
-        return super().build().replace(bounds=no_bounds, surrogate=surrogate, reduce=sequence_mean)
+        return Method(
+            **self.shared(),
+            advantage=Stage(group_advantage, "reward", "group", "mask", singleton=self.singleton),
+            bounds=Stage(no_bounds, "ratio"),
+            surrogate=Stage(soft_gate, "ratio", "advantage", tau_pos=self.tau_pos, tau_neg=self.tau_neg),
+            penalty=k3_penalty(self.kl_coef),
+            reduce=sequence_mean,
+        )

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import Tensor
-
-from ..batch import TokenBatch
 from ..method import Method
-from ..parts.keep import not_spurious
-from ._options import ClippedOptions, EntropySource, Paper, entropy_of, one_of, require
+from ..parts.advantage import group_advantage
+from ..parts.bounds import constant_bounds
+from ..parts.reduce import token_mean
+from ..parts.select import not_spurious
+from ..parts.surrogate import clipped_surrogate
+from ..stage import Stage
+from ._options import ClippedOptions, EntropySource, Paper, entropy_from, k3_penalty, one_of, require
 from ._registry import register
 
 
@@ -26,13 +28,6 @@ class STAPO(ClippedOptions):
 
     paper: ClassVar = Paper("STAPO: Spurious-Token-Aware Policy Optimization", "2602.15620", 2026)
     summary: ClassVar = "rare low-entropy tokens of right answers do not learn"
-    stages: ClassVar = {
-        "advantage": "group z-score",
-        "keep": "all but rare low-entropy tokens with A > 0",
-        "bounds": "0.8 to 1.28",
-        "surrogate": "clipped",
-        "reduce": "mean of kept tokens",
-    }
 
     tau_p: float = 0.002
     """Probability below which a token is rare (paper)."""
@@ -43,7 +38,7 @@ class STAPO(ClippedOptions):
     version)."""
     entropy_source: EntropySource = "current"
     """Probabilities and entropies that choose: of the current policy (paper), which takes one more forward pass
-    a step, or at rollout."""
+    a step, or those of the whole rollout batch, at rollout."""
     eps_high: float = 0.28
     """Upper clip range (paper)."""
 
@@ -57,10 +52,16 @@ class STAPO(ClippedOptions):
 
     def build(self) -> Method:
         """The method with these options."""
-        return super().build().replace(keep=self._keep, live_keep=self.entropy_source == "current")
-
-    def _keep(self, batch: TokenBatch) -> Tensor:
-        logp = batch.logp if self.entropy_source == "current" else batch.old_logp
-        assert logp is not None and batch.advantage is not None
-        entropy = entropy_of(batch, self.entropy_source)
-        return not_spurious(logp, entropy, batch.advantage, batch.mask, self.tau_p, self.q, self.quantile_scope)
+        entropy, at = entropy_from(self.entropy_source, "step")
+        logp = "logp" if self.entropy_source == "current" else "old_logp"
+        rare = {"tau_p": self.tau_p, "q": self.q, "scope": self.quantile_scope}
+        return Method(
+            **self.shared(),
+            advantage=Stage(group_advantage, "reward", "group", "mask", singleton=self.singleton),
+            select=Stage(not_spurious, logp, entropy, "advantage", "mask", **rare),
+            select_at=at,
+            bounds=Stage(constant_bounds, "ratio", low=self.eps_low, high=self.eps_high),
+            surrogate=Stage(clipped_surrogate, "ratio", "advantage", "bounds", dual_clip=self.dual_clip),
+            penalty=k3_penalty(self.kl_coef),
+            reduce=token_mean,
+        )

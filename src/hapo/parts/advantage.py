@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..batch import lengths, masked, working_dtype
+from ..batch import masked, working_dtype
 from .groups import alone, equal_rewards, group_index, group_sum
 
 STD_EPS = 1e-6
@@ -80,7 +80,7 @@ def token_group_advantage(
     With `fallback_threshold`, a group in which any |A| reaches it takes `group_advantage` instead (5 in the
     authors' release; not in the paper).
     """
-    length = torch.where(reward.isnan(), 0, lengths(mask)).double()
+    length = torch.where(reward.isnan(), 0, mask.sum(-1)).double()
     rows = length > 0
     r = torch.where(rows, reward.double(), 0.0)
     index, k = group_index(group)

@@ -21,8 +21,8 @@ def constant_bounds(like: Float[Tensor, "B T"], low: float, high: float) -> Boun
     return Bounds(torch.full_like(like, low), torch.full_like(like, high))
 
 
-def no_bounds(ratio: Float[Tensor, "B T"], signal: Float[Tensor, "B T"] | None = None) -> Bounds:
-    """[0, inf) for every token; `signal` is not read."""
+def no_bounds(ratio: Float[Tensor, "B T"]) -> Bounds:
+    """[0, inf) for every token."""
     return constant_bounds(ratio, 1.0, torch.inf)
 
 
@@ -33,7 +33,7 @@ def asymmetric_bounds(signal: Float[Tensor, "B T"], low: float, high: float, alp
     fall further, uncertain tokens may rise further.
     """
     s = signal.detach()
-    return Bounds(s.clamp(max=0).mul_(-low * alpha).add_(low), s.clamp(min=0).mul_(high * alpha).add_(high))
+    return Bounds(low - low * alpha * s.clamp(max=0), high + high * alpha * s.clamp(min=0))
 
 
 def gated_bounds(gate: Float[Tensor, "B T"], inside: float, outside: float) -> Bounds:

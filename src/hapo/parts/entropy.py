@@ -7,7 +7,6 @@ softmax(logits / T_base), before top-p, top-k and the adaptive factor.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -15,8 +14,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..batch import BLOCK, valid, working_dtype
 from ..batch import EntropyStats as EntropyStats
+from ..batch import valid, working_dtype
 
 LOG_FLOOR = 1e-8
 """Entropies below this are floored before the logarithm (hapo.md, eqs. 5-7)."""
@@ -96,6 +95,17 @@ def masked_quantile(x: Float[Tensor, "*b n"], mask: Bool[Tensor, "*b n"], level:
     return torch.where(n > 0, value, torch.nan)
 
 
+def above_quantile(
+    entropy: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], level: float, strict: bool = False
+) -> Float[Tensor, "B T"]:
+    """1 where the entropy is at or above the quantile of its response's entropies, 0 elsewhere; `strict`: above.
+
+    The quantile is `masked_quantile`'s, linear.
+    """
+    threshold = masked_quantile(entropy, mask, level)
+    return ((entropy > threshold) if strict else (entropy >= threshold)).to(entropy.dtype)
+
+
 def mean_entropy(entropy: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, " B"]:
     """Mean entropy of the valid tokens of each response, nats, float64; 0 for a row without valid tokens."""
     total = torch.where(mask, entropy.detach().double(), 0.0).sum(-1)
@@ -153,19 +163,6 @@ def entropy_signal(
     up = max(stats.h_max, SCALE_FLOOR)
     down = max(-stats.h_min, SCALE_FLOOR) * (1 if variant == "paper" else -1)
 
-    def signal(h: Tensor) -> Tensor:
-        # Pivot and scales are distances between numbers of this precision, so that the ends are +1 and -1 exactly.
-        d = log_entropy(h).sub_(stats.pivot)
-        return d.clamp(min=0).div_(up).add_(d.clamp_(max=0).div_(down))
-
-    return by_blocks(signal, entropy.detach())
-
-
-def by_blocks(function: Callable[[Tensor], Tensor], x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """function(x), which treats every entry alike, in blocks that stay in a CPU's cache; in the working dtype."""
-    if x.device.type != "cpu" or x.numel() <= BLOCK:
-        return function(x)
-    out = torch.empty(x.shape, dtype=working_dtype(x))
-    for part, into in zip(x.reshape(-1).split(BLOCK), out.view(-1).split(BLOCK), strict=True):
-        into.copy_(function(part))
-    return out
+    # Pivot and scales are distances between numbers of this precision, so that the ends are +1 and -1 exactly.
+    d = log_entropy(entropy.detach()) - stats.pivot
+    return d.clamp(min=0) / up + d.clamp(max=0) / down

@@ -15,13 +15,8 @@ LOG_SEQUENCE_RATIO_LIMIT = 10.0
 """Upper clamp of a sequence's mean log-ratio (verl's guard)."""
 
 
-def token_ratio(
-    logp: Float[Tensor, "B T"], old_logp: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"] | None = None
-) -> Float[Tensor, "B T"]:
-    """r_it = exp(clamp(logp - old_logp, -20, 20)); differentiable in logp only, with no gradient in the clamp.
-
-    `mask` is not read.
-    """
+def token_ratio(logp: Float[Tensor, "B T"], old_logp: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """r_it = exp(clamp(logp - old_logp, -20, 20)); differentiable in logp only, with no gradient in the clamp."""
     return (logp - old_logp.detach()).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
 
 

@@ -5,10 +5,11 @@ The losses of the slices of a step add up to the step's loss, because every slic
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..batch import StepTotals, lengths
+from ..batch import StepTotals
 
 
 def token_mean(loss: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], totals: StepTotals) -> Float[Tensor, ""]:
@@ -18,7 +19,7 @@ def token_mean(loss: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], totals: St
 
 def sequence_mean(loss: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], totals: StepTotals) -> Float[Tensor, ""]:
     """(1/S) sum_i (1/n_i) sum_t m L, S the sequences of the step with n_i > 0 (GRPO, arXiv 2402.03300, eq. 3)."""
-    per_sequence = _on(loss, mask).sum(-1) / lengths(mask).clamp_min(1)
+    per_sequence = _on(loss, mask).sum(-1) / mask.sum(-1).clamp_min(1)
     return per_sequence.sum() / max(totals.sequences, 1)
 
 
@@ -37,5 +38,5 @@ def valid_token_mean(
 
 
 def _on(loss: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """The losses that count; a bool factor would be converted in the product and again in its gradient."""
-    return loss * mask.to(loss.dtype)
+    """The losses that count; `where`, so that NaN elsewhere is no NaN here."""
+    return torch.where(mask, loss, 0.0)

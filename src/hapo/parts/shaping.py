@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..batch import masked
 from .entropy import mean_entropy
 from .groups import group_index, group_sum
 
@@ -57,7 +56,7 @@ def redistribute(
     lower, upper = 1.0 - low / 2, 1.0 + high / 2
     inside = (r >= lower) & (r <= upper) if closed else (r > lower) & (r < upper)
     applies: Bool[Tensor, "B T"] = inside ^ (signal > 0)
-    return masked(signal, applies).mul_(beta).add_(1.0).mul_(advantage)
+    return torch.where(applies, advantage * (1.0 + beta * signal), advantage)
 
 
 def entropy_shaped_reward(

@@ -25,7 +25,6 @@ class Surrogate(NamedTuple):
 
 
 def clipped_surrogate(
-    logp: Float[Tensor, "B T"],
     ratio: Float[Tensor, "B T"],
     advantage: Float[Tensor, "B T"],
     bounds: Bounds,
@@ -35,7 +34,7 @@ def clipped_surrogate(
 
     The gradient with respect to logp is -A r, and 0 where A > 0 and r > 1 + high, or A < 0 and r < 1 - low; a
     ratio exactly on a bound is unclipped. `dual_clip` c > 1 caps the loss of negative advantages at -c A (no
-    gradient where r > c; arXiv 1912.09729, eq. 5), counted as clipped on the high side. `logp` is not read.
+    gradient where r > c; arXiv 1912.09729, eq. 5), counted as clipped on the high side.
     """
     lower, upper = 1.0 - bounds.low, 1.0 + bounds.high
     negative = advantage < 0
@@ -49,10 +48,8 @@ def clipped_surrogate(
     return Surrogate(-effective * advantage, clipped_low, clipped_high)
 
 
-def unclipped_surrogate(
-    logp: Float[Tensor, "B T"], ratio: Float[Tensor, "B T"], advantage: Float[Tensor, "B T"], bounds: Bounds
-) -> Surrogate:
-    """-r A: the importance-weighted policy gradient; d/dlogp = -A r. `logp` and `bounds` are not read."""
+def unclipped_surrogate(ratio: Float[Tensor, "B T"], advantage: Float[Tensor, "B T"]) -> Surrogate:
+    """-r A: the importance-weighted policy gradient; d/dlogp = -A r."""
     nowhere = torch.zeros_like(ratio, dtype=torch.bool)
     return Surrogate(-ratio * advantage, nowhere, nowhere)
 
@@ -139,18 +136,12 @@ def asymmetric_ratio(
 
 
 def soft_gate(
-    logp: Float[Tensor, "B T"],
-    ratio: Float[Tensor, "B T"],
-    advantage: Float[Tensor, "B T"],
-    bounds: Bounds,
-    tau_pos: float,
-    tau_neg: float,
+    ratio: Float[Tensor, "B T"], advantage: Float[Tensor, "B T"], tau_pos: float, tau_neg: float
 ) -> Surrogate:
     """-f(r) A with f(r) = (4 / tau) sigmoid(tau (r - 1)) (SAPO, arXiv 2511.20347).
 
     tau is `tau_pos` where A > 0, `tau_neg` elsewhere. d/dlogp = -A r 4 p (1 - p), p = sigmoid(tau (r - 1)): -A at
     r = 1 whatever tau is, and nearer to 0 the further r is from 1, without an edge. No token counts as clipped.
-    `logp` and `bounds` are not read.
     """
     tau = torch.full_like(ratio, tau_neg).masked_fill(advantage > 0, tau_pos)
     gate = (tau * (ratio - 1.0)).sigmoid() * 4.0 / tau

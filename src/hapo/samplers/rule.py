@@ -19,8 +19,9 @@ from torch import Tensor
 from ..batch import EntropyStats
 from ..kernels import use_triton
 from ..method import Method
-from ..methods._options import AdaptiveTemperature, check_names, check_number, require
+from ..methods._options import AdaptiveTemperature, check_names, check_number, one_of, require
 from ..parts.entropy import CHUNK, entropy_from_logits
+from .decoding_rules import EDT, DynamicTemperature
 
 PREFIX = "hapo_"
 """Begins the name of every parameter of a request; all others are left to the engine."""
@@ -28,7 +29,13 @@ PREFIX = "hapo_"
 TESTED_VLLM = "0.32."
 """Versions of vLLM in which requests with a rule are accepted."""
 
-LAW = {f.name for f in fields(AdaptiveTemperature)}
+Law = AdaptiveTemperature | DynamicTemperature | EDT
+LAWS: dict[str, type[Law]] = {
+    "bounded": AdaptiveTemperature,
+    "zscore": AdaptiveTemperature,
+    "dynatemp": DynamicTemperature,
+    "edt": EDT,
+}
 STATS = ("pivot", "sigma", "h_max", "h_min")
 
 
@@ -40,7 +47,7 @@ class TemperatureRule:
         ValueError: the law reads statistics and there are none.
     """
 
-    law: AdaptiveTemperature
+    law: Law
     stats: EntropyStats | None = None
     """Of the previous rollout, or of a calibration; None where the law reads none."""
 
@@ -54,7 +61,7 @@ class TemperatureRule:
 
     def factor(self, entropy: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Factor on T_base at positions with these entropies, nats; > 0."""
-        return self.law.factor(entropy, self.stats)
+        return self.law.factor(entropy, self.stats)  # type: ignore[arg-type]  # __post_init__ saw to it
 
     def to_args(self) -> dict[str, float | str]:
         """Flat parameters of a request: `SamplingParams.extra_args`, `vllm_xargs`, SGLang's `custom_params`."""
@@ -72,8 +79,7 @@ class TemperatureRule:
         given = {k.removeprefix(PREFIX): v for k, v in (args or {}).items() if k.startswith(PREFIX)}
         if not given:
             return None
-        check_names("an adaptive temperature", given, [*LAW, *STATS])
-        law = AdaptiveTemperature(**{k: v for k, v in given.items() if k in LAW})
+        law = law_from({k: v for k, v in given.items() if k not in STATS})
         found = {k: v for k, v in given.items() if k in STATS}
         if not found:
             return cls(law)
@@ -112,14 +118,27 @@ class TemperatureRule:
         return rule
 
 
-HARMLESS = TemperatureRule(AdaptiveTemperature(law="edt", theta=0.0))
+def law_from(options: Mapping[str, Any]) -> Law:
+    """The law that these options describe; the key "law" names it.
+
+    Raises:
+        ValueError: unknown law or option, or a value of the wrong kind or out of its range.
+    """
+    name = options.get("law", "bounded")
+    one_of("law", name, tuple(LAWS))
+    kind = LAWS[name]
+    check_names(f"the law {name!r}", options, [*(f.name for f in fields(kind)), *STATS])
+    return kind(**options)
+
+
+HARMLESS = TemperatureRule(EDT(theta=0.0))
 """A rule that changes nothing, to ask an engine with."""
 
 
 def law_of(method: Method) -> AdaptiveTemperature | None:
     """The law that the options of a named method describe, which a request can carry; None for any other."""
     options = method.options.get("temperature")
-    if options is None or "factor" in method.options.get("replaced", ()):
+    if options is None or "temperature_rule" in method.options.get("replaced", ()):
         return None
     return AdaptiveTemperature.of(options)
 

@@ -202,9 +202,7 @@ def resolve_method(method: Method | None, args: HAPOConfig) -> Method:
     if method is not None:
         if not isinstance(method, Method):
             raise TypeError(f"method must be a Method, got {method!r}; a name goes into HAPOConfig(method=...)")
-        weight = method.kl_coef or method.options.get("kl_coef", 0.0)
-        if callable(weight):
-            weight = method.options.get("kl_coef") or 1.0
+        weight = _kl_weight(method)
         if args.beta is not None and args.beta != weight:
             raise ValueError(f"beta={args.beta} and the method's kl_coef={weight} disagree; set one of them")
         args.beta = weight  # TRL loads a reference model where this is not 0
@@ -213,12 +211,22 @@ def resolve_method(method: Method | None, args: HAPOConfig) -> Method:
         args.beta = options_of(args.method).kl_coef
     options = {**(args.method_options or {}), "kl_coef": args.beta}  # type: ignore[dict-item]
     named = hapo.method(args.method, **options)
-    if named.kl_coef and not args.beta:
+    if named.penalty is not None and not args.beta:
         raise ValueError(
             f"method {named.name!r} has a KL penalty, and TRL loads a reference model only with beta > 0: "
             "set it, or switch the penalty off"
         )
     return named
+
+
+def _kl_weight(method: Method) -> float:
+    """What TRL's beta is to be: above 0 where the method reads a reference policy."""
+    options = getattr(method.penalty, "options", {})  # of a Stage
+    if isinstance(options.get("coef"), float):
+        return options["coef"]
+    if "penalty" in method.options.get("replaced", ()):
+        return 0.0 if method.penalty is None else 1.0
+    return method.options.get("kl_coef") or (0.0 if method.penalty is None else 1.0)
 
 
 NO_TEMPERATURE = (
@@ -235,7 +243,7 @@ def check_arguments(method: Method, args: HAPOConfig, model: Any, others: dict[s
     generation = args.generation_kwargs or {}
     if args.use_vllm:
         check_law(method)
-    if others.get("rollout_func") is not None and method.factor is not None:
+    if others.get("rollout_func") is not None and method.temperature_rule is not None:
         raise ValueError(
             f"method {method.name!r} adapts the sampling temperature, and a rollout_func samples by itself: "
             f"let the trainer generate, or {NO_TEMPERATURE}"
@@ -246,7 +254,7 @@ def check_arguments(method: Method, args: HAPOConfig, model: Any, others: dict[s
             f"beta={args.beta} needs a reference model, which TRL loads by the model's path, and this one has "
             "none: save it and hand over the folder, or set beta=0"
         )
-    if method.factor is not None and "temperature" in generation:
+    if method.temperature_rule is not None and "temperature" in generation:
         raise ValueError("generation_kwargs: set the base temperature with temperature=, which scoring reads too")
     if generation.get("num_beams", 1) != 1:
         raise ValueError("generation_kwargs: num_beams must be 1, policies are sampled, not searched")

@@ -92,7 +92,9 @@ class MetricLog:
     def add_rollout(self, batch: TokenBatch, scored: Tensor) -> None:
         """Figures of a prepared rollout batch of all ranks; `scored` (B,T) holds dropped groups too."""
         trainer = self.trainer
-        figures = rollout_metrics(batch, scored, trainer.method.factor, trainer._sampled_with, trainer.temperature)
+        figures = rollout_metrics(
+            batch, scored, trainer.method.temperature_rule, trainer._sampled_with, trainer.temperature
+        )
         if not trainer.use_vllm:  # with vLLM, TRL logs the same
             figures |= sampler_gap(batch)
         for name, value in figures.items():

@@ -84,8 +84,8 @@ class Recorder:
         prompts = zip(inputs["prompt_ids"][rows], inputs["prompt_mask"][rows].bool(), strict=True)
         assert batch.old_entropy is not None
         temperature = torch.full_like(batch.old_entropy, trainer.temperature)
-        if trainer.method.factor is not None and trainer._sampled_with is not None:
-            temperature = temperature * trainer.method.factor(batch.old_entropy, trainer._sampled_with)
+        if trainer.method.temperature_rule is not None and trainer._sampled_with is not None:
+            temperature = temperature * trainer.method.temperature_rule(batch.old_entropy, trainer._sampled_with)
         self.records.add_tokens(
             step,
             rollout,

@@ -18,7 +18,7 @@ from trl.trainer.utils import RepeatSampler
 
 import hapo
 
-from ...parts.keep import mixed_groups
+from ...parts.select import mixed_groups
 
 TensorDict = dict[str, Tensor]
 NEWEST = 0.2
@@ -198,9 +198,9 @@ class DynamicSampling:
 
 def begin_step(trainer: Any, micro_batches: list[dict[str, Any]]) -> None:
     """Method.step over the optimiser step of all ranks: exact totals, and the tokens that it keeps."""
-    if trainer.method.keep is None:
-        masks = [inputs["hapo_mask"] for inputs in micro_batches]
-        local = torch.stack([torch.stack([m.any(1).sum(), m.sum(), m.sum()]) for m in masks]).sum(0)
+    if not trainer.method.step_reads_policy:
+        masks = [(m := inputs["hapo_mask"], m & inputs.get("hapo_keep", m)) for inputs in micro_batches]
+        local = torch.stack([torch.stack([m.any(1).sum(), m.sum(), kept.sum()]) for m, kept in masks]).sum(0)
         totals = hapo.StepTotals(*trainer.accelerator.reduce(local, "sum").tolist())
         for inputs in micro_batches:
             inputs["hapo_totals"] = totals
@@ -208,23 +208,23 @@ def begin_step(trainer: Any, micro_batches: list[dict[str, Any]]) -> None:
     local_rows = concat_rows([_step_fields(trainer, inputs) for inputs in micro_batches])
     everyone: dict[str, Any] = gather_rows(trainer.accelerator, local_rows)
     batch = trainer.method.step(hapo.TokenBatch(**everyone, stats=trainer.temperature_stats))
-    assert batch.keep is not None
     first = trainer.accelerator.process_index * len(local_rows["mask"])
     for inputs in micro_batches:
         rows, width = inputs["hapo_mask"].shape
-        inputs["hapo_keep"] = batch.keep[first : first + rows, :width]
+        for name in ("signal", "keep"):
+            x = getattr(batch, name)
+            if x is not None:
+                inputs[f"hapo_{name}"] = x[first : first + rows, :width]
         inputs["hapo_totals"] = batch.totals
         first += rows
 
 
 def _step_fields(trainer: Any, inputs: dict[str, Any]) -> TensorDict:
-    """The tensors of a micro-batch; the current policy's scores only where the method asks for them."""
-    logp = entropy = None
-    if trainer.method.live_keep:
-        with (
-            torch.no_grad(),
-            disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs),
-        ):
-            logp, entropy, _ = trainer._score(trainer.model, {**inputs, "hapo_needed": inputs["hapo_mask"]})
-    batch = trainer._batch({**inputs, "hapo_keep": None, "hapo_totals": None}, logp, entropy)
+    """The tensors of a micro-batch, with the current policy's scores."""
+    with (
+        torch.no_grad(),
+        disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs),
+    ):
+        logp, entropy, _ = trainer._score(trainer.model, {**inputs, "hapo_needed": inputs["hapo_mask"]})
+    batch = trainer._batch({**inputs, "hapo_totals": None}, logp, entropy)
     return {f.name: x for f in fields(batch) if isinstance(x := getattr(batch, f.name), Tensor)}

@@ -36,7 +36,7 @@ from .passes import of_inputs
 from .recorder import Recorder
 from .rollout import DynamicSampling, EpochSampler, begin_step, gather_rows
 
-PREPARED = ("mask", "advantage", "signal", "weight")
+PREPARED = ("mask", "advantage", "signal", "weight", "keep")
 """What Method.prepare makes of a rollout batch, kept with its rows as hapo_mask, ..."""
 
 
@@ -138,7 +138,7 @@ class HAPOTrainer(GRPOTrainer):
 
     def _temperature_factor(self) -> Callable[[Tensor], Tensor] | None:
         """The law with the last rollout's statistics; None at the first step."""
-        factor, stats = self.method.factor, self._sampled_with
+        factor, stats = self.method.temperature_rule, self._sampled_with
         if factor is None or stats is None:
             return None
         return lambda entropy: factor(entropy, stats)
@@ -326,8 +326,10 @@ class HAPOTrainer(GRPOTrainer):
         else:  # one step, of the policy that drew it
             step = self.method.step(batch.replace(logp=batch.old_logp, entropy=batch.old_entropy))
             rollout["hapo_totals"], rollout["hapo_stats"] = step.totals, step.stats
-            if step.keep is not None:
-                rollout["hapo_keep"] = step.keep[rows, :width]
+            for name in ("signal", "keep"):
+                x = getattr(step, name)
+                if x is not None:
+                    rollout[f"hapo_{name}"] = x[rows, :width]
         return rollout
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
@@ -342,7 +344,7 @@ class HAPOTrainer(GRPOTrainer):
 
     def _batch(self, inputs: dict[str, Any], logp: Tensor | None, entropy: Tensor | None) -> hapo.TokenBatch:
         """A micro-batch as the core reads it, with the current policy's scores."""
-        made: dict[str, Any] = {name: inputs.get(f"hapo_{name}") for name in (*PREPARED, "keep", "totals")}
+        made: dict[str, Any] = {name: inputs.get(f"hapo_{name}") for name in (*PREPARED, "totals")}
         return hapo.TokenBatch(
             **made,
             logp=logp,

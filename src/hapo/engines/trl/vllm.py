@@ -15,7 +15,7 @@ from ...samplers.rule import HARMLESS, PREFIX, law_of, rule_of
 
 def check_law(method: Method) -> None:
     """Raise a ValueError unless the method's law can be told to vLLM: by the options of `AdaptiveTemperature`."""
-    if method.factor is None or law_of(method) is not None:
+    if method.temperature_rule is None or law_of(method) is not None:
         return
     raise ValueError(
         f"method {method.name!r} adapts the sampling temperature by a function of its own, and requests to vLLM "
@@ -25,7 +25,7 @@ def check_law(method: Method) -> None:
 
 def check_images(trainer: Any) -> None:
     """Raise a ValueError where TRL would send images without the rule: to a server, asked in another way."""
-    if trainer.vllm_generation.mode == "server" and trainer.method.factor is not None:
+    if trainer.vllm_generation.mode == "server" and trainer.method.temperature_rule is not None:
         raise ValueError(
             'TRL\'s requests with images to a vLLM server carry no temperature rule: set vllm_mode="colocate", or '
             "take a method without an adaptive temperature"
@@ -60,14 +60,14 @@ def attach(trainer: Any) -> None:
                     f"the vLLM server returns {mode}, not those of the distribution that drew the tokens: "
                     "start it with --logprobs-mode processed_logprobs"
                 )
-            if trainer.method.factor is not None:
+            if trainer.method.temperature_rule is not None:
                 _check_server(generation.vllm_client)
         return
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
         generation.sync_weights = lambda: _reload_weights(generation)
-    if trainer.method.factor is not None:
+    if trainer.method.temperature_rule is not None:
         _check_engine(generation.llm)
 
 

@@ -13,6 +13,7 @@ import hapo
 
 from ...method import Method
 from ...methods._options import check_names
+from ...parts.penalty import kl_penalty
 from ...samplers.rule import TESTED_VLLM, law_of
 
 NAME = "hapo"
@@ -131,17 +132,18 @@ def resolve_method(config: Mapping[str, Any], settings: Settings) -> Method:
     """
     named = hapo.method(settings.method, **settings.options)
     changes: dict[str, Any] = {"sampler_cap": _cap(config)}
-    own, uses_kl = callable(named.kl_coef), bool(select(config, f"{ACTOR}.use_kl_loss"))
+    weight = named.options["kl_coef"] if named.penalty is not None else 0.0
+    own, uses_kl = _own_penalty(named), bool(select(config, f"{ACTOR}.use_kl_loss"))
     if own and not (uses_kl and select(config, f"{ACTOR}.kl_loss_coef") == 0):
         raise ValueError(
             f"method {named.name!r} weighs the KL penalty token by token: set {ACTOR}.use_kl_loss=True (for the "
             f"reference model) and {ACTOR}.kl_loss_coef=0 (for no second penalty), or +hapo.options.kl_coef=0"
         )
     if not own:
-        if named.kl_coef and not uses_kl:
+        if weight and not uses_kl:
             warnings.warn(
-                f"method {named.name!r} has a KL penalty of weight {named.kl_coef} in its paper, and verl's is "
-                f"off: set {ACTOR}.use_kl_loss=True {ACTOR}.kl_loss_coef={named.kl_coef} "
+                f"method {named.name!r} has a KL penalty of weight {weight} in its paper, and verl's is "
+                f"off: set {ACTOR}.use_kl_loss=True {ACTOR}.kl_loss_coef={weight} "
                 f"{ACTOR}.kl_loss_type=low_var_kl for it, or +hapo.options.kl_coef=0 to train without",
                 stacklevel=2,
             )
@@ -175,7 +177,7 @@ def check(config: Mapping[str, Any], method: Method) -> None:
         if value != default:
             raise ValueError(f"{path}={value} cannot be honoured: the method decides it; set {instead}")
     computed = select(config, f"{ACTOR}.calculate_entropy") or select(config, f"{ACTOR}.entropy_coeff")
-    if method.live_signal and not computed:
+    if method.loss_reads_entropy and not computed:
         raise ValueError(
             f"method {method.name!r} reads the current policy's entropy: set {ACTOR}.calculate_entropy=True"
         )
@@ -185,7 +187,7 @@ def check(config: Mapping[str, Any], method: Method) -> None:
             f"{ACTOR}.use_dynamic_bsz=True makes those by length: set it to False"
         )
     sequence = f"{ACTOR}.ulysses_sequence_parallel_size"
-    if method.live_keep and select(config, sequence, 1) > 1:
+    if method.step_reads_policy and select(config, sequence, 1) > 1:
         raise ValueError(
             f"method {method.name!r} scores the current policy before each step, which was not tested with "
             f"{sequence}={select(config, sequence)}: set it to 1, or +hapo.options.entropy_source=old"
@@ -198,10 +200,10 @@ def check(config: Mapping[str, Any], method: Method) -> None:
             "set it to reward, or reward.reward_model.enable_resource_pool=True"
         )
     _check_correction(config)
-    if method.factor is not None:
+    if method.temperature_rule is not None:
         _check_temperature(config, method)
     if select(config, f"{ROLLOUT}.name") == "vllm":
-        _check_vllm(tempered=method.factor is not None)
+        _check_vllm(tempered=method.temperature_rule is not None)
     rows = select(config, "data.train_batch_size")
     if rows == select(config, f"{ACTOR}.ppo_mini_batch_size") and select(config, f"{ACTOR}.ppo_epochs", 1) == 1:
         warnings.warn(
@@ -210,6 +212,11 @@ def check(config: Mapping[str, Any], method: Method) -> None:
             "ppo_epochs > 1, for the method's bounds to act.",
             stacklevel=2,
         )
+
+
+def _own_penalty(method: Method) -> bool:
+    """The method weighs its penalty token by token, which verl's own cannot."""
+    return method.penalty is not None and getattr(method.penalty, "part", None) is not kl_penalty
 
 
 def _check_correction(config: Mapping[str, Any]) -> None:
@@ -286,7 +293,7 @@ def recipe(config: Mapping[str, Any], method: Method) -> dict[str, Any]:
     told = {name: select(config, path) for name, path in named.items()}
     top_k = select(config, f"{ROLLOUT}.top_k", -1)
     penalty = select(config, f"{ACTOR}.kl_loss_coef") if select(config, f"{ACTOR}.use_kl_loss") else 0.0
-    own = method.options["kl_coef"] if callable(method.kl_coef) else None
+    own = method.options["kl_coef"] if _own_penalty(method) else None
     return {
         **{name: value for name, value in told.items() if value is not None},
         **({"top_k": top_k} if top_k > 0 else {}),

@@ -38,8 +38,8 @@ class TokenRecorder:
         batch = batch.rows(rows)
         assert batch.old_entropy is not None
         temperature = torch.full_like(batch.old_entropy, self.plan.t_base)
-        if method.factor is not None and self.plan.sampled_with is not None:
-            temperature = temperature * method.factor(batch.old_entropy, self.plan.sampled_with)
+        if method.temperature_rule is not None and self.plan.sampled_with is not None:
+            temperature = temperature * method.temperature_rule(batch.old_entropy, self.plan.sampled_with)
         decode = self.tokenizer.batch_decode
         self.records.add_tokens(
             self.step,

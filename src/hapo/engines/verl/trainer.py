@@ -71,7 +71,7 @@ class HAPOTrainer(PPOTrainerSync):
         with open_dict(config):
             config.trainer.v1.trainer_mode = "sync"  # verl asks for the name of its own
         super().__init__(config)
-        self.tempering = Tempering() if self.method.factor is not None else None
+        self.tempering = Tempering() if self.method.temperature_rule is not None else None
 
     # -- workers and rollout --------------------------------------------------------------------------------
 
@@ -128,7 +128,7 @@ class HAPOTrainer(PPOTrainerSync):
         if "rollout_log_probs" in found:
             prepared = prepared.replace(sampler_logp=padded["rollout_log_probs"])
         t_base = self.config.actor_rollout_ref.rollout.temperature
-        figures = rollout_metrics(prepared, scored, self.method.factor, self._sampled_with, t_base)
+        figures = rollout_metrics(prepared, scored, self.method.temperature_rule, self._sampled_with, t_base)
         metrics.update({f"{NAME}/{k}": v for k, v in {**figures, **sampler_gap(prepared)}.items()})
         if prepared.stats is not None:  # a rollout of which every group was dropped leaves the former ones
             self.temperature_stats = prepared.stats
@@ -161,8 +161,10 @@ class HAPOTrainer(PPOTrainerSync):
             "hapo_group": prepared.group,
             "hapo_response": torch.arange(len(prepared)),
         }
-        if prepared.signal is not None:
-            made["hapo_signal"] = response_to_nested(prepared.signal, nested)
+        for field in ("signal", "keep"):
+            x = getattr(prepared, field)
+            if x is not None:
+                made[f"hapo_{field}"] = response_to_nested(x, nested)
         fields = TensorDict(made, batch_size=len(prepared))
         return tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
 

@@ -116,20 +116,23 @@ class HAPOActor(TrainingWorker):
         return self._method[1]
 
     def _begin_step(self, data: TensorDict, method: Method, plan: Plan) -> None:
-        """Write the totals of the optimiser step, and the tokens that it keeps, beside the data."""
+        """Write the totals of the optimiser step, and the signal and the tokens that it keeps, beside the data."""
         batch = token_batch(data)
-        if method.keep is None:
+        if not method.step_reads_policy and batch.keep is None:
             local = torch.tensor(astuple(batch.count()), device=get_device_id())
             dist.all_reduce(local, group=self.engine.get_data_parallel_group())
             tu.assign_non_tensor(data, hapo_totals=tuple(local.tolist()))
             return
-        if method.live_keep:
+        if method.step_reads_policy:
             batch = batch.replace(**self._score(data, batch.mask.shape[1]))
         everyone, first = self._gather(batch)
         step = method.step(everyone.replace(stats=plan.stats))
-        assert step.keep is not None and step.totals is not None
-        keep = step.keep[first : first + len(batch), : batch.mask.shape[1]].cpu()
-        data["hapo_keep"] = response_to_nested(keep, data["response_mask"])
+        for field in ("signal", "keep"):
+            made = getattr(step, field)
+            if made is not None:
+                here = made[first : first + len(batch), : batch.mask.shape[1]].cpu()
+                data[f"hapo_{field}"] = response_to_nested(here, data["response_mask"])
+        assert step.totals is not None
         tu.assign_non_tensor(data, hapo_totals=astuple(step.totals))
 
     def _score(self, data: TensorDict, width: int) -> dict[str, Tensor]:

@@ -1,0 +1,140 @@
+"""What the documentation says of the methods, made from the code: a hook of mkdocs (mkdocs.yml).
+
+When the documentation is built, the methods' pages get their places in the navigation, their classes and the parts
+theirs on the API page, and the index its tables. README.md's list, which GitHub shows as it is, is written anew; a
+test fails while it differs. By hand: `python scripts/docs_from_code.py`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+from typing import Any
+
+import hapo
+import hapo.parts
+from hapo.cli.cards import differences
+from hapo.methods import options_of
+
+ROOT = Path(__file__).parents[1]
+PAGES = ROOT / "docs/methods"
+BEGIN, END = "<!-- methods: made by scripts/docs_from_code.py -->", "<!-- end of methods -->"
+EQUATION = re.compile(r"\beqs?\. (\d+(?:-\d+)?)")
+
+
+def titles() -> dict[str, str]:
+    """Method -> its name in words, the beginning of its page's heading; HAPO first."""
+    found = {name: re.match(r"# ([^:\n]+)", (PAGES / f"{name}.md").read_text()) for name in hapo.methods()}
+    names = {name: match[1].strip() for name, match in found.items() if match}
+    return dict(sorted(names.items(), key=lambda item: (item[0] != "hapo", item[1].lower())))
+
+
+def navigation() -> list[Any]:
+    """Of each method its page, and the pages NAME_*.md beside it."""
+    entries: list[Any] = ["methods/index.md"]
+    for name, title in titles().items():
+        entries.append({title: f"methods/{name}.md"})
+        for page in sorted(PAGES.glob(f"{name}_*.md")):
+            if page.stem not in hapo.methods():
+                rest = page.stem.removeprefix(f"{name}_").replace("_", " ")
+                entries.append({f"{title}: {rest}": f"methods/{page.name}"})
+    return entries
+
+
+def directives(names: list[str]) -> str:
+    return "\n\n".join(f"::: {name}" for name in names)
+
+
+def api_of_methods() -> str:
+    return directives([f"{cls.__module__}.{cls.__name__}" for cls in map(options_of, titles())])
+
+
+def api_of_parts() -> str:
+    return directives([f"hapo.parts.{m.name}" for m in pkgutil.iter_modules(hapo.parts.__path__)])
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def papers() -> str:
+    """Method, what it does, paper, equations (as the class docstring cites them), deviations."""
+    rows = []
+    for name, title in titles().items():
+        cls = options_of(name)
+        equations = dict.fromkeys(EQUATION.findall(inspect.getdoc(cls) or ""))
+        rows.append(
+            [
+                f"[{title}]({name}.md)",
+                cls.summary,
+                f"{cls.paper.title}, {cls.paper.year}, [arXiv {cls.paper.arxiv}]"
+                f"(https://arxiv.org/abs/{cls.paper.arxiv})",
+                ", ".join(equations).replace("-", "–"),
+                f"[deviations]({name}.md#paper-and-released-code)",
+            ]
+        )
+    return table(["method", "in one line", "paper", "equations", "paper and code"], rows)
+
+
+def stages() -> str:
+    """GRPO's parts in full, then of each method those that differ."""
+    rows = []
+    for name, title in sorted(titles().items(), key=lambda item: item[0] != "grpo"):
+        chosen = hapo.method(name).stages if name == "grpo" else differences(name)
+        for i, (stage, part) in enumerate(chosen.items()):
+            rows.append(["" if i else f"[{title}]({name}.md)", stage, part if part == "none" else f"`{part}`"])
+    return table(["method", "stage", "part"], rows)
+
+
+def readme() -> str:
+    """The methods by what drives them: a stage reads an entropy, or none does."""
+    families: dict[str, list[str]] = {"entropy decides": [], "the others": []}
+    for name, title in titles().items():
+        reads = any("entropy" in part for part in hapo.method(name).stages.values())
+        families["entropy decides" if reads else "the others"].append(f"[{title}](docs/methods/{name}.md)")
+    rows = [f"| {family} | {', '.join(links)} |" for family, links in families.items()]
+    count = f"All {len(hapo.methods())} [methods](docs/methods/index.md), by what drives them:"
+    return "\n".join([BEGIN, count, "", "| | |", "|---|---|", *rows, END])
+
+
+def write_readme() -> None:
+    """Put the list into README.md, where it differs."""
+    file = ROOT / "README.md"
+    text = file.read_text()
+    before, rest = text.split(BEGIN)
+    written = before + readme() + rest.split(END)[1]
+    if written != text:
+        file.write_text(written)
+
+
+MADE = {
+    "<!-- made: the options of every method -->": api_of_methods,
+    "<!-- made: every part -->": api_of_parts,
+    "<!-- made: the papers -->": papers,
+    "<!-- made: the stages -->": stages,
+}
+"""Comment on a page -> what takes its place."""
+
+
+def on_config(config: Any) -> Any:
+    """mkdocs: the methods' pages in the navigation."""
+    write_readme()
+    for entry in config["nav"]:
+        if "Methods" in entry:
+            entry["Methods"] = [*navigation(), *entry["Methods"]]
+    return config
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """mkdocs: the tables and the directives."""
+    for comment, make in MADE.items():
+        if comment in markdown:
+            markdown = markdown.replace(comment, make())
+    return markdown
+
+
+if __name__ == "__main__":
+    write_readme()

@@ -1,0 +1,153 @@
+"""What a stage of a `Method` reads, the record, and how a part becomes one, `Stage`.
+
+Shapes: B sequences, T tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+
+from torch import Tensor
+
+from .batch import TOKEN_FIELDS, TokenBatch, masked, working_dtype
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+    from .batch import EntropyStats, StepTotals
+    from .parts.bounds import Bounds
+
+When = Literal["prepare", "step", "loss"]
+"""A stage is made of the rollout batch, of an optimiser step with the current policy, or of each micro-batch."""
+
+MISSING = {
+    "logp": "the log-prob of each token under the current policy",
+    "ref_logp": "the log-prob of each token under the reference policy; give it, or kl_coef=0 for no penalty",
+    "sampler_logp": "the log-prob of each token under the distribution that drew it",
+    "old_entropy": "the policy's entropy at rollout, nats, taken in the same pass as old_logp",
+    "entropy": "the current policy's entropy, nats, taken in the same pass as logp",
+    "signal": "the stage `signal` makes it, at prepare(), step() or loss() as `signal_at` says",
+    "advantage": "the stage `advantage` makes it, in prepare()",
+    "weight": "prepare() makes it where sampler_logp is given and sampler_cap is not None",
+    "keep": "the stage `select` makes it, at prepare(), step() or loss() as `select_at` says",
+    "stats": "the stage `stats` makes it, in prepare()",
+    "totals": "step() makes it",
+    "ratio": "the stage `ratio` makes it, in loss()",
+    "bounds": "the stage `bounds` makes it, in loss() after the ratio",
+}
+"""Field of the record -> where it comes from."""
+
+
+class MissingFieldError(ValueError, AttributeError):
+    """A stage read a field of the record that nobody gave or made."""
+
+
+class Record:
+    """What a stage reads: the fields of a `TokenBatch`, and what the stages before it have made, by name.
+
+    Tensors per token are float32 (float64 stays) and 0 outside the mask, whatever stood there. `logp` alone has a
+    gradient, and none outside the mask. `verdict` is the reward where no verdict was given. `ratio` and `bounds`
+    exist in loss(), the ratio with its gradient. `stats` is None where no token is valid.
+
+    Raises:
+        MissingFieldError: on reading a field that nobody gave or made; it says where the field comes from.
+    """
+
+    if TYPE_CHECKING:
+        mask: Bool[Tensor, "B T"]
+        logp: Float[Tensor, "B T"]
+        old_logp: Float[Tensor, "B T"]
+        ref_logp: Float[Tensor, "B T"]
+        sampler_logp: Float[Tensor, "B T"]
+        old_entropy: Float[Tensor, "B T"]
+        entropy: Float[Tensor, "B T"]
+        reward: Float[Tensor, " B"]
+        verdict: Float[Tensor, " B"]
+        group: Int[Tensor, " B"]
+        advantage: Float[Tensor, "B T"]
+        signal: Float[Tensor, "B T"]
+        weight: Float[Tensor, "B T"]
+        keep: Bool[Tensor, "B T"]
+        stats: EntropyStats | None
+        totals: StepTotals
+        ratio: Float[Tensor, "B T"]
+        bounds: Bounds
+
+    def __init__(self, method: str, batch: TokenBatch) -> None:
+        self._method = method
+        self._batch = batch
+        self.mask = batch.mask
+
+    def __getattr__(self, name: str) -> Any:
+        """A field that was not read before; from then on it is an attribute like any other."""
+        if name not in FIELDS:
+            raise AttributeError(f"a record has no field {name!r}")
+        value = self._given(name)
+        nothing_to_count = name == "stats" and not self.mask.any()
+        if value is None and not nothing_to_count:
+            raise MissingFieldError(
+                f"method {self._method!r} reads TokenBatch.{name}, and it is missing: {MISSING[name]}"
+            )
+        if name in TOKEN_FIELDS:
+            value = masked(value if name == "logp" else value.detach(), self.mask)
+        elif name in ("reward", "verdict"):
+            value = value.to(working_dtype(value))
+        setattr(self, name, value)
+        return value
+
+    def __contains__(self, name: str) -> bool:
+        return name in vars(self) or self._given(name) is not None
+
+    def _given(self, name: str) -> Any:
+        value = getattr(self._batch, name, None)
+        return self._batch.reward if value is None and name == "verdict" else value
+
+
+FIELDS = frozenset({"mask", "reward", "verdict", "group", *MISSING, "old_logp"})
+"""What a stage can read."""
+
+Out = TypeVar("Out")
+
+
+class Stage(Generic[Out]):
+    """A part as a stage: `part(record.a, record.b, ..., **options)` for the named fields, in order.
+
+    >>> Stage(constant_bounds, "ratio", low=0.2, high=0.28)
+
+    Any function of the record is a stage too. This one can be pickled, and prints as the part with its fields
+    and options, those at the part's own defaults left out.
+
+    Raises:
+        ValueError: the record has no field of this name.
+    """
+
+    def __init__(self, part: Callable[..., Out], *reads: str, **options: Any) -> None:
+        for name in reads:
+            if name not in FIELDS:
+                raise ValueError(f"a record has no field {name!r}; its fields: {', '.join(sorted(FIELDS))}")
+        self.part, self.reads, self.options = part, reads, options
+
+    def __call__(self, batch: Record) -> Out:
+        """What the part makes of the record."""
+        return self.part(*(getattr(batch, name) for name in self.reads), **self.options)
+
+    def __repr__(self) -> str:
+        return call(self.part, self.reads, self.options)
+
+
+def describe(stage: Any) -> str:
+    """A stage in words: a `Stage` or a partial with its options, any other function by its name."""
+    if isinstance(stage, partial):
+        return call(stage.func, (), stage.keywords)
+    return repr(stage) if isinstance(stage, Stage) else getattr(stage, "__name__", type(stage).__name__)
+
+
+def call(part: Callable[..., Any], reads: tuple[str, ...], options: dict[str, Any]) -> str:
+    """`part(a, b, option=value)`, without the options that stand at the part's defaults."""
+    defaults = {name: p.default for name, p in inspect.signature(part).parameters.items()}
+    told = [f"{name}={value!r}" for name, value in options.items() if defaults.get(name, ...) != value]
+    arguments = ", ".join([*reads, *told])
+    return f"{part.__name__}({arguments})" if arguments else part.__name__
