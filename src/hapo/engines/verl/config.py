@@ -253,7 +253,7 @@ def _check_vllm(tempered: bool) -> None:
     except PackageNotFoundError:
         raise ImportError(
             "verl looks for a distribution named vllm, and this vLLM has another name: install it as vllm, or a "
-            "distribution of that name without modules beside it, as tests_verl/vllm_name is"
+            "distribution of that name without modules beside it, as tests/verl/vllm_name is"
         ) from None
     if tempered and not found.startswith(TESTED_VLLM):
         raise ImportError(

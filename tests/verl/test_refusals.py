@@ -23,7 +23,7 @@ from hapo.engines.verl.config import check as check_config
 from hapo.engines.verl.records import Records
 from hapo.engines.version import require
 from hapo.insight.finding import IN_VERL
-from tests_verl.launch import ACTOR, METHOD, ROLLOUT, overrides_of
+from tests.verl.launch import ACTOR, METHOD, ROLLOUT, overrides_of
 
 HAPO = "+hapo.method=hapo"
 OFF = "+hapo.options.components=BCD"
