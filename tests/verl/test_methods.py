@@ -21,7 +21,8 @@ from verl.workers.utils.padding import response_to_nested
 
 import hapo
 from hapo.engines.verl.estimator import estimate, rollout
-from hapo.engines.verl.worker import HAPOActor, Plan
+from hapo.engines.verl.plan import Plan
+from hapo.engines.verl.worker import HAPOActor
 
 LENGTHS, PROMPT = torch.tensor([5, 3, 4, 2, 6, 1, 5, 4, 3, 4]), 2
 ROWS, WIDTH = len(LENGTHS), int(LENGTHS.max())

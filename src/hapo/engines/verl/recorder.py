@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,9 +12,7 @@ from tensordict import TensorDict
 from ...batch import TokenBatch
 from ...method import LossOutput, Method
 from ..records import RunRecords
-
-if TYPE_CHECKING:
-    from .worker import Plan
+from .plan import Plan
 
 
 class TokenRecorder:

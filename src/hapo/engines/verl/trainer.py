@@ -32,9 +32,10 @@ from ..metrics import rollout_metrics, sampler_gap
 from ..records import write_whole
 from .config import NAME, Settings, check, recipe, resolve_method, select
 from .estimator import rollout
+from .plan import Plan
 from .records import Records
 from .sampling import TemperedClient, Tempering, check_rollout
-from .worker import HAPOWorker, Plan
+from .worker import HAPOWorker
 
 STATE = "hapo.json"
 """In a checkpoint's folder."""
