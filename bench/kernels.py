@@ -4,7 +4,7 @@
 
 Bandwidth is that of a device-to-device copy of the same logits, bytes read and written. Least time: what the
 kernel must read and write, at that bandwidth. `scores` and `gradient` stand beside TRL's Triton kernel of the
-same two quantities; `temper_` is the temperature law as the samplers call it, in place.
+same two quantities; `temper_` is the temperature rule as the samplers call it, in place.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def prompts(tmp_path):
     return tmp_path
 
 
-def test_the_rule_is_the_law_with_the_statistics_of_the_function(prompts, capsys):
+def test_the_file_is_the_rule_with_the_statistics_of_the_function(prompts, capsys):
     small = {"max_new_tokens": 12, "batch_size": 2, "seed": 3}
     assert run(prompts, law="zscore", tau=0.2, rho=0.7, temperature=0.8, limit=2, device="cpu", **small) == 0
     path = tiny_model_path()
@@ -53,11 +53,11 @@ def test_jsonl_holds_the_same_prompts(prompts):
     assert files[0].read_text() == files[1].read_text()
 
 
-@pytest.mark.parametrize("law", [{"law": "edt", "theta": 0.3}, {"law": "dynatemp", "tau": 0.4, "vocabulary": 99}])
-def test_a_law_without_statistics_loads_nothing(tmp_path, capsys, law):
-    assert run(tmp_path, model=None, prompts=None, **law) == 0
-    assert f"the law {law['law']!r} reads no statistics: nothing was calibrated" in capsys.readouterr().out
-    assert TemperatureRule.load(tmp_path / "rule.json") == TemperatureRule(AdaptiveTemperature(**law))
+@pytest.mark.parametrize("given", [{"law": "edt", "theta": 0.3}, {"law": "dynatemp", "tau": 0.4, "vocabulary": 9}])
+def test_a_rule_without_statistics_loads_nothing(tmp_path, capsys, given):
+    assert run(tmp_path, model=None, prompts=None, **given) == 0
+    assert f"the rule {given['law']!r} reads no statistics: nothing was calibrated" in capsys.readouterr().out
+    assert TemperatureRule.load(tmp_path / "rule.json") == TemperatureRule(AdaptiveTemperature(**given))
 
 
 @pytest.mark.parametrize(

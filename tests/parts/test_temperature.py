@@ -1,4 +1,4 @@
-"""The temperature laws that need no statistics, against their formulas."""
+"""The temperature rules that need no statistics, against their formulas."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_edt_is_a_power_of_the_inverse_entropy():
     ],
     ids=lambda options: options["law"],
 )
-def test_every_law_rises_with_the_entropy_and_stays_positive(options, dtype):
+def test_every_rule_rises_with_the_entropy_and_stays_positive(options, dtype):
     entropy = torch.cat([torch.zeros(1), torch.logspace(-9, math.log10(TOP), 200)]).to(dtype)
     factor = AdaptiveTemperature(**options).factor(entropy, EntropyStats(0.4, 0.9, 1.5, -19.0))
     assert factor.min() > 0

@@ -66,7 +66,7 @@ def expected(logits: torch.Tensor, rule: TemperatureRule, t_base: float) -> torc
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_a_batch_of_one_law_follows_the_core(name):
+def test_a_batch_of_one_rule_follows_the_core(name):
     logits, t_base = some_logits(16), 0.8
     batch = [request_of(request_args(RULES[name])["custom_params"], t_base) for _ in range(16)]
     drawn = logits.clone()
@@ -76,7 +76,7 @@ def test_a_batch_of_one_law_follows_the_core(name):
     assert (target.exp() - (logits.double() / t_base).softmax(-1)).abs().max() > 0.01
 
 
-def test_every_row_of_a_mixed_batch_has_its_own_law_and_temperature():
+def test_every_row_of_a_mixed_batch_has_its_own_rule_and_temperature():
     plan = [
         ("bounded", 0.7),
         ("zscore", 1.0),

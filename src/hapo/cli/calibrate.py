@@ -18,22 +18,22 @@ from ..samplers.rule import TemperatureRule
 from . import UsageError
 from .cards import option_docs
 
-DESCRIPTION = """Write a temperature rule as JSON, which transformers, vLLM and SGLang take. The laws bounded and
+DESCRIPTION = """Write a temperature rule as JSON, which transformers, vLLM and SGLang take. The rules bounded and
 zscore read statistics: the model answers the prompts at the temperature that is to be adapted, and the entropies
-of what it drew are summed up. The laws dynatemp and edt read none, and nothing is loaded for them."""
+of what it drew are summed up. The rules dynatemp and edt read none, and nothing is loaded for them."""
 
 
 def main(argv: list[str]) -> int:
     """Calibrate, print, write, and return the exit code."""
     options = _parser().parse_args(argv)
-    law = _law(options)
+    temperature = _temperature(options)
     _check_output(options.output)
     console = Console(highlight=False, markup=False)
-    if law.needs_stats:
-        rule = _calibrated(law, options, console)
+    if temperature.needs_stats:
+        rule = _calibrated(temperature, options, console)
     else:
-        console.print(f"the law {law.law!r} reads no statistics: nothing was calibrated")
-        rule = TemperatureRule(law)
+        console.print(f"the rule {temperature.law!r} reads no statistics: nothing was calibrated")
+        rule = TemperatureRule(temperature)
     rule.save(options.output)
     console.print(f"rule: {options.output}", soft_wrap=True)
     return 0
@@ -70,9 +70,11 @@ def _prompt(line: str, where: str) -> Any:
     return prompt
 
 
-def _calibrated(law: AdaptiveTemperature, options: argparse.Namespace, console: Console) -> TemperatureRule:
+def _calibrated(
+    temperature: AdaptiveTemperature, options: argparse.Namespace, console: Console
+) -> TemperatureRule:
     if options.model is None or options.prompts is None:
-        raise UsageError(f"the law {law.law!r} reads statistics: name a --model and a file of --prompts")
+        raise UsageError(f"the rule {temperature.law!r} reads statistics: name a --model and a file of --prompts")
     prompts = read_prompts(options.prompts)[: options.limit]
     from transformers import AutoModelForCausalLM, AutoTokenizer, utils
 
@@ -102,10 +104,10 @@ def _calibrated(law: AdaptiveTemperature, options: argparse.Namespace, console: 
         f"h_max {stats.h_max:.4f}, h_min {stats.h_min:.4f}; {100 * stats.floored:.1f} % of the tokens floored",
         soft_wrap=True,
     )
-    return TemperatureRule(law, stats)
+    return TemperatureRule(temperature, stats)
 
 
-def _law(options: argparse.Namespace) -> AdaptiveTemperature:
+def _temperature(options: argparse.Namespace) -> AdaptiveTemperature:
     try:
         return AdaptiveTemperature(**{f.name: getattr(options, f.name) for f in fields(AdaptiveTemperature)})
     except ValueError as error:
@@ -137,12 +139,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of the draws")
     add("--dtype", default="auto", help="of the weights")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the model")
-    law = parser.add_argument_group("the law")
+    rule = parser.add_argument_group("the temperature rule")
     docs, types = option_docs(AdaptiveTemperature), get_type_hints(AdaptiveTemperature)
     for f in fields(AdaptiveTemperature):
         choices = get_args(types[f.name]) if get_origin(types[f.name]) is Literal else None
         kind = {float: float, int | None: int}.get(types[f.name], str)
-        law.add_argument(
+        rule.add_argument(
             f"--{f.name}", type=kind, choices=choices, default=f.default, help=docs[f.name].removesuffix(".")
         )
     return parser

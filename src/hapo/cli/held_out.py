@@ -142,13 +142,13 @@ class HeldOut(TrainerCallback):
             return
         self._measured.add(step)
         args, started = self.trainer.args, time.monotonic()
-        law = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
-        law["samples"] = self.samples
+        sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
+        sampling["samples"] = self.samples
         clock = getattr(self.trainer, "clock", None)  # of the engine's phases
         with self.course.paused(), clock.pause() if clock else nullcontext():
             found = {
                 "greedy": self._estimate(f"step {step}, greedy"),
-                "sampled": self._estimate(f"step {step}, sampled", **law),
+                "sampled": self._estimate(f"step {step}, sampled", **sampling),
             }
         if args.process_index == 0:
             for how, values in found.items():
@@ -183,7 +183,7 @@ class HeldOut(TrainerCallback):
             f"{last.problems} problems, 95 % intervals; sampled at temperature {self.trainer.args.temperature:g}"
         )
 
-    def _estimate(self, what: str, **law: Any) -> dict[str, Any]:
+    def _estimate(self, what: str, **sampling: Any) -> dict[str, Any]:
         trainer, args = self.trainer, self.trainer.args
         first, every = args.process_index, args.world_size
         mine = self.problems.select(range(first, len(self.problems), every))
@@ -191,7 +191,7 @@ class HeldOut(TrainerCallback):
             max_new_tokens=args.max_completion_length,
             batch_size=args.per_device_eval_batch_size,
             seed=args.seed + args.process_index,
-            **law,
+            **sampling,
         )
         with counting(self.console, what, len(mine) * decoding.samples) as advance:
             answers = draw_answers(

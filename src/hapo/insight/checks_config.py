@@ -26,7 +26,7 @@ TRUNCATIONS = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.
 """Sampling options -> the value at which they leave the policy as it is."""
 
 CLAMPS = {"zscore": ("t_min", "t_max"), "edt": ("t_min",)}
-"""Temperature law -> the options that clamp it."""
+"""Temperature rule -> the options that clamp it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,38 +104,38 @@ def temperature_range(plan: Plan) -> Finding | None:
     """Temperatures that get far from T_base."""
     from ..methods import AdaptiveTemperature
 
-    law = plan.options.temperature
-    if law is None:
+    rule = plan.options.temperature
+    if rule is None:
         return None
-    assert isinstance(law, AdaptiveTemperature)
-    low, high = _factors(law)
+    assert isinstance(rule, AdaptiveTemperature)
+    low, high = _factors(rule)
     if low >= 0.5 and high <= 2.0:
         return None
-    strength = "theta" if law.law == "edt" else "tau"
-    told = ", ".join(f"{name} {getattr(law, name):g}" for name in (strength, *CLAMPS.get(law.law, ())))
-    vocabulary = {"vocabulary": law.vocabulary} if law.law == "dynatemp" else {}
-    remedy = json.dumps({"temperature": {"law": law.law, strength: 0.1, **vocabulary}})
+    strength = "theta" if rule.law == "edt" else "tau"
+    told = ", ".join(f"{name} {getattr(rule, name):g}" for name in (strength, *CLAMPS.get(rule.law, ())))
+    vocabulary = {"vocabulary": rule.vocabulary} if rule.law == "dynatemp" else {}
+    remedy = json.dumps({"temperature": {"law": rule.law, strength: 0.1, **vocabulary}})
     return Finding(
         "temperature_range",
         "warning",
-        f"the law {law.law!r} with {told} draws tokens at {low:.2g} to {high:.2g} times T_base",
+        f"the temperature rule {rule.law!r} with {told} draws tokens at {low:.2g} to {high:.2g} times T_base",
         "below half of T_base sampling is nearly greedy and the answers of a group come out equal; above twice, "
         "text falls apart; and the importance weight that corrects for it reaches its cap",
         f"--method_options '{remedy}'",
     )
 
 
-def _factors(law: AdaptiveTemperature) -> tuple[float, float]:
+def _factors(rule: AdaptiveTemperature) -> tuple[float, float]:
     """Smallest and largest factor on T_base: of z-scores up to 3, and of EDT at an entropy of 0.1 nats."""
-    if law.law == "edt":
+    if rule.law == "edt":
         import torch
 
         from ..parts.temperature import edt_factor
 
-        return edt_factor(torch.tensor(0.1), law.theta, low=law.t_min).item(), 1.0
-    if law.law == "zscore":
-        return max(1 - 3 * law.tau, law.t_min), min(1 + 3 * law.tau, law.t_max)
-    return 1 - law.tau, 1 + law.tau
+        return edt_factor(torch.tensor(0.1), rule.theta, low=rule.t_min).item(), 1.0
+    if rule.law == "zscore":
+        return max(1 - 3 * rule.tau, rule.t_min), min(1 + 3 * rule.tau, rule.t_max)
+    return 1 - rule.tau, 1 + rule.tau
 
 
 def small_groups(plan: Plan) -> Finding | None:

@@ -60,7 +60,7 @@ def entropy_explosion(run: Run) -> Finding | None:
         "warning",
         f"entropy rose from {first:.3g} to {last:.3g} nats a token",
         "the policy guesses more and more: text falls apart, usually soon before the reward does",
-        f"{smaller_rate(run)}; a temperature law with a smaller tau; --max_grad_norm 0.2",
+        f"{smaller_rate(run)}; a temperature rule with a smaller tau; --max_grad_norm 0.2",
     )
 
 

@@ -1,4 +1,4 @@
-"""A temperature rule: a law with its statistics, in the form that every sampler takes.
+"""A temperature rule with the statistics that it reads, in the form that every sampler takes.
 
 Engines hand parameters to a request as flat scalars, so a rule is a flat mapping of scalars too; a JSON file of it
 (`hapo calibrate` writes one) serves transformers, vLLM and SGLang alike.
@@ -28,7 +28,7 @@ PREFIX = "hapo_"
 TESTED_VLLM = "0.32."
 """Versions of vLLM in which requests with a rule are accepted."""
 
-LAW = {f.name for f in fields(AdaptiveTemperature)}
+OPTIONS = {f.name for f in fields(AdaptiveTemperature)}
 STATS = ("pivot", "sigma", "h_max", "h_min")
 
 
@@ -37,18 +37,19 @@ class TemperatureRule:
     """T = T_base x factor(H), H the entropy of softmax(logits / T_base), nats (HAPO, arXiv 2509.16591, eq. 8).
 
     Raises:
-        ValueError: the law reads statistics and there are none.
+        ValueError: the rule reads statistics and there are none.
     """
 
     law: AdaptiveTemperature
+    """Which rule it is, with its options."""
     stats: EntropyStats | None = None
-    """Of the previous rollout, or of a calibration; None where the law reads none."""
+    """Of the previous rollout, or of a calibration; None where the rule reads none."""
 
     def __post_init__(self) -> None:
-        """Check that the law has what it reads."""
+        """Check that the rule has what it reads."""
         if self.law.needs_stats and self.stats is None:
             raise ValueError(
-                f"the law {self.law.law!r} reads statistics ({', '.join(STATS)}), and there are none: "
+                f"the rule {self.law.law!r} reads statistics ({', '.join(STATS)}), and there are none: "
                 "calibrate, or leave the rule out to sample at T_base"
             )
 
@@ -58,9 +59,9 @@ class TemperatureRule:
 
     def to_args(self) -> dict[str, float | str]:
         """Flat parameters of a request: `SamplingParams.extra_args`, `vllm_xargs`, SGLang's `custom_params`."""
-        law = {k: v for k, v in asdict(self.law).items() if v is not None}
+        options = {k: v for k, v in asdict(self.law).items() if v is not None}
         stats = {} if self.stats is None else {k: v for k, v in self.stats.to_dict().items() if k in STATS}
-        return {PREFIX + k: v for k, v in {**law, **stats}.items()}
+        return {PREFIX + k: v for k, v in {**options, **stats}.items()}
 
     @classmethod
     def from_args(cls, args: Mapping[str, Any] | None) -> TemperatureRule | None:
@@ -72,11 +73,11 @@ class TemperatureRule:
         given = {k.removeprefix(PREFIX): v for k, v in (args or {}).items() if k.startswith(PREFIX)}
         if not given:
             return None
-        check_names("an adaptive temperature", given, [*LAW, *STATS])
-        law = AdaptiveTemperature(**{k: v for k, v in given.items() if k in LAW})
+        check_names("an adaptive temperature", given, [*OPTIONS, *STATS])
+        rule = AdaptiveTemperature(**{k: v for k, v in given.items() if k in OPTIONS})
         found = {k: v for k, v in given.items() if k in STATS}
         if not found:
-            return cls(law)
+            return cls(rule)
         for name in STATS:
             if name not in found:
                 raise ValueError(
@@ -87,7 +88,7 @@ class TemperatureRule:
         require(found["sigma"] >= 0, PREFIX + "sigma", found["sigma"], ">= 0")
         require(found["h_max"] >= 0, PREFIX + "h_max", found["h_max"], ">= 0")
         require(found["h_min"] <= 0, PREFIX + "h_min", found["h_min"], "<= 0")
-        return cls(law, EntropyStats(**found))
+        return cls(rule, EntropyStats(**found))
 
     def save(self, path: str | Path) -> None:
         """Write the rule as JSON: the parameters of `to_args`."""
@@ -117,7 +118,7 @@ HARMLESS = TemperatureRule(AdaptiveTemperature(law="edt", theta=0.0))
 
 
 def law_of(method: Method) -> AdaptiveTemperature | None:
-    """The law that the options of a named method describe, which a request can carry; None for any other."""
+    """The rule that the options of a named method describe, which a request can carry; None for any other."""
     options = method.options.get("temperature")
     if options is None or "factor" in method.options.get("replaced", ()):
         return None
@@ -125,9 +126,9 @@ def law_of(method: Method) -> AdaptiveTemperature | None:
 
 
 def rule_of(method: Method, stats: EntropyStats | None) -> TemperatureRule | None:
-    """The method's law with these statistics; None where it would not act, or has none yet: T_base."""
-    law = law_of(method)
-    return TemperatureRule(law, stats) if law is not None and law.acts and stats is not None else None
+    """The method's rule with these statistics; None where it would not act, or has none yet: T_base."""
+    rule = law_of(method)
+    return TemperatureRule(rule, stats) if rule is not None and rule.acts and stats is not None else None
 
 
 def temper_(

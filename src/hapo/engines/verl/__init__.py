@@ -1,4 +1,4 @@
-"""The verl engine: any `Method` as advantage estimator, policy loss and sampling law of an unmodified verl.
+"""The verl engine: any `Method` as advantage estimator, policy loss and temperature rule of an unmodified verl.
 
 Importing it registers the trainer mode, the estimator and the loss, each under the name "hapo".
 """

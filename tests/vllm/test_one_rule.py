@@ -8,7 +8,7 @@ import torch
 from vllm import SamplingParams
 
 import hapo
-from hapo.methods._options import AdaptiveTemperature as Law
+from hapo.methods._options import AdaptiveTemperature
 from hapo.samplers.rule import TemperatureRule
 from hapo.samplers.transformers import TemperedLogits
 
@@ -17,7 +17,7 @@ from .runners import RunnerV1, RunnerV2
 
 ROWS, VOCABULARY = 32, 1000
 
-LAWS = [
+RULES = [
     {"tau": 0.5},
     {"tau": 0.5, "variant": "release"},
     {"law": "zscore", "tau": 0.4},
@@ -43,11 +43,12 @@ def divided_by(after: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("t_base", [0.7, 1.0, 1.3])
-@pytest.mark.parametrize("options", LAWS, ids=lambda o: "-".join(map(str, o.values())))
-def test_one_law(options, t_base, dtype):
-    """To 1e-5, for every law."""
+@pytest.mark.parametrize("options", RULES, ids=lambda o: "-".join(map(str, o.values())))
+def test_one_rule(options, t_base, dtype):
+    """To 1e-5, for every rule."""
     x = logits(dtype)
-    rule = TemperatureRule(Law(**options), STATS if Law(**options).needs_stats else None)
+    temperature = AdaptiveTemperature(**options)
+    rule = TemperatureRule(temperature, STATS if temperature.needs_stats else None)
     params = SamplingParams(temperature=t_base, extra_args=rule.to_args())
 
     core = hapo.method("grpo", temperature=options).temperature(x, STATS, t_base).double()
