@@ -8,6 +8,7 @@ commands of `hapo.cli`), and that Python imports the packages of a module before
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -128,3 +129,17 @@ def test_what_is_out_of_order_is_found():
     assert out_of_order("method", {"batch", "parts.keep", "methods._options"}) == ["methods._options"]
     with pytest.raises(AssertionError, match="hapo.nowhere has no row"):
         place_of("nowhere")
+
+
+SAME_NAME = {"AdaptiveTemperature"}
+"""The options of a method, and the processor that vLLM finds by this name."""
+
+
+def test_no_two_classes_have_one_name():
+    found = Counter(
+        node.name
+        for file in FILES.values()
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ClassDef)
+    )
+    assert {name for name, n in found.items() if n > 1} == SAME_NAME

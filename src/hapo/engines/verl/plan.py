@@ -13,7 +13,7 @@ from .config import NAME
 
 
 @dataclass(frozen=True)
-class Plan:
+class RolloutPlan:
     """What the trainer tells the actors about a rollout batch, besides its tokens."""
 
     method: str
@@ -37,7 +37,7 @@ class Plan:
         return asdict(self)
 
     @classmethod
-    def of(cls, data: TensorDict) -> Plan:
+    def of(cls, data: TensorDict) -> RolloutPlan:
         """The plan in verl's data.
 
         Raises:

@@ -12,13 +12,13 @@ from tensordict import TensorDict
 from ...batch import TokenBatch
 from ...method import LossOutput, Method
 from ..records import RunRecords
-from .plan import Plan
+from .plan import RolloutPlan
 
 
 class TokenRecorder:
     """The tokens of one optimiser step on one rank."""
 
-    def __init__(self, plan: Plan, step: int, tokenizer: Any) -> None:
+    def __init__(self, plan: RolloutPlan, step: int, tokenizer: Any) -> None:
         assert plan.record is not None
         self.plan, self.step, self.tokenizer = plan, step, tokenizer
         self.records = RunRecords(Path(plan.record), dist.get_rank())

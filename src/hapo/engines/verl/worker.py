@@ -23,7 +23,7 @@ from ...batch import StepTotals, TokenBatch
 from ...method import Method
 from ...parts.entropy import entropy_from_logits
 from .loss import micro_batch, shares, token_batch
-from .plan import Plan
+from .plan import RolloutPlan
 from .recorder import TokenRecorder
 
 
@@ -58,7 +58,7 @@ class HAPOActor(TrainingWorker):
 
     def train_batch(self, data: TensorDict) -> TensorDict:
         """One optimiser step: `Method.step` over the rows of all ranks, then verl's own."""
-        plan = Plan.of(data)
+        plan = RolloutPlan.of(data)
         first, done = self._at if self._at[0] == plan.step else (plan.step, 0)
         self._at = first, done + 1
         self._recorder = None
@@ -70,14 +70,14 @@ class HAPOActor(TrainingWorker):
             self._recorder.write()
         return output
 
-    def method(self, plan: Plan) -> Method:
+    def method(self, plan: RolloutPlan) -> Method:
         """The method that the trainer named."""
         key = plan.method, repr(plan.options)
         if self._method is None or self._method[0] != key:
             self._method = key, hapo.method(plan.method, **plan.options)
         return self._method[1]
 
-    def _begin_step(self, data: TensorDict, method: Method, plan: Plan) -> None:
+    def _begin_step(self, data: TensorDict, method: Method, plan: RolloutPlan) -> None:
         """Write the totals of the optimiser step, and the tokens that it keeps, beside the data."""
         batch = token_batch(data)
         if method.keep is None:
@@ -126,7 +126,7 @@ class HAPOActor(TrainingWorker):
 
     def _loss(self, model_output: dict[str, Any], data: TensorDict, dp_group: Any = None) -> tuple[Tensor, dict]:
         """verl's loss of a micro-batch, in which the policy loss is the method's."""
-        plan = Plan.of(data)
+        plan = RolloutPlan.of(data)
         batch = token_batch(data, StepTotals(*tu.get_non_tensor_data(data, "hapo_totals", None)))
         if model_output.get("entropy") is not None:
             batch = batch.replace(entropy=no_padding_2_padding(model_output["entropy"], data).detach())
