@@ -46,8 +46,8 @@ class HAPOTrainerSync(PPOTrainerSync):
     """`trainer.v1.trainer_mode=hapo`: verl's synchronous trainer, training with any `hapo.Method`.
 
     Entropies are those of verl's pass over the old policy at T_base; group means, statistics and signals are taken
-    over the whole rollout batch, in this process, and frozen. Each optimiser step is normalised by its exact token
-    count over all ranks. verl's KL penalty, entropy bonus, rollout correction, metrics and checkpoints stay.
+    over the whole rollout batch, in this process, and frozen. Each optimiser step is normalised by its exact
+    totals over all ranks. verl's KL penalty, entropy bonus, rollout correction, metrics and checkpoints stay.
 
     Raises:
         ValueError: the configuration asks for what a method cannot honour; with the remedy.
