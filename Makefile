@@ -31,38 +31,38 @@ test: setup  ## All tests, on two cores.
 
 test-browser: setup  ## The report and the token microscope in a real headless Chromium, which is installed if there is none.
 	sh scripts/install_chromium.sh $(BIN)/python
-	$(ONE) $(BIN)/python -m pytest tests_browser
+	$(ONE) $(BIN)/python -m pytest tests/browser
 
 test-parity: $(PARITY)/.ready  ## hapo's methods against the code of TRL and verl (docs/evidence/parity.md).
-	$(ONE) $(PARITY)/bin/python -m pytest tests_parity
+	$(ONE) $(PARITY)/bin/python -m pytest tests/parity
 
 $(PARITY)/.ready: pyproject.toml scripts/environment.py environments/parity.txt
 	$(PYTHON) scripts/environment.py parity $(PARITY)
 	@touch $@
 
 test-vllm: $(VLLM)/.ready  ## The adaptive temperature in a real vLLM engine and server, on CPU (docs/vllm.md).
-	$(ONE) $(VLLM)/bin/python -m pytest tests_vllm
+	$(ONE) $(VLLM)/bin/python -m pytest tests/vllm
 
 $(VLLM)/.ready: pyproject.toml scripts/environment.py environments/vllm.txt
 	$(PYTHON) scripts/environment.py vllm $(VLLM)
 	@touch $@
 
 test-verl: $(VERL)/.ready  ## verl's own main_ppo on CPU, with any method, against a plain replay (docs/verl.md).
-	$(ONE) $(VERL)/bin/python -m pytest tests_verl --ignore tests_verl/test_vllm.py
+	$(ONE) $(VERL)/bin/python -m pytest tests/verl --ignore tests/verl/test_vllm.py
 
 $(VERL)/.ready: pyproject.toml scripts/environment.py environments/verl.txt
 	$(PYTHON) scripts/environment.py verl $(VERL)
 	@touch $@
 
 test-verl-vllm: $(VERL_VLLM)/.ready  ## The same with verl's own vLLM rollout, on CPU.
-	$(ONE) $(VERL_VLLM)/bin/python -m pytest tests_verl/test_vllm.py
+	$(ONE) $(VERL_VLLM)/bin/python -m pytest tests/verl/test_vllm.py
 
-$(VERL_VLLM)/.ready: pyproject.toml scripts/environment.py environments/verl-vllm.txt tests_verl/vllm_name/pyproject.toml
+$(VERL_VLLM)/.ready: pyproject.toml scripts/environment.py environments/verl-vllm.txt tests/verl/vllm_name/pyproject.toml
 	$(PYTHON) scripts/environment.py verl-vllm $(VERL_VLLM)
 	@touch $@
 
 test-gpu:  ## On a machine with CUDA, torch, triton, transformers and TRL, in the environment at hand: kernels and the CPU's numbers.
-	PYTHONPATH=src $(PYTHON) -m pytest tests_gpu
+	PYTHONPATH=src $(PYTHON) -m pytest tests/gpu
 
 lint: setup  ## Style and types.
 	$(BIN)/ruff check .

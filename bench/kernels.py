@@ -4,7 +4,7 @@
 
 Bandwidth is that of a device-to-device copy of the same logits, bytes read and written. Least time: what the
 kernel must read and write, at that bandwidth. `scores` and `gradient` stand beside TRL's Triton kernel of the
-same two quantities; `temper_` is the temperature law as the samplers call it, in place.
+same two quantities; `temper_` is the temperature rule as the samplers call it, in place.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from trl.kernels.logprob_entropy import selective_log_softmax_and_entropy
 
 from hapo.batch import EntropyStats
 from hapo.kernels import scores as kernels
-from hapo.methods._options import AdaptiveTemperature
+from hapo.methods._options import TemperatureOptions
 from hapo.samplers.rule import TemperatureRule, temper_
 
 from .paired import machine, seconds, summary
 
-RULE = TemperatureRule(AdaptiveTemperature(tau=0.1), EntropyStats(pivot=0.3, sigma=1.0, h_max=2.0, h_min=-8.0))
+RULE = TemperatureRule(TemperatureOptions(tau=0.1), EntropyStats(pivot=0.3, sigma=1.0, h_max=2.0, h_min=-8.0))
 SHAPES = [(8192, 49_152), (4096, 151_936), (64, 151_936), (256, 151_936)]
 """Positions of a training chunk; rows of a decoding batch."""
 

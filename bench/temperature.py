@@ -17,11 +17,11 @@ from paired import machine, seconds, summary
 from torch import Tensor
 
 from hapo.batch import EntropyStats
-from hapo.methods._options import AdaptiveTemperature
+from hapo.methods._options import TemperatureOptions
 from hapo.parts.entropy import entropy_from_logits
 from hapo.samplers.rule import TemperatureRule, temper_
 
-RULE = TemperatureRule(AdaptiveTemperature(tau=0.1), EntropyStats(pivot=0.3, sigma=1.0, h_max=2.0, h_min=-8.0))
+RULE = TemperatureRule(TemperatureOptions(tau=0.1), EntropyStats(pivot=0.3, sigma=1.0, h_max=2.0, h_min=-8.0))
 
 
 def naive(logits: Tensor, t_base: Tensor) -> Tensor:

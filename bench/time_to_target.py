@@ -44,7 +44,15 @@ def train(job: Job) -> None:
     built = build(job)
     trainer, options = built.trainer, built.options
     course = Course(job.folder, options.token_budget, clock=time.process_time)
-    held_out = HeldOut(trainer, built.task.eval, built.task.reward_funcs, options, course, Console(quiet=True))
+    held_out = HeldOut(
+        trainer,
+        built.task.eval,
+        built.task.reward_funcs,
+        course,
+        Console(quiet=True),
+        every=options.evaluate_every,
+        samples=options.evaluate_samples,
+    )
     for callback in (course, held_out):
         trainer.add_callback(callback)
     held_out.measure(0)

@@ -29,10 +29,10 @@ from vllm import LLM, SamplingParams
 
 import hapo.samplers.vllm as plugin
 from hapo.batch import EntropyStats
-from hapo.methods._options import AdaptiveTemperature
+from hapo.methods._options import TemperatureOptions
 from hapo.samplers.rule import TemperatureRule
 
-RULE = TemperatureRule(AdaptiveTemperature(tau=0.1), EntropyStats(pivot=0.3, sigma=1.0, h_max=2.0, h_min=-8.0))
+RULE = TemperatureRule(TemperatureOptions(tau=0.1), EntropyStats(pivot=0.3, sigma=1.0, h_max=2.0, h_min=-8.0))
 
 
 # hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads
@@ -84,7 +84,7 @@ def main() -> None:
             max_model_len=given.tokens + 32,
             max_num_seqs=given.prompts,
             enable_prefix_caching=False,
-            logits_processors=["hapo.samplers.vllm:AdaptiveTemperature"],
+            logits_processors=["hapo.samplers.vllm:TemperatureOptions"],
             disable_log_stats=True,
             seed=0,
         )

@@ -74,7 +74,7 @@ ENVIRONMENTS = {
         (3, 12),
         overrides=("transformers==5.19.*",),
         excludes=MEDIA,
-        after=("./tests_verl/vllm_name",),
+        after=("./tests/verl/vllm_name",),
     ),
 }
 PYTHON = (3, 11)

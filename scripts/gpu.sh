@@ -4,7 +4,7 @@ set -uo pipefail
 out=$1
 export PYTHONPATH=src${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TRL_EXPERIMENTAL_SILENCE=1 HF_HUB_OFFLINE=1
 python=${PYTHON:-python3}
-"$python" -m pytest tests_gpu -q 2>&1 | tail -40
+"$python" -m pytest tests/gpu -q 2>&1 | tail -40
 "$python" -m bench.kernels --output "$out/kernels.json"
 # torch, and the kernels, which are opt-in.
 HAPO_TRITON=0 "$python" -m bench.scoring --device cuda --output "$out/scoring_cuda_torch.json" 2>&1 | grep -v '^turn'

@@ -71,7 +71,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("engines/trl/drawn.py", "if drawn is None or _drops_out(net):", "if drawn is None:", WORK),
     ("engines/trl/passes.py", "> most:", "> 2 * most:", WORK),
     # samplers and commands
-    ("samplers/decoding.py", "scores = logits if law is None else logits / law(entropy).unsqueeze(-1)", "scores = logits if law is None else logits * law(entropy).unsqueeze(-1)", "tests/samplers/test_transformers.py"),
+    ("samplers/decoding.py", "scores = logits if factor is None else logits / factor(entropy).unsqueeze(-1)", "scores = logits if factor is None else logits * factor(entropy).unsqueeze(-1)", "tests/samplers/test_transformers.py"),
     ("samplers/decoding.py", "squeeze(-1) / t_base - normaliser", "squeeze(-1) - normaliser", "tests/samplers tests/engines/test_trl_work.py"),
 ]  # fmt: skip
 

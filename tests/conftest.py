@@ -41,7 +41,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two_ranks")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*torchrun, "tests/two_ranks.py", str(folder)],
+        [*torchrun, "--module", "tests.two_ranks", str(folder)],  # as a script it would take tests/vllm for vLLM
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}:{ROOT}", "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -1,6 +1,6 @@
 """Runs the snippets of the documentation, each by itself, after one import of what is not ours.
 
-    python tests/snippets.py FOLDER        FOLDER/NAME.py -> FOLDER/NAME/ to work in, FOLDER/NAME.txt, what it printed
+    python -m tests.snippets FOLDER        FOLDER/NAME.py -> FOLDER/NAME/ to work in, FOLDER/NAME.txt, what it printed
 
 Each snippet runs in a process of its own, forked from one that has imported the libraries and nothing of hapo: so a
 name that another snippet imports, a file that it writes or a seed that it sets is not there. Prints a JSON object of

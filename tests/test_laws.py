@@ -50,7 +50,7 @@ VARIANTS: list[tuple[str, dict]] = [
     ("hapo", {"variant": "release"}),
     ("hapo", {"variant": "release", "entropy_source": "current"}),
     ("hapo", {"components": "B", "sampler_cap": None}),
-    ("hapo", {"components": "CA", "temperature": {"law": "zscore"}}),
+    ("hapo", {"components": "CA", "temperature": {"rule": "zscore"}}),
     ("hapo", {"components": "AD", "entropy_source": "current"}),
     ("rloo", {"clip": (0.2, 0.2), "kl_coef": 0.05, "singleton": "reward"}),
     ("sapo", {"tau_pos": 3.0, "tau_neg": 0.5, "kl_coef": 0.01, "sampler_cap": None}),

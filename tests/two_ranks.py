@@ -1,4 +1,4 @@
-"""One rank of a torchrun, for all tests of two ranks, since starting one takes longer than its runs: two_ranks.py FOLDER.
+"""One rank of a torchrun, for all tests of two ranks, since starting one takes longer than its runs: two_ranks FOLDER.
 
 Gradients on fixed completions go to FOLDER/NAME.safetensors for each of `SPLIT`. Then comes a run with dynamic
 sampling and records, in FOLDER/run, whose groups straddle ranks; it is resumed inside a rollout, and the metrics of

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # HAPO on DAPO-Math-17k on stock verl, with the settings of the paper (arXiv 2509.16591): what its six models share.
 # The scripts hapo_*.sh set the model and call this one. Not run so far on GPUs; every override is checked against
-# verl 0.9.1 (tests_verl/test_recipes.py), and smoke_cpu.sh runs.
+# verl 0.9.1 (tests/verl/test_recipes.py), and smoke_cpu.sh runs.
 #
 # Needs: pip install -e ".[verl]" and vLLM 0.32 on every node (docs/verl.md), this repository and its runs/ in a folder
 # that all nodes share.

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .batch import EntropyStats, StepTotals, TokenBatch
     from .method import LossOutput, Method
     from .methods import method, methods
+    from .stage import Record, Stage
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,8 @@ __all__ = [
     "EntropyStats",
     "LossOutput",
     "Method",
+    "Record",
+    "Stage",
     "StepTotals",
     "TokenBatch",
     "__version__",
@@ -33,6 +36,8 @@ _HOMES = {
     "EntropyStats": ".batch",
     "LossOutput": ".method",
     "Method": ".method",
+    "Record": ".stage",
+    "Stage": ".stage",
     "StepTotals": ".batch",
     "TokenBatch": ".batch",
     "method": ".methods",

@@ -106,7 +106,7 @@ class TokenBatch:
     keep: Bool[Tensor, "B T"] | None = None
     """Tokens of `mask` that enter the loss; all of them where absent."""
     stats: EntropyStats | None = None
-    """Entropy statistics of the rollout batch; the next rollout's temperature law reads them."""
+    """Entropy statistics of the rollout batch; the next rollout's temperature rule reads them."""
     totals: StepTotals | None = None
     """Counts of the optimiser step that this batch is a slice of."""
 

@@ -18,7 +18,7 @@ from .parts.ratio import token_ratio, truncated_correction
 from .parts.reduce import token_mean
 from .parts.select import mixed_groups
 from .parts.surrogate import Surrogate, clipped_surrogate
-from .stage import Record, Stage, When, describe
+from .stage import Record, Stage, When, describe, part_of
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,6 @@ class Method:
     @property
     def stages(self) -> dict[str, str]:
         """The choice of each stage in words, in the order in which they act, without those that do nothing."""
-        none = isinstance(self.bounds, Stage) and self.bounds.part is no_bounds
         chosen: dict[str, Any] = {
             "temperature": self.temperature_rule,
             "filter": mixed_groups if self.filter_groups else None,
@@ -105,7 +104,7 @@ class Method:
             "advantage": self.advantage,
             "select": self.select,
             "ratio": self.ratio,
-            "bounds": None if none else self.bounds,
+            "bounds": None if part_of(self.bounds) is no_bounds else self.bounds,
             "shaping": self.shaping,
             "surrogate": self.surrogate,
             "penalty": self.penalty,

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .kernels import use_triton
-from .prompts import response_states
 
 Factor = Callable[[Tensor], Tensor]
 """Entropy (n,), nats -> positive temperature factor (n,)."""
@@ -153,6 +152,8 @@ def score_tokens(
 def _score_forward(
     model: Any, request: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Tensor | None]:
+    from .prompts import response_states  # transformers, which comes with the model: not needed before
+
     # A dict, not Scores: FSDP finds the tensors of an output by its pytree and hooks their gradients.
     tokens, mask = request["tokens"], request["mask"]
     config = model.config

@@ -138,6 +138,11 @@ class Stage(Generic[Out]):
         return call(self.part, self.reads, self.options)
 
 
+def part_of(stage: Any) -> Any:
+    """The part that a `Stage` is made of; any other stage itself."""
+    return stage.part if isinstance(stage, Stage) else stage
+
+
 def describe(stage: Any) -> str:
     """A stage in words: a `Stage` or a partial with its options, any other function by its name."""
     if isinstance(stage, partial):

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hapo.assets import tiny_model_path
 from hapo.cli import main
-from hapo.methods import AdaptiveTemperature
+from hapo.methods import TemperatureOptions
 from hapo.samplers.calibration import calibrate
-from hapo.samplers.rule import TemperatureRule, law_from
+from hapo.samplers.rule import TemperatureRule, rule_options
 from tests.cli.small import flags
 
 PROMPTS = ["347+586=", "1+2=", "12+34="]
@@ -29,15 +29,15 @@ def prompts(tmp_path):
     return tmp_path
 
 
-def test_the_rule_is_the_law_with_the_statistics_of_the_function(prompts, capsys):
+def test_the_file_is_the_rule_with_the_statistics_of_the_function(prompts, capsys):
     small = {"max_new_tokens": 12, "batch_size": 2, "seed": 3}
-    assert run(prompts, law="zscore", tau=0.2, rho=0.7, temperature=0.8, limit=2, device="cpu", **small) == 0
+    assert run(prompts, rule="zscore", tau=0.2, rho=0.7, temperature=0.8, limit=2, device="cpu", **small) == 0
     path = tiny_model_path()
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
     stats = calibrate(model, tokenizer, PROMPTS[:2], t_base=0.8, rho=0.7, **small)
     rule = TemperatureRule.load(prompts / "rule.json")
-    assert rule.law == AdaptiveTemperature(law="zscore", tau=0.2, rho=0.7)
-    assert rule.to_args() == TemperatureRule(rule.law, stats).to_args()
+    assert rule.options == TemperatureOptions(rule="zscore", tau=0.2, rho=0.7)
+    assert rule.to_args() == TemperatureRule(rule.options, stats).to_args()
     out = capsys.readouterr().out
     assert f"2 prompts, {stats.tokens} tokens at temperature 0.8" in out
     assert f"pivot {stats.pivot:.4f}, sigma {stats.sigma:.4f}" in out
@@ -53,11 +53,13 @@ def test_jsonl_holds_the_same_prompts(prompts):
     assert files[0].read_text() == files[1].read_text()
 
 
-@pytest.mark.parametrize("law", [{"law": "edt", "theta": 0.3}, {"law": "dynatemp", "tau": 0.4, "vocabulary": 99}])
-def test_a_law_without_statistics_loads_nothing(tmp_path, capsys, law):
-    assert run(tmp_path, model=None, prompts=None, **law) == 0
-    assert f"the law {law['law']!r} reads no statistics: nothing was calibrated" in capsys.readouterr().out
-    assert TemperatureRule.load(tmp_path / "rule.json") == TemperatureRule(law_from(law))
+@pytest.mark.parametrize(
+    "options", [{"rule": "edt", "theta": 0.3}, {"rule": "dynatemp", "tau": 0.4, "vocabulary": 99}]
+)
+def test_a_rule_without_statistics_loads_nothing(tmp_path, capsys, options):
+    assert run(tmp_path, model=None, prompts=None, **options) == 0
+    assert f"the rule {options['rule']!r} reads no statistics: nothing was calibrated" in capsys.readouterr().out
+    assert TemperatureRule.load(tmp_path / "rule.json") == TemperatureRule(rule_options(options))
 
 
 @pytest.mark.parametrize(
@@ -72,7 +74,7 @@ def test_a_law_without_statistics_loads_nothing(tmp_path, capsys, law):
         ({"prompts": "words.jsonl"}, "words.jsonl, line 2 is no JSON"),
         ({"prompts": "other.jsonl"}, 'other.jsonl, line 1 must have a "prompt"'),
         ({"tau": 1.5}, "tau must be in .* got 1.5"),
-        ({"law": "dynatemp"}, "vocabulary must be a whole number > 1 with the law 'dynatemp'"),
+        ({"rule": "dynatemp"}, "vocabulary must be a whole number > 1 with the rule 'dynatemp'"),
     ],
 )
 def test_refused_before_anything_is_loaded(tmp_path, monkeypatch, capsys, options, message):
@@ -88,7 +90,7 @@ def test_refused_before_anything_is_loaded(tmp_path, monkeypatch, capsys, option
 
 
 @pytest.mark.parametrize(
-    "option", [{"temperature": 0}, {"batch_size": 0}, {"limit": 0}, {"law": "linear"}, {"tau": "x"}]
+    "option", [{"temperature": 0}, {"batch_size": 0}, {"limit": 0}, {"rule": "linear"}, {"tau": "x"}]
 )
 def test_numbers_out_of_range_are_wrong_usage(prompts, option):
     with pytest.raises(SystemExit, match="2"):

@@ -16,7 +16,7 @@ import pytest
 import hapo
 from hapo.cli import cards, main
 from hapo.cli.cards import defaults, differences, option_docs
-from hapo.methods import AdaptiveTemperature, options_of
+from hapo.methods import TemperatureOptions, options_of
 from tests.insight.conftest import make_run
 
 
@@ -90,10 +90,10 @@ def test_a_card_has_stages_options_defaults_and_their_meaning(name, capsys, monk
     for stage, choice in {**hapo.method(name).stages, **differs}.items():
         assert [f"{stage} *" if stage in differs else stage, choice] in rows
     for option, value in defaults(cls).items():
-        shown = "{'tau': 0.1}" if isinstance(value, AdaptiveTemperature) else repr(value)
+        shown = "{'tau': 0.1}" if isinstance(value, TemperatureOptions) else repr(value)
         assert [option, shown, option_docs(cls)[option]] in rows
-    for f in fields(AdaptiveTemperature):
-        assert [f.name, repr(f.default), option_docs(AdaptiveTemperature)[f.name]] in rows
+    for f in fields(TemperatureOptions):
+        assert [f.name, repr(f.default), option_docs(TemperatureOptions)[f.name]] in rows
 
 
 def test_every_option_of_every_method_is_described():

@@ -17,8 +17,8 @@ def answers(*scores: float, samples: int = 1) -> list[Answer]:
 
 
 def draw(net: torch.nn.Module, reward=tiny.count_digits, weights=None, **decoding) -> list[Answer]:
-    law = Decoding(**{"max_new_tokens": 8, "batch_size": 3, **decoding})
-    return draw_answers(net, tiny.tokenizer(), PROBLEMS, [reward] * len(weights or [1]), law, weights=weights)
+    given = Decoding(**{"max_new_tokens": 8, "batch_size": 3, **decoding})
+    return draw_answers(net, tiny.tokenizer(), PROBLEMS, [reward] * len(weights or [1]), given, weights=weights)
 
 
 def test_wilson_interval_of_eight_in_ten():
@@ -62,9 +62,9 @@ def test_answers_to_messages_do_not_depend_on_batch_or_padding():
     tokenizer = tiny.tokenizer()
     tokenizer.padding_side = "right"  # as many tokenizers come
     for size in (1, 4):
-        law = Decoding(max_new_tokens=8, batch_size=size)
+        decoding = Decoding(max_new_tokens=8, batch_size=size)
         net, reward = tiny.model(), lambda completions, **columns: [0.0] * len(completions)
-        found = draw_answers(net, tokenizer, problems, [reward], law, chat_template_kwargs=chat)
+        found = draw_answers(net, tokenizer, problems, [reward], decoding, chat_template_kwargs=chat)
         assert [a.text for a in found] == [a.text for a in draw(net)]
 
 
@@ -84,10 +84,10 @@ def test_messages_go_through_the_chat_template_and_answers_come_back_as_messages
     tokenizer = tiny.tokenizer()
     template = "{% for m in messages %}{{ m['content'] }}{% endfor %}="
     problems = Dataset.from_dict({"prompt": [[{"role": "user", "content": "1+2"}]], "answer": ["3"]})
-    law = Decoding(max_new_tokens=8)
-    plain = draw_answers(tiny.model(), tokenizer, PROBLEMS.select([0]), [tiny.count_digits], law)
+    decoding = Decoding(max_new_tokens=8)
+    plain = draw_answers(tiny.model(), tokenizer, PROBLEMS.select([0]), [tiny.count_digits], decoding)
     chat = draw_answers(
-        tiny.model(), tokenizer, problems, [reward], law, chat_template_kwargs={"chat_template": template}
+        tiny.model(), tokenizer, problems, [reward], decoding, chat_template_kwargs={"chat_template": template}
     )
     assert seen == [[{"role": "assistant", "content": plain[0].text}]]
     assert chat[0].score == 1.0

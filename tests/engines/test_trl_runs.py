@@ -450,7 +450,7 @@ def test_options_that_cannot_be_honoured_are_refused(tmp_path, options, message)
 
 
 def test_vllm_with_a_temperature_of_the_user_is_refused(tmp_path):
-    """Requests carry numbers: a law of `AdaptiveTemperature` goes, a function does not."""
+    """Requests carry numbers: a rule of `TemperatureOptions` goes, a function does not."""
     mine = hapo.method("hapo").replace(temperature_rule=lambda entropy, stats: 1.0 + entropy)
     with pytest.raises(ValueError, match="by a function of its own"):
         tiny.trainer(tmp_path, use_vllm=True, method_object=mine)

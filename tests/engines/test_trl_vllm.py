@@ -1,4 +1,4 @@
-"""What the TRL engine hands to vLLM; the engine itself runs in tests_vllm."""
+"""What the TRL engine hands to vLLM; the engine itself runs in tests/vllm."""
 
 from types import SimpleNamespace
 
@@ -18,13 +18,13 @@ def sender(method: hapo.Method, mode: str, kwargs: dict) -> SimpleNamespace:
 
 @pytest.mark.parametrize(("mode", "key"), [("colocate", "extra_args"), ("server", "vllm_xargs")])
 def test_the_rule_of_the_last_statistics_goes_out_with_the_requests(mode, key):
-    method = hapo.method("hapo", temperature={"tau": 0.2, "law": "zscore"})
+    method = hapo.method("hapo", temperature={"tau": 0.2, "rule": "zscore"})
     trainer = sender(method, mode, {"seed": 3, key: {"mine": 1}})
     given = trainer.vllm_generation.generation_kwargs
     vllm.send_rule(trainer, STATS)
     sent = trainer.vllm_generation.generation_kwargs
     rule = TemperatureRule.from_args(sent[key])
-    assert (rule.law.tau, rule.law.law, rule.stats) == (0.2, "zscore", STATS)
+    assert (rule.options.tau, rule.options.rule, rule.stats) == (0.2, "zscore", STATS)
     assert (sent["seed"], sent[key]["mine"]) == (3, 1)
     vllm.send_rule(trainer, None)  # no statistics, or an evaluation
     assert trainer.vllm_generation.generation_kwargs == given == {"seed": 3, key: {"mine": 1}}

@@ -86,7 +86,7 @@ BROKEN_CONFIGS = [
     (
         "temperature_range",
         "warning",
-        {"method_options": {"temperature": {"law": "zscore", "tau": 0.3}}},
+        {"method_options": {"temperature": {"rule": "zscore", "tau": 0.3}}},
         "tau 0.3, t_min 0.1, t_max 2 draws tokens at 0.1 to 1.9 times T_base",
     ),
     ("small_groups", "warning", {"num_generations": 2}, "50 % of the groups hold both if half"),
@@ -121,7 +121,7 @@ def test_a_broken_configuration_has_its_finding_and_no_other(name, severity, opt
     "options",
     [
         {"steps_per_generation": 1, "method": "rloo"},
-        {"method_options": {"temperature": {"law": "zscore"}}},
+        {"method_options": {"temperature": {"rule": "zscore"}}},
         {"method": "grpo", "top_p": 0.9},
         {"method": "dapo", "method_options": CAP_OFF},
         {"learning_rate": 2e-4, "architecture": BIG, "model": {"use_peft": True}},

@@ -91,8 +91,8 @@ def test_a_folder_that_is_no_run_and_a_broken_file_are_named(run, tmp_path):
         ("dapo", "dapo", {}),
         ("trl:dapo", "trl:dapo", {}),
         ("trl:grpo:beta=0.04", "trl:grpo", {"beta": 0.04}),
-        ("hapo:temperature={tau: 0.2, law: bounded},eps_high=3e-1", "hapo",
-         {"temperature": {"tau": 0.2, "law": "bounded"}, "eps_high": 0.3}),
+        ("hapo:temperature={tau: 0.2, rule: bounded},eps_high=3e-1", "hapo",
+         {"temperature": {"tau": 0.2, "rule": "bounded"}, "eps_high": 0.3}),
     ],
 )  # fmt: skip
 def test_a_method_with_options_as_text(spec, name, options):

@@ -29,8 +29,8 @@ OPTIONS = [
     ("dapo", {"temperature": 0.1}, "temperature must be a mapping"),
     (
         "dapo",
-        {"temperature": {"law": "z-score"}},
-        "law must be one of 'bounded', 'zscore', got 'z-score'",
+        {"temperature": {"rule": "z-score"}},
+        "rule must be one of 'bounded', 'zscore', got 'z-score'",
     ),
     ("hapo", {"components": "ABE"}, "components must be made of the letters"),
     ("hapo", {"alpha": 4.0}, "alpha must be below 4"),

@@ -84,7 +84,7 @@ def test_statistics_of_nothing_of_ties_and_of_the_floor():
     assert floored.h_min == 0  # the pivot itself sits on the floor
 
 
-def test_temperature_laws_to_six_decimals():
+def test_temperature_rules_to_six_decimals():
     *_, stats = _stats()
     h = T([0.0, 0.02, 0.15, 0.9, 1.2, 2.0])
     for factor, expected in [

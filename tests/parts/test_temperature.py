@@ -1,4 +1,4 @@
-"""The temperature laws that need no statistics, against their formulas."""
+"""The temperature rules that need no statistics, against their formulas."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from hapo.batch import EntropyStats
 from hapo.samplers.decoding_rules import EDT, DynamicTemperature
-from hapo.samplers.rule import law_from
+from hapo.samplers.rule import rule_options
 
 V = 1000
 TOP = math.log(V)
@@ -53,16 +53,16 @@ def test_edt_is_a_power_of_the_inverse_entropy():
 @pytest.mark.parametrize(
     "options",
     [
-        {"law": "bounded", "tau": 0.4},
-        {"law": "zscore", "tau": 0.4},
-        {"law": "dynatemp", "tau": 0.4, "vocabulary": V},
-        {"law": "edt", "theta": 0.4},
+        {"rule": "bounded", "tau": 0.4},
+        {"rule": "zscore", "tau": 0.4},
+        {"rule": "dynatemp", "tau": 0.4, "vocabulary": V},
+        {"rule": "edt", "theta": 0.4},
     ],
-    ids=lambda options: options["law"],
+    ids=lambda options: options["rule"],
 )
-def test_every_law_rises_with_the_entropy_and_stays_positive(options, dtype):
+def test_every_rule_rises_with_the_entropy_and_stays_positive(options, dtype):
     entropy = torch.cat([torch.zeros(1), torch.logspace(-9, math.log10(TOP), 200)]).to(dtype)
-    factor = law_from(options).factor(entropy, EntropyStats(0.4, 0.9, 1.5, -19.0))
+    factor = rule_options(options).factor(entropy, EntropyStats(0.4, 0.9, 1.5, -19.0))
     assert factor.min() > 0
     assert factor.isfinite().all()
     assert (factor.diff() >= 0).all()

@@ -9,22 +9,22 @@ import pytest
 import torch
 
 from hapo.batch import EntropyStats
-from hapo.methods import AdaptiveTemperature
+from hapo.methods import TemperatureOptions
 from hapo.samplers.decoding_rules import EDT, DynamicTemperature
 from hapo.samplers.rule import TemperatureRule, temper_
 
 STATS = EntropyStats(pivot=-1.25, sigma=2.5, h_max=1.5, h_min=-6.0)
 STATISTICS = {"hapo_pivot": -1.25, "hapo_sigma": 2.5, "hapo_h_max": 1.5, "hapo_h_min": -6.0}
 RULES = [
-    TemperatureRule(AdaptiveTemperature(), STATS),
-    TemperatureRule(AdaptiveTemperature(tau=0.3, rho=0.6, variant="release"), STATS),
-    TemperatureRule(AdaptiveTemperature(law="zscore", tau=1.7, t_min=0.5, t_max=1.5), STATS),
+    TemperatureRule(TemperatureOptions(), STATS),
+    TemperatureRule(TemperatureOptions(tau=0.3, rho=0.6, variant="release"), STATS),
+    TemperatureRule(TemperatureOptions(rule="zscore", tau=1.7, t_min=0.5, t_max=1.5), STATS),
     TemperatureRule(DynamicTemperature(vocabulary=50_000, exponent=2.0)),
     TemperatureRule(EDT(theta=0.3)),
 ]
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.law.law)
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.options.rule)
 def test_parameters_and_file_give_the_same_rule_back(rule, tmp_path):
     args = rule.to_args()
     assert all(type(v) in (str, float, int) for v in args.values())  # an OpenAI server takes scalars only
@@ -37,7 +37,7 @@ def test_parameters_and_file_give_the_same_rule_back(rule, tmp_path):
 
 def test_the_counts_of_the_statistics_are_not_parameters():
     counted = EntropyStats(**{**STATS.to_dict(), "tokens": 1000, "floored": 0.25})
-    assert TemperatureRule(AdaptiveTemperature(), counted).to_args() == RULES[0].to_args()
+    assert TemperatureRule(TemperatureOptions(), counted).to_args() == RULES[0].to_args()
     assert {k: v for k, v in RULES[0].to_args().items() if k in STATISTICS} == STATISTICS
 
 
@@ -51,14 +51,14 @@ def test_parameters_of_others_are_no_rule(args):
     [
         ({"hapo_tua": 0.1}, "no option 'tua'; did you mean 'tau'"),
         ({"hapo_tau": 0.1}, "'bounded' reads statistics"),
-        ({"hapo_law": "zscore"}, "'zscore' reads statistics"),
+        ({"hapo_rule": "zscore"}, "'zscore' reads statistics"),
         ({"hapo_pivot": 0.1, "hapo_sigma": 1.0, "hapo_h_min": -1.0}, "hapo_h_max is missing"),
         ({**STATISTICS, "hapo_tau": 1.0}, "tau must be in"),
         ({**STATISTICS, "hapo_tau": -0.1}, "tau must be in"),
         ({**STATISTICS, "hapo_tau": math.nan}, "tau is NaN"),
-        ({**STATISTICS, "hapo_law": "zscore", "hapo_tau": math.inf}, "tau must be"),
-        ({**STATISTICS, "hapo_law": "zscore", "hapo_t_min": 0.0}, "t_min must be in"),
-        ({**STATISTICS, "hapo_law": "zscore", "hapo_t_max": 0.9}, "t_max must be >= 1"),
+        ({**STATISTICS, "hapo_rule": "zscore", "hapo_tau": math.inf}, "tau must be"),
+        ({**STATISTICS, "hapo_rule": "zscore", "hapo_t_min": 0.0}, "t_min must be in"),
+        ({**STATISTICS, "hapo_rule": "zscore", "hapo_t_max": 0.9}, "t_max must be >= 1"),
         ({**STATISTICS, "hapo_pivot": math.nan}, "hapo_pivot is NaN"),
         ({**STATISTICS, "hapo_pivot": math.inf}, "hapo_pivot must be finite"),
         ({**STATISTICS, "hapo_sigma": "2.5"}, "hapo_sigma must be a number"),
@@ -67,12 +67,12 @@ def test_parameters_of_others_are_no_rule(args):
         ({**STATISTICS, "hapo_h_max": True}, "hapo_h_max must be a number"),
         ({**STATISTICS, "hapo_h_min": 0.1}, "hapo_h_min must be <= 0"),
         ({**STATISTICS, "hapo_h_min": [-1.0]}, "hapo_h_min must be a number"),
-        ({"hapo_law": "dynatemp"}, "vocabulary must be a whole number > 1"),
-        ({"hapo_law": "dynatemp", "hapo_vocabulary": 1}, "vocabulary must be a whole number > 1"),
-        ({"hapo_law": "dynatemp", "hapo_vocabulary": 9, "hapo_exponent": 0.0}, "exponent must be > 0"),
-        ({"hapo_law": "edt", "hapo_theta": -0.1}, "theta must be >= 0"),
-        ({"hapo_law": "edt", "hapo_tau": 0.1}, "the law 'edt' has no option 'tau'"),
-        ({"hapo_law": "linear"}, "law must be one of 'bounded', 'zscore', 'dynatemp', 'edt'"),
+        ({"hapo_rule": "dynatemp"}, "vocabulary must be a whole number > 1"),
+        ({"hapo_rule": "dynatemp", "hapo_vocabulary": 1}, "vocabulary must be a whole number > 1"),
+        ({"hapo_rule": "dynatemp", "hapo_vocabulary": 9, "hapo_exponent": 0.0}, "exponent must be > 0"),
+        ({"hapo_rule": "edt", "hapo_theta": -0.1}, "theta must be >= 0"),
+        ({"hapo_rule": "edt", "hapo_tau": 0.1}, "the rule 'edt' has no option 'tau'"),
+        ({"hapo_rule": "linear"}, "rule must be one of 'bounded', 'zscore', 'dynatemp', 'edt'"),
     ],
 )
 def test_bad_parameters_are_refused_with_their_name(args, message):
@@ -90,7 +90,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path, text, message):
         TemperatureRule.load(tmp_path / "rule.json")
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.law.law)
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.options.rule)
 @pytest.mark.parametrize("rows", [None, [4, 1]])
 def test_only_the_chosen_rows_are_divided_each_at_its_own_base_temperature(rule, rows):
     generator = torch.Generator().manual_seed(2)

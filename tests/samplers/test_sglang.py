@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from hapo.batch import EntropyStats
-from hapo.methods import AdaptiveTemperature
+from hapo.methods import TemperatureOptions
 from hapo.samplers.decoding_rules import EDT, DynamicTemperature
 from hapo.samplers.rule import TemperatureRule
 from hapo.samplers.sglang import AdaptiveTemperatureLogitProcessor, check_server, request_args
@@ -25,8 +25,8 @@ from hapo.samplers.sglang import AdaptiveTemperatureLogitProcessor, check_server
 VOCAB = 500
 STATS = EntropyStats(pivot=0.4, sigma=0.9, h_max=1.1, h_min=-3.0)
 RULES = {
-    "bounded": TemperatureRule(AdaptiveTemperature(tau=0.4), STATS),
-    "zscore": TemperatureRule(AdaptiveTemperature(law="zscore", tau=0.3), STATS),
+    "bounded": TemperatureRule(TemperatureOptions(tau=0.4), STATS),
+    "zscore": TemperatureRule(TemperatureOptions(rule="zscore", tau=0.3), STATS),
     "dynatemp": TemperatureRule(DynamicTemperature(tau=0.5, vocabulary=VOCAB)),
     "edt": TemperatureRule(EDT(theta=0.3)),
 }
@@ -67,7 +67,7 @@ def expected(logits: torch.Tensor, rule: TemperatureRule, t_base: float) -> torc
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_a_batch_of_one_law_follows_the_core(name):
+def test_a_batch_of_one_rule_follows_the_core(name):
     logits, t_base = some_logits(16), 0.8
     batch = [request_of(request_args(RULES[name])["custom_params"], t_base) for _ in range(16)]
     drawn = logits.clone()
@@ -77,7 +77,7 @@ def test_a_batch_of_one_law_follows_the_core(name):
     assert (target.exp() - (logits.double() / t_base).softmax(-1)).abs().max() > 0.01
 
 
-def test_every_row_of_a_mixed_batch_has_its_own_law_and_temperature():
+def test_every_row_of_a_mixed_batch_has_its_own_rule_and_temperature():
     plan = [
         ("bounded", 0.7),
         ("zscore", 1.0),

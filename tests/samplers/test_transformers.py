@@ -9,7 +9,7 @@ import torch
 from scipy.stats import chisquare
 from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from hapo.methods import AdaptiveTemperature
+from hapo.methods import TemperatureOptions
 from hapo.parts.entropy import EntropyStats, entropy_from_logits
 from hapo.parts.temperature import bounded_factor, zscore_factor
 from hapo.samplers.rule import TemperatureRule
@@ -18,7 +18,7 @@ from hapo.samplers.transformers import TemperedLogits, sampling
 PAD, EOS, VOCAB, NEW = 0, [1, 7, 12, 19, 31], 48, 16
 PROMPTS = [[5, 9, 2], [7], [11, 3, 30, 4, 21, 8], [40, 41], [17, 6, 33], [25, 2, 2, 2]]
 STATS = EntropyStats(pivot=0.4, sigma=0.9, h_max=0.9, h_min=-3.0)
-LAWS = {
+RULES = {
     "none": None,
     "bounded": partial(bounded_factor, stats=STATS, tau=0.3),
     "zscore": partial(zscore_factor, stats=STATS, tau=0.3),
@@ -99,31 +99,31 @@ def taken(logits: torch.Tensor, completion: list[int]) -> torch.Tensor:
     return logits.log_softmax(-1)[range(len(completion)), completion]
 
 
-@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("t_base", [1.0, 0.7])
 @pytest.mark.parametrize("engine", ["generate", "generate_batch"])
-def test_recorded_logps_are_those_of_a_plain_forward_pass(model, engine, t_base, law):
-    completions, logps = draw(model, engine, LAWS[law], temperature=t_base)
+def test_recorded_logps_are_those_of_a_plain_forward_pass(model, engine, t_base, rule):
+    completions, logps = draw(model, engine, RULES[rule], temperature=t_base)
     assert len({len(c) for c in completions}) > 2  # rows that end early, at different steps
     assert max(map(len, completions)) == NEW
     changed, entropies = 0.0, []
     for prompt, completion, recorded in zip(PROMPTS, completions, logps, strict=True):
         logits = policy_logits(model, prompt, completion)
-        expected = taken(tempered(logits, t_base, LAWS[law]), completion)
+        expected = taken(tempered(logits, t_base, RULES[rule]), completion)
         torch.testing.assert_close(torch.tensor(recorded).double(), expected, atol=1e-4, rtol=0)
         changed = max(changed, (expected - taken(logits / t_base, completion)).abs().max().item())
         entropies.append(entropy_from_logits(logits, t_base))
-    assert torch.cat(entropies).min() < 0.3  # the law meets certain and uncertain tokens
+    assert torch.cat(entropies).min() < 0.3  # the rule meets certain and uncertain tokens
     assert torch.cat(entropies).max() > 1.5
-    assert changed == 0.0 if law == "none" else changed > 0.05
+    assert changed == 0.0 if rule == "none" else changed > 0.05
 
 
 @pytest.mark.parametrize("engine", ["generate", "generate_batch"])
 def test_top_p_logps_are_renormalised_over_the_kept_set(model, engine):
-    completions, logps = draw(model, engine, LAWS["bounded"], temperature=0.7, top_p=0.9)
+    completions, logps = draw(model, engine, RULES["bounded"], temperature=0.7, top_p=0.9)
     gained = 0.0
     for prompt, completion, recorded in zip(PROMPTS, completions, logps, strict=True):
-        full = tempered(policy_logits(model, prompt, completion), 0.7, LAWS["bounded"]).log_softmax(-1)
+        full = tempered(policy_logits(model, prompt, completion), 0.7, RULES["bounded"]).log_softmax(-1)
         order = full.exp().sort(dim=-1, descending=True)
         more_likely = order.values.cumsum(-1) - order.values
         kept = (more_likely < 0.9).scatter(-1, order.indices, more_likely < 0.9)
@@ -135,11 +135,11 @@ def test_top_p_logps_are_renormalised_over_the_kept_set(model, engine):
 
 def test_all_warpers_and_penalties_are_in_the_recorded_logps(model):
     options = {"temperature": 0.8, "top_k": 12, "top_p": 0.95, "min_p": 0.02, "repetition_penalty": 1.3}
-    completions, logps = draw(model, "generate", LAWS["zscore"], **options)
+    completions, logps = draw(model, "generate", RULES["zscore"], **options)
     for prompt, completion, recorded in zip(PROMPTS, completions, logps, strict=True):
         warpers = model._get_logits_processor(config(**options), input_ids_seq_length=len(prompt), device="cpu")
         logits = policy_logits(model, prompt, completion).float()
-        scores = logits / LAWS["zscore"](entropy_from_logits(logits, 0.8)).unsqueeze(-1)
+        scores = logits / RULES["zscore"](entropy_from_logits(logits, 0.8)).unsqueeze(-1)
         ids = torch.tensor([prompt + completion])
         final = [warpers(ids[:, : len(prompt) + t], row[None])[0] for t, row in enumerate(scores)]
         expected = taken(torch.stack(final), completion)
@@ -181,7 +181,7 @@ def test_greedy_decoding_is_left_untouched(model, engine):
         return out
 
     def breaking(entropy):
-        raise AssertionError("the law was asked in greedy decoding")
+        raise AssertionError("the rule was asked in greedy decoding")
 
     assert greedy(breaking) == greedy(None)
 
@@ -191,9 +191,9 @@ def test_peft_model_is_followed_to_its_base(model):
     from peft import LoraConfig, get_peft_model
 
     wrapped = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
-    completions, logps = draw(wrapped, "generate", LAWS["bounded"])
+    completions, logps = draw(wrapped, "generate", RULES["bounded"])
     for prompt, completion, recorded in zip(PROMPTS, completions, logps, strict=True):
-        expected = taken(tempered(policy_logits(wrapped, prompt, completion), 1.0, LAWS["bounded"]), completion)
+        expected = taken(tempered(policy_logits(wrapped, prompt, completion), 1.0, RULES["bounded"]), completion)
         torch.testing.assert_close(torch.tensor(recorded).double(), expected, atol=1e-4, rtol=0)
 
 
@@ -201,17 +201,17 @@ def test_generation_that_misses_the_processors_is_an_error(model):
     other = tiny_llama(1)
     with (
         pytest.raises(RuntimeError, match="no generation of this LlamaForCausalLM"),
-        sampling(model, LAWS["bounded"]),
+        sampling(model, RULES["bounded"]),
     ):
         other.generate(**padded(PROMPTS), generation_config=config())
 
 
-def test_a_rule_serves_as_the_law(model, tmp_path):
-    rule = TemperatureRule(AdaptiveTemperature(law="zscore", tau=0.3), STATS)
+def test_a_rule_with_statistics_serves(model, tmp_path):
+    rule = TemperatureRule(TemperatureOptions(rule="zscore", tau=0.3), STATS)
     rule.save(tmp_path / "rule.json")
     loaded = TemperatureRule.load(tmp_path / "rule.json")
     by_rule = draw(model, "generate", loaded, temperature=0.7)
-    assert by_rule == draw(model, "generate", LAWS["zscore"], temperature=0.7)
+    assert by_rule == draw(model, "generate", RULES["zscore"], temperature=0.7)
     assert by_rule != draw(model, "generate", None, temperature=0.7)
 
 
@@ -219,26 +219,26 @@ def test_another_decoding_loop_is_refused(model):
     def own_loop(model, input_ids, **kwargs):
         return input_ids
 
-    with pytest.raises(ValueError, match="no custom_generate"), sampling(model, LAWS["bounded"]):
+    with pytest.raises(ValueError, match="no custom_generate"), sampling(model, RULES["bounded"]):
         model.generate(torch.tensor([PROMPTS[0]]), generation_config=config(), custom_generate=own_loop)
     with pytest.raises(ValueError, match="return_dict_in_generate=False"), sampling(model):
         model.generate(torch.tensor([PROMPTS[0]]), generation_config=config(return_dict_in_generate=True))
 
 
-def test_a_continuous_batch_that_drops_the_law_is_an_error(model, monkeypatch):
+def test_a_continuous_batch_that_drops_the_rule_is_an_error(model, monkeypatch):
     monkeypatch.setattr(TemperedLogits, "supports_continuous_batching", False)
     with pytest.raises(RuntimeError, match="no generation"):
-        draw(model, "generate_batch", LAWS["bounded"])
+        draw(model, "generate_batch", RULES["bounded"])
 
 
 def test_a_manager_from_before_the_block_is_an_error(model):
-    """It holds the processors that it was made with, so neither the first nor a second batch would see the law."""
+    """It holds the processors that it was made with, so neither the first nor a second batch would see the rule."""
     batching = ContinuousBatchingConfig(num_blocks=32, page_size=16, max_batch_tokens=8, return_logprobs=True)
     kept = model._cached_continuous_batching_manager = model.init_continuous_batching(config(), batching)
     try:
-        with pytest.raises(RuntimeError, match="no generation"), sampling(model, LAWS["bounded"]):
+        with pytest.raises(RuntimeError, match="no generation"), sampling(model, RULES["bounded"]):
             model.generate_batch(PROMPTS, config(), batching)
-        with sampling(model, LAWS["bounded"]):
+        with sampling(model, RULES["bounded"]):
             model.generate(**padded(PROMPTS), generation_config=config())
             with pytest.raises(ValueError, match="second generation"):
                 model.generate_batch(PROMPTS, config(), batching)
@@ -251,12 +251,12 @@ def test_a_manager_from_before_the_block_is_an_error(model):
     ("options", "message"), [({"num_beams": 2}, "beam_sample"), ({"prompt_lookup_num_tokens": 2}, "assisted")]
 )
 def test_beams_and_lookup_are_refused(model, options, message):
-    with pytest.raises(ValueError, match=message), sampling(model, LAWS["bounded"]):
+    with pytest.raises(ValueError, match=message), sampling(model, RULES["bounded"]):
         model.generate(torch.tensor([PROMPTS[0]]), generation_config=config(**options))
 
 
 def test_assistant_model_is_refused(model):
-    with pytest.raises(ValueError, match="no assistant"), sampling(model, LAWS["bounded"]):
+    with pytest.raises(ValueError, match="no assistant"), sampling(model, RULES["bounded"]):
         model.generate(torch.tensor([PROMPTS[0]]), generation_config=config(), assistant_model=tiny_llama(1))
 
 
@@ -269,7 +269,7 @@ def test_one_generation_a_block_and_no_persistent_manager(model):
         model.generate_batch(PROMPTS, config(), persistent_manager=True)
 
 
-def test_failing_law_fails_the_continuous_batch(model):
+def test_failing_rule_fails_the_continuous_batch(model):
     def failing(entropy):
         raise ArithmeticError("no temperature today")
 
@@ -280,9 +280,9 @@ def test_failing_law_fails_the_continuous_batch(model):
 def test_instance_is_restored(model, monkeypatch):
     monkeypatch.setattr(model, "generate_batch", model.generate_batch)  # someone else's patch survives
     before = dict(vars(model))
-    with pytest.raises(KeyError), sampling(model, LAWS["bounded"]):
+    with pytest.raises(KeyError), sampling(model, RULES["bounded"]):
         raise KeyError("from the block, not replaced by a complaint about missing generation")
-    draw(model, "generate", LAWS["bounded"])
+    draw(model, "generate", RULES["bounded"])
     assert vars(model) == before
 
 

@@ -248,7 +248,15 @@ def _run(job: Job) -> None:
     problems = built.tuning if job.tuning else built.task.eval
     console = Console(quiet=True)
     course = Course(job.folder, options.token_budget)
-    held_out = HeldOut(trainer, problems, built.task.reward_funcs, options, course, console)
+    held_out = HeldOut(
+        trainer,
+        problems,
+        built.task.reward_funcs,
+        course,
+        console,
+        every=options.evaluate_every,
+        samples=options.evaluate_samples,
+    )
     for callback in (course, held_out, FirstGradient(job.folder)):
         trainer.add_callback(callback)
     held_out.measure(0)

@@ -14,27 +14,27 @@ import torch
 from rich.console import Console
 
 from ..assets import tiny_model_path
-from ..methods import AdaptiveTemperature
-from ..samplers.rule import LAWS, Law, TemperatureRule, law_from
+from ..methods import TemperatureOptions
+from ..samplers.rule import RULES, AnyRule, TemperatureRule, rule_options
 from . import UsageError
 from .cards import option_docs
 
-DESCRIPTION = """Write a temperature rule as JSON, which transformers, vLLM and SGLang take. The laws bounded and
+DESCRIPTION = """Write a temperature rule as JSON, which transformers, vLLM and SGLang take. The rules bounded and
 zscore read statistics: the model answers the prompts at the temperature that is to be adapted, and the entropies
-of what it drew are summed up. The laws dynatemp and edt read none, and nothing is loaded for them."""
+of what it drew are summed up. The rules dynatemp and edt read none, and nothing is loaded for them."""
 
 
 def main(argv: list[str]) -> int:
     """Calibrate, print, write, and return the exit code."""
     options = _parser().parse_args(argv)
-    law = _law(options)
+    temperature = _temperature(options)
     _check_output(options.output)
     console = Console(highlight=False, markup=False)
-    if isinstance(law, AdaptiveTemperature):
-        rule = _calibrated(law, options, console)
+    if isinstance(temperature, TemperatureOptions):
+        rule = _calibrated(temperature, options, console)
     else:
-        console.print(f"the law {law.law!r} reads no statistics: nothing was calibrated")
-        rule = TemperatureRule(law)
+        console.print(f"the rule {temperature.rule!r} reads no statistics: nothing was calibrated")
+        rule = TemperatureRule(temperature)
     rule.save(options.output)
     console.print(f"rule: {options.output}", soft_wrap=True)
     return 0
@@ -71,9 +71,9 @@ def _prompt(line: str, where: str) -> Any:
     return prompt
 
 
-def _calibrated(law: AdaptiveTemperature, options: argparse.Namespace, console: Console) -> TemperatureRule:
+def _calibrated(temperature: TemperatureOptions, options: argparse.Namespace, console: Console) -> TemperatureRule:
     if options.model is None or options.prompts is None:
-        raise UsageError(f"the law {law.law!r} reads statistics: name a --model and a file of --prompts")
+        raise UsageError(f"the rule {temperature.rule!r} reads statistics: name a --model and a file of --prompts")
     prompts = read_prompts(options.prompts)[: options.limit]
     from transformers import AutoModelForCausalLM, AutoTokenizer, utils
 
@@ -92,7 +92,7 @@ def _calibrated(law: AdaptiveTemperature, options: argparse.Namespace, console: 
             prompts,
             max_new_tokens=options.max_new_tokens,
             t_base=options.temperature,
-            rho=law.rho,
+            rho=temperature.rho,
             batch_size=options.batch_size,
             seed=options.seed,
             advance=advance,
@@ -103,13 +103,13 @@ def _calibrated(law: AdaptiveTemperature, options: argparse.Namespace, console: 
         f"h_max {stats.h_max:.4f}, h_min {stats.h_min:.4f}; {100 * stats.floored:.1f} % of the tokens floored",
         soft_wrap=True,
     )
-    return TemperatureRule(law, stats)
+    return TemperatureRule(temperature, stats)
 
 
-def _law(options: argparse.Namespace) -> Law:
-    told = {name: value for name in _law_options() if (value := getattr(options, name)) is not None}
+def _temperature(options: argparse.Namespace) -> AnyRule:
+    told = {name: value for name in _rule_options() if (value := getattr(options, name)) is not None}
     try:
-        return law_from(told)
+        return rule_options(told)
     except ValueError as error:
         raise UsageError(str(error)) from error
 
@@ -139,22 +139,22 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of the draws")
     add("--dtype", default="auto", help="of the weights")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the model")
-    law = parser.add_argument_group("the law")
-    for name, (kind, choices, meaning) in _law_options().items():
-        law.add_argument(f"--{name}", type=kind, choices=choices, help=meaning)
+    rule = parser.add_argument_group("the temperature rule")
+    for name, (kind, choices, meaning) in _rule_options().items():
+        rule.add_argument(f"--{name}", type=kind, choices=choices, help=meaning)
     return parser
 
 
-def _law_options() -> dict[str, tuple[type, Sequence[str] | None, str]]:
-    """Option -> its type, its choices, and its meaning in each law that has it."""
-    kinds = {kind: [name for name in LAWS if LAWS[name] is kind] for kind in dict.fromkeys(LAWS.values())}
+def _rule_options() -> dict[str, tuple[type, Sequence[str] | None, str]]:
+    """Option -> its type, its choices, and its meaning in each rule that has it."""
+    kinds = {kind: [name for name in RULES if RULES[name] is kind] for kind in dict.fromkeys(RULES.values())}
     found: dict[str, tuple[type, Sequence[str] | None, list[str]]] = {
-        "law": (str, list(LAWS), ["default: bounded"])
+        "rule": (str, list(RULES), ["default: bounded"])
     }
     for kind, names in kinds.items():
         docs, types = option_docs(kind), get_type_hints(kind)
         for f in fields(kind):
-            if f.name != "law":
+            if f.name != "rule":
                 choices = get_args(types[f.name]) if get_origin(types[f.name]) is Literal else None
                 of = {float: float, int | None: int}.get(types[f.name], str)
                 meaning = f"{', '.join(names)}: {docs[f.name].removesuffix('.')} (default: {f.default})"

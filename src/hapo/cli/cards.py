@@ -54,7 +54,7 @@ class Cards:
     """All methods, and what they share."""
 
     methods: dict[str, Card]
-    law: dict[str, list[str]]
+    rule: dict[str, list[str]]
     """Key of the option `temperature` -> its default and its meaning."""
 
 
@@ -67,7 +67,7 @@ def cards() -> Cards:
     with suppress(Exception):  # whatever is wrong with the file, the cards are made anew
         kept = json.loads(file.read_text(encoding="utf-8"))
         if kept["key"] == key:
-            return Cards({name: Card(**card) for name, card in kept["methods"].items()}, kept["law"])
+            return Cards({name: Card(**card) for name, card in kept["methods"].items()}, kept["rule"])
     made = make_cards()
     with suppress(OSError):  # a cache that cannot be written to is no error
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -91,11 +91,11 @@ def _cache() -> Path:
 
 def make_cards() -> Cards:
     """The cards, from the classes."""
-    from ..methods import AdaptiveTemperature
+    from ..methods import TemperatureOptions
 
-    law_docs = option_docs(AdaptiveTemperature)
-    law = {f.name: [_text(f.default), law_docs[f.name]] for f in fields(AdaptiveTemperature)}
-    return Cards({name: make_card(name) for name in hapo.methods()}, law)
+    rule_docs = option_docs(TemperatureOptions)
+    rule = {f.name: [_text(f.default), rule_docs[f.name]] for f in fields(TemperatureOptions)}
+    return Cards({name: make_card(name) for name in hapo.methods()}, rule)
 
 
 def make_card(name: str) -> Card:
@@ -162,7 +162,7 @@ def _own(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    """A default as one writes it in Python; a temperature law by its strength, the rest being its defaults."""
-    from ..methods import AdaptiveTemperature
+    """A default as one writes it in Python; a temperature rule by its strength, the rest being its defaults."""
+    from ..methods import TemperatureOptions
 
-    return repr({"tau": value.tau} if isinstance(value, AdaptiveTemperature) else value)
+    return repr({"tau": value.tau} if isinstance(value, TemperatureOptions) else value)

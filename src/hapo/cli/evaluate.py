@@ -155,8 +155,8 @@ def _measure_task(
     draw = _start(args, model_config, options, path)
     figures: dict[str, Any] = {"model": path, "task": task.name, "fingerprint": task.fingerprint}
     rows: list[dict[str, Any]] = []
-    for how, law in (("greedy", {}), ("sampled", _law(args, options))):
-        decoding = _decoding(args, **law)
+    for how, sampling in (("greedy", {}), ("sampled", _sampling(args, options))):
+        decoding = _decoding(args, **sampling)
         with counting(console, how, len(task.eval) * decoding.samples) as advance:
             answers = draw(task.eval, task.reward_funcs, decoding, weights=args.reward_weights, advance=advance)
         found = estimate(answers)
@@ -183,7 +183,7 @@ def _measure_benchmarks(
         raise UsageError("at temperature 0 all samples of a problem are the same: set samples to 1")
     problem_sets = _problem_sets(task_config, options)
     draw = _start(args, model_config, options, path)
-    decoding = _decoding(args, **_law(args, options))
+    decoding = _decoding(args, **_sampling(args, options))
     sets: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     for one in problem_sets:
@@ -234,16 +234,16 @@ def _problem_sets(task_config: TaskConfig, options: EvalOptions) -> list[Problem
     return sets
 
 
-def _law(args: HAPOConfig, options: EvalOptions) -> dict[str, Any]:
+def _sampling(args: HAPOConfig, options: EvalOptions) -> dict[str, Any]:
     return {k: getattr(args, k) for k in ("temperature", "top_p", "top_k")} | {"samples": options.samples}
 
 
-def _decoding(args: HAPOConfig, **law: Any) -> Decoding:
+def _decoding(args: HAPOConfig, **sampling: Any) -> Decoding:
     return Decoding(
         max_new_tokens=args.max_completion_length,
         batch_size=args.per_device_eval_batch_size,
         seed=args.seed,
-        **law,
+        **sampling,
     )
 
 
@@ -271,9 +271,9 @@ def _start(args: HAPOConfig, model_config: ModelConfig, options: EvalOptions, pa
 
 def _protocol(options: EvalOptions, decoding: Decoding) -> str:
     """Which protocol was used, in words."""
-    law = f"temperature {decoding.temperature:g}, top-p {decoding.top_p:g}"
+    sampling = f"temperature {decoding.temperature:g}, top-p {decoding.top_p:g}"
     if decoding.top_k:
-        law += f", top-k {decoding.top_k}"
+        sampling += f", top-k {decoding.top_k}"
     name = ""
     if options.preset is not None:
         used = asdict(decoding)
@@ -281,7 +281,7 @@ def _protocol(options: EvalOptions, decoding: Decoding) -> str:
         name = f"{options.preset}{' except for ' + ', '.join(changed) if changed else ''}: "
     samples = f"{decoding.samples} sample{'s' if decoding.samples > 1 else ''}"
     return (
-        f"protocol: {name}{law}, {samples}, at most {decoding.max_new_tokens} tokens, seed {decoding.seed}, "
+        f"protocol: {name}{sampling}, {samples}, at most {decoding.max_new_tokens} tokens, seed {decoding.seed}, "
         f"{options.engine}; in %, intervals 95 % over problems; truncated answers count as wrong"
     )
 

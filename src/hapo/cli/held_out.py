@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
@@ -23,9 +23,6 @@ from ..engines.estimate import Estimate
 from ..engines.records import append_line, write_whole
 from .measure import Answer, Decoding, draw_answers, estimate
 from .progress import counting
-
-if TYPE_CHECKING:
-    from .train import TrainOptions
 
 
 class Course(TrainerCallback):
@@ -106,9 +103,10 @@ class HeldOut(TrainerCallback):
         trainer: whose model is measured.
         problems: with the columns that the rewards ask for.
         rewards: as the trainer's.
-        options: how often, and how many answers.
         course: whose clock stands still meanwhile.
         console: where progress and the table go.
+        every: optimiser steps between measurements during training; None: only when `measure` is called.
+        samples: sampled answers to each problem, which are averaged.
 
     Raises:
         ValueError: DeepSpeed or FSDP, which hold no whole model on a device.
@@ -119,9 +117,11 @@ class HeldOut(TrainerCallback):
         trainer: GRPOTrainer,
         problems: Dataset,
         rewards: list[Callable[..., list[float]]],
-        options: TrainOptions,
         course: Course,
         console: Console,
+        *,
+        every: int | None,
+        samples: int,
     ) -> None:
         if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
             raise ValueError(
@@ -129,7 +129,7 @@ class HeldOut(TrainerCallback):
                 "set evaluate to false, and measure with `hapo eval` afterwards"
             )
         self.trainer, self.problems, self.rewards, self.console = trainer, problems, rewards, console
-        self.options, self.course = options, course
+        self.course, self.every, self.samples = course, every, samples
         self.file = Path(trainer.args.output_dir) / "evaluations.jsonl"
         if course.fresh:
             self.file.unlink(missing_ok=True)  # of a try that ended before its run began
@@ -142,13 +142,13 @@ class HeldOut(TrainerCallback):
             return
         self._measured.add(step)
         args, started = self.trainer.args, time.monotonic()
-        law = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
-        law["samples"] = self.options.evaluate_samples
+        sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
+        sampling["samples"] = self.samples
         clock = getattr(self.trainer, "clock", None)  # of the engine's phases
         with self.course.paused(), clock.pause() if clock else nullcontext():
             found = {
                 "greedy": self._estimate(f"step {step}, greedy"),
-                "sampled": self._estimate(f"step {step}, sampled", **law),
+                "sampled": self._estimate(f"step {step}, sampled", **sampling),
             }
         if args.process_index == 0:
             for how, values in found.items():
@@ -163,9 +163,8 @@ class HeldOut(TrainerCallback):
         self._measured = {step for step in self._measured if step <= state.global_step}
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Measure, every `evaluate_every` steps."""
-        every = self.options.evaluate_every
-        if every is not None and state.global_step % every == 0:
+        """Measure, every so many steps."""
+        if self.every is not None and state.global_step % self.every == 0:
             self.measure(state.global_step)
 
     def print(self) -> None:
@@ -184,7 +183,7 @@ class HeldOut(TrainerCallback):
             f"{last.problems} problems, 95 % intervals; sampled at temperature {self.trainer.args.temperature:g}"
         )
 
-    def _estimate(self, what: str, **law: Any) -> dict[str, Any]:
+    def _estimate(self, what: str, **sampling: Any) -> dict[str, Any]:
         trainer, args = self.trainer, self.trainer.args
         first, every = args.process_index, args.world_size
         mine = self.problems.select(range(first, len(self.problems), every))
@@ -192,7 +191,7 @@ class HeldOut(TrainerCallback):
             max_new_tokens=args.max_completion_length,
             batch_size=args.per_device_eval_batch_size,
             seed=args.seed + args.process_index,
-            **law,
+            **sampling,
         )
         with counting(self.console, what, len(mine) * decoding.samples) as advance:
             answers = draw_answers(

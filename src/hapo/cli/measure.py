@@ -132,9 +132,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompts: list[Any], chat_template
 def _generation_config(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoding: Decoding
 ) -> GenerationConfig:
-    law: dict[str, Any] = {"do_sample": False}
+    sampling: dict[str, Any] = {"do_sample": False}
     if decoding.temperature > 0:
-        law = {"do_sample": True, **{k: getattr(decoding, k) for k in ("temperature", "top_p", "top_k")}}
+        sampling = {"do_sample": True, **{k: getattr(decoding, k) for k in ("temperature", "top_p", "top_k")}}
     return GenerationConfig(
         max_new_tokens=decoding.max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
@@ -142,7 +142,7 @@ def _generation_config(
         eos_token_id=ends_of(model.generation_config, tokenizer),
         repetition_penalty=1.0,
         disable_compile=True,
-        **law,
+        **sampling,
     )
 
 

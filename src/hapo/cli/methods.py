@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
         card = found.methods.get(name) or make_card(name)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    _print_card(console, card, found.law)
+    _print_card(console, card, found.rule)
     return 0
 
 
@@ -47,7 +47,7 @@ def _print_list(console: Console, methods: Iterable[Card]) -> None:
     console.print("hapo methods NAME: stages, all options and their meaning, paper")
 
 
-def _print_card(console: Console, card: Card, law: Mapping[str, list[str]]) -> None:
+def _print_card(console: Console, card: Card, temperature: Mapping[str, list[str]]) -> None:
     console.print(f"{card.name}: {card.summary}", style="bold")
     console.print(f"{card.title} ({card.year})")
     console.print(f"https://arxiv.org/abs/{card.arxiv}")
@@ -58,7 +58,7 @@ def _print_card(console: Console, card: Card, law: Mapping[str, list[str]]) -> N
         stages.add_row(f"{stage} *" if stage in card.differs else stage, choice)
     console.print(stages)
     _print_options(console, "options (method_options), its own first", card.options)
-    _print_options(console, "keys of the option temperature", law)
+    _print_options(console, "keys of the option temperature", temperature)
 
 
 def _print_options(console: Console, title: str, options: Mapping[str, list[str]]) -> None:

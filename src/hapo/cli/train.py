@@ -89,7 +89,15 @@ def main(argv: list[str]) -> int:
     )
     course, held_out = Course(folder, options.token_budget, fresh=checkpoint is None), None
     if options.evaluate:
-        held_out = HeldOut(trainer, task.eval, task.reward_funcs, options, course, console)
+        held_out = HeldOut(
+            trainer,
+            task.eval,
+            task.reward_funcs,
+            course,
+            console,
+            every=options.evaluate_every,
+            samples=options.evaluate_samples,
+        )
         if checkpoint is None:
             held_out.measure(0)
     finished = _train(trainer, checkpoint, console, [course] if held_out is None else [course, held_out])

@@ -34,7 +34,7 @@ def rollout_metrics(
     Args:
         batch: what `Method.prepare` made.
         scored: valid response tokens, those of dropped groups included.
-        factor: the method's temperature law.
+        factor: the method's temperature rule.
         sampled_with: the statistics that the batch was drawn with; None: at `t_base`.
         t_base: the base temperature.
     """

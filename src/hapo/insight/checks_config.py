@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from ..engines.trl import HAPOConfig
     from ..method import Method
-    from ..methods import AdaptiveTemperature, Options
+    from ..methods import Options, TemperatureOptions
     from ..tasks import Task, TaskConfig
 
 ROWS = 512
@@ -26,7 +26,7 @@ TRUNCATIONS = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.
 """Sampling options -> the value at which they leave the policy as it is."""
 
 CLAMPS = {"zscore": ("t_min", "t_max")}
-"""Temperature law -> the options that clamp it."""
+"""Temperature rule -> the options that clamp it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +63,10 @@ class Plan:
 def ratio_always_one(plan: Plan) -> Finding | None:
     """One optimiser step a rollout batch."""
     from ..parts.surrogate import unclipped_surrogate
+    from ..stage import part_of
 
     args = plan.args
-    if args.updates_per_rollout > 1 or getattr(plan.method.surrogate, "part", None) is unclipped_surrogate:
+    if args.updates_per_rollout > 1 or part_of(plan.method.surrogate) is unclipped_surrogate:
         return None
     return Finding(
         "ratio_always_one",
@@ -102,32 +103,32 @@ def uncorrected_sampler(plan: Plan) -> Finding | None:
 
 def temperature_range(plan: Plan) -> Finding | None:
     """Temperatures that get far from T_base."""
-    from ..methods import AdaptiveTemperature
+    from ..methods import TemperatureOptions
 
-    law = plan.options.temperature
-    if law is None:
+    rule = plan.options.temperature
+    if rule is None:
         return None
-    assert isinstance(law, AdaptiveTemperature)
-    low, high = _factors(law)
+    assert isinstance(rule, TemperatureOptions)
+    low, high = _factors(rule)
     if low >= 0.5 and high <= 2.0:
         return None
-    told = ", ".join(f"{name} {getattr(law, name):g}" for name in ("tau", *CLAMPS.get(law.law, ())))
-    remedy = json.dumps({"temperature": {"law": law.law, "tau": 0.1}})
+    told = ", ".join(f"{name} {getattr(rule, name):g}" for name in ("tau", *CLAMPS.get(rule.rule, ())))
+    remedy = json.dumps({"temperature": {"rule": rule.rule, "tau": 0.1}})
     return Finding(
         "temperature_range",
         "warning",
-        f"the law {law.law!r} with {told} draws tokens at {low:.2g} to {high:.2g} times T_base",
+        f"the temperature rule {rule.rule!r} with {told} draws tokens at {low:.2g} to {high:.2g} times T_base",
         "below half of T_base sampling is nearly greedy and the answers of a group come out equal; above twice, "
         "text falls apart; and the importance weight that corrects for it reaches its cap",
         f"--method_options '{remedy}'",
     )
 
 
-def _factors(law: AdaptiveTemperature) -> tuple[float, float]:
+def _factors(rule: TemperatureOptions) -> tuple[float, float]:
     """Smallest and largest factor on T_base, of z-scores up to 3."""
-    if law.law == "zscore":
-        return max(1 - 3 * law.tau, law.t_min), min(1 + 3 * law.tau, law.t_max)
-    return 1 - law.tau, 1 + law.tau
+    if rule.rule == "zscore":
+        return max(1 - 3 * rule.tau, rule.t_min), min(1 + 3 * rule.tau, rule.t_max)
+    return 1 - rule.tau, 1 + rule.tau
 
 
 def small_groups(plan: Plan) -> Finding | None:

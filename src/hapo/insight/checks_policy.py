@@ -60,7 +60,7 @@ def entropy_explosion(run: Run) -> Finding | None:
         "warning",
         f"entropy rose from {first:.3g} to {last:.3g} nats a token",
         "the policy guesses more and more: text falls apart, usually soon before the reward does",
-        f"{smaller_rate(run)}; a temperature law with a smaller tau; --max_grad_norm 0.2",
+        f"{smaller_rate(run)}; a temperature rule with a smaller tau; --max_grad_norm 0.2",
     )
 
 
@@ -92,8 +92,9 @@ def ratio_always_one(run: Run) -> Finding | None:
     if len(moved) < 2 or moved.max() >= 1e-7 or np.abs(ratio - 1).max(initial=0.0) >= 1e-4:
         return None
     from ..parts.surrogate import unclipped_surrogate
+    from ..stage import part_of
 
-    if (method := method_of(run)) is not None and method.surrogate is unclipped_surrogate:
+    if (method := method_of(run)) is not None and part_of(method.surrogate) is unclipped_surrogate:
         return None
     return Finding(
         "ratio_always_one",
@@ -111,8 +112,9 @@ def nothing_clipped(run: Run) -> Finding | None:
     if len(low) < TREND or low.max() > 0 or high.max(initial=0.0) > 0:
         return None
     from ..parts.bounds import no_bounds
+    from ..stage import part_of
 
-    if (method := method_of(run)) is not None and method.bounds is no_bounds:
+    if (method := method_of(run)) is not None and part_of(method.bounds) is no_bounds:
         return None
     return Finding(
         "nothing_clipped",

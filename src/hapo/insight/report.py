@@ -23,7 +23,7 @@ from .token_figures import ROLLOUTS, analysed, token_figures, visible
 
 PARTIAL = (
     "Rollout batches were recorded in part (record_tokens_rows, or responses without tokens, whose rewards "
-    "count), so that what a method takes over a whole batch, its statistics and counts, is taken over that part "
+    "count), so that what a method takes over a whole batch, its statistics and totals, is taken over that part "
     "here: the order holds, the last digits may not."
 )
 ROWS = 15

@@ -1,7 +1,7 @@
 """The adaptive temperature on a GPU, in Triton: the logits are read twice and written once.
 
 One pass over each row keeps its running maximum m, s = sum e^(z - m) and d = sum e^(z - m) (z - m) and gives the
-entropy ln s - d / s; the law then acts on one number a row; a second pass divides the rows in place.
+entropy ln s - d / s; the rule then acts on one number a row; a second pass divides the rows in place.
 `hapo.samplers.rule.temper_` chooses it for logits on CUDA where HAPO_TRITON=1; its torch path agrees to rounding.
 Importing this module needs triton.
 """
@@ -65,7 +65,7 @@ def temper_(
         with torch.cuda.device_of(logits):
             _divide[(n, triton.cdiv(vocabulary, block))](logits, chosen, scale, *shape)
 
-    # By the factor of the kernel's own entropy: near H = 0 a law of log H makes much of its rounding.
+    # By the factor of the kernel's own entropy: near H = 0 a rule of log H makes much of its rounding.
     checked(
         "divide",
         divide,

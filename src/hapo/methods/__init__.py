@@ -6,14 +6,14 @@ A file of this folder that registers a class of options is a method; its name be
 import importlib
 import pkgutil
 
-from ._options import AdaptiveTemperature, ClippedOptions, Options, Paper
+from ._options import ClippedOptions, Options, Paper, TemperatureOptions
 from ._registry import method, methods, options_of, register
 
 __all__ = [
-    "AdaptiveTemperature",
     "ClippedOptions",
     "Options",
     "Paper",
+    "TemperatureOptions",
     "method",
     "methods",
     "options_of",

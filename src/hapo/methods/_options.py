@@ -30,7 +30,7 @@ class Paper:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaptiveTemperature:
+class TemperatureOptions:
     """HAPO's sampling temperature (arXiv 2509.16591, eq. 8): T = T_base (1 + tau h), h the entropy signal.
 
     It is orthogonal to the loss, so every method takes it: `temperature={"tau": 0.1}`.
@@ -41,7 +41,7 @@ class AdaptiveTemperature:
 
     tau: float = 0.1
     """Strength (paper)."""
-    law: Literal["bounded", "zscore"] = "bounded"
+    rule: Literal["bounded", "zscore"] = "bounded"
     """1 + tau clip(h, -1, 1), or the paper's eq. 8 with its z-score, clamped to [t_min, t_max]."""
     rho: float = 0.8
     """Quantile of log entropy that is the pivot (paper)."""
@@ -58,9 +58,9 @@ class AdaptiveTemperature:
     def __post_init__(self) -> None:
         """Check the ranges."""
         check_numbers(self)
-        one_of("law", self.law, ("bounded", "zscore"))
+        one_of("rule", self.rule, ("bounded", "zscore"))
         one_of("variant", self.variant, ("paper", "release"))
-        if self.law == "bounded":
+        if self.rule == "bounded":
             safe = "in [0, 1): from 1 on, the temperature 1 + tau h of the most certain token is 0 or negative"
             require(0 <= self.tau < 1, "tau", self.tau, safe)
         require(0 <= self.tau < math.inf, "tau", self.tau, ">= 0 and finite")
@@ -69,7 +69,7 @@ class AdaptiveTemperature:
         require(1 <= self.t_max < math.inf, "t_max", self.t_max, ">= 1 and finite")
 
     @classmethod
-    def of(cls, value: AdaptiveTemperature | Mapping[str, Any], **defaults: Any) -> AdaptiveTemperature:
+    def of(cls, value: TemperatureOptions | Mapping[str, Any], **defaults: Any) -> TemperatureOptions:
         """The rule that a mapping of its options describes, as it comes from YAML or the command line."""
         if isinstance(value, cls):
             return value
@@ -86,7 +86,7 @@ class AdaptiveTemperature:
     @property
     def factor(self) -> Callable[[Tensor, EntropyStats], Tensor]:
         """(entropies in nats, of softmax(logits / T_base); statistics) -> factor on T_base."""
-        if self.law == "zscore":
+        if self.rule == "zscore":
             return partial(zscore_factor, tau=self.tau, low=self.t_min, high=self.t_max)
         return partial(bounded_factor, tau=self.tau, variant=self.variant)
 
@@ -112,8 +112,8 @@ class Options(ABC):
     sampler_cap: float | None = 2.0
     """Cap of the importance weight min(exp(old - sampler), cap), used where the batch knows its sampler's
     log-probs; None switches the weight off."""
-    temperature: AdaptiveTemperature | Mapping[str, Any] | None = None
-    """HAPO's adaptive sampling temperature, e.g. {"tau": 0.1}; its keys: tau, law, rho, t_min, t_max, variant."""
+    temperature: TemperatureOptions | Mapping[str, Any] | None = None
+    """HAPO's adaptive sampling temperature, e.g. {"tau": 0.1}; its keys: tau, rule, rho, t_min, t_max, variant."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -122,7 +122,7 @@ class Options(ABC):
         require(self.sampler_cap is None or self.sampler_cap > 0, "sampler_cap", self.sampler_cap, "> 0, or None")
         one_of("singleton", self.singleton, ("zero", "reward"))
         if self.temperature is not None:
-            object.__setattr__(self, "temperature", AdaptiveTemperature.of(self.temperature))
+            object.__setattr__(self, "temperature", TemperatureOptions.of(self.temperature))
 
     @abstractmethod
     def build(self) -> Method:
@@ -136,7 +136,7 @@ class Options(ABC):
             "filter_groups": self.filter_groups,
             "sampler_cap": self.sampler_cap,
         }
-        if isinstance(rule, AdaptiveTemperature):
+        if isinstance(rule, TemperatureOptions):
             shared["stats"] = Stage(entropy_stats, "old_entropy", "mask", rho=rule.rho)
             shared["temperature_rule"] = rule.factor if rule.acts else None
         return {**shared, **own}

@@ -33,7 +33,7 @@ def method(name: str, **options: Any) -> Method:
     """
     cls = options_of(name)
     known = [f.name for f in fields(cls)]
-    for key in ("tau", "law", "t_min", "t_max"):
+    for key in ("tau", "rule", "t_min", "t_max"):
         if key in options and key not in known:
             raise ValueError(f"{key} belongs to the temperature: temperature={{{key!r}: {options[key]!r}}}")
     check_names(f"method {name!r}", options, known)

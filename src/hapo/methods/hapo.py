@@ -19,7 +19,7 @@ from ..parts.reduce import token_mean
 from ..parts.shaping import redistribute
 from ..parts.surrogate import clipped_surrogate
 from ..stage import Stage
-from ._options import AdaptiveTemperature, EntropySource, Paper, entropy_from, k3_penalty, one_of, require
+from ._options import EntropySource, Paper, TemperatureOptions, entropy_from, k3_penalty, one_of, require
 from ._registry import register
 from .dapo import DAPO
 
@@ -42,7 +42,7 @@ class HAPO(DAPO):
     `variant="release"` computes what the authors' code does where it departs from the paper: the lower branch
     of h without its sign, an open neutral zone from the adapted bounds, a fall-back to the group advantage
     where |A| >= 5 (over valid tokens; the release counts padding too), dual clip 10, e_R 0.2, tau 0.05. It also
-    takes statistics of current entropies in each micro-batch; here they are the rollout batch's (law 1).
+    takes statistics of current entropies in each micro-batch; here they are the rollout batch's (rule 1).
     """
 
     paper: ClassVar = Paper("Heterogeneous Adaptive Policy Optimization", "2509.16591", 2025)
@@ -54,8 +54,8 @@ class HAPO(DAPO):
     """The paper's definitions, or what the authors' code computes."""
     rho: float = 0.8
     """Quantile of log entropy that is the pivot (paper)."""
-    temperature: AdaptiveTemperature | Mapping[str, Any] | None = None
-    """Component A: tau 0.1 (paper) or 0.05 (release), with rho and variant as here; keys: tau, law, t_min,
+    temperature: TemperatureOptions | Mapping[str, Any] | None = None
+    """Component A: tau 0.1 (paper) or 0.05 (release), with rho and variant as here; keys: tau, rule, t_min,
     t_max."""
     alpha: float = 1.0
     """Strength of the clip adaptation (the paper has no symbol: 1)."""
@@ -85,10 +85,12 @@ class HAPO(DAPO):
         require(0 <= self.rho <= 1, "rho", self.rho, "in [0, 1]")
         if "A" in self.components:
             shared = {"tau": 0.05 if release else 0.1, "rho": self.rho, "variant": self.variant}
-            law = AdaptiveTemperature.of(self.temperature or {}, **shared)
-            require(law.rho == self.rho, "temperature rho", law.rho, f"rho = {self.rho}: HAPO has one pivot")
-            require(law.variant == self.variant, "temperature variant", law.variant, f"variant = {self.variant!r}")
-            object.__setattr__(self, "temperature", law)
+            rule = TemperatureOptions.of(self.temperature or {}, **shared)
+            require(rule.rho == self.rho, "temperature rho", rule.rho, f"rho = {self.rho}: HAPO has one pivot")
+            require(
+                rule.variant == self.variant, "temperature variant", rule.variant, f"variant = {self.variant!r}"
+            )
+            object.__setattr__(self, "temperature", rule)
         else:
             require(self.temperature is None, "temperature", self.temperature, "None where component A is off")
         super().__post_init__()

@@ -65,13 +65,13 @@ def decode(
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
-    law: Callable[[Tensor], Tensor] | None = None,
+    factor: Callable[[Tensor], Tensor] | None = None,
     **model_kwargs: Any,
 ) -> tuple[Int[Tensor, "B L"], Draws]:
     """Prompts with their sampled answers, padded after the end, and the draws.
 
-    T = T_base law(H) with T_base the temperature of `generation_config` and H the entropy of softmax(logits /
-    T_base); `logits_processor` holds the warper for T_base, and acts on logits / law(H).
+    T = T_base factor(H) with T_base the temperature of `generation_config` and H the entropy of softmax(logits /
+    T_base); `logits_processor` holds the warper for T_base, and acts on logits / factor(H).
     """
     t_base = 1.0 if generation_config.temperature is None else generation_config.temperature
     pad = 0 if generation_config._pad_token_tensor is None else int(generation_config._pad_token_tensor)
@@ -94,8 +94,8 @@ def decode(
             logits = outputs.logits[:, -1].to(device=input_ids.device, dtype=torch.float32)
             del outputs
             entropy, normaliser = entropy_and_normaliser(logits, t_base)
-            scores = logits if law is None else logits / law(entropy).unsqueeze(-1)
-            if law is None and logits_processor:
+            scores = logits if factor is None else logits / factor(entropy).unsqueeze(-1)
+            if factor is None and logits_processor:
                 scores = logits.clone()  # a processor may write into it
             tokens, logp = draw(logits_processor(input_ids, scores))
             policy_logp = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) / t_base - normaliser

@@ -27,7 +27,7 @@ class DynamicTemperature:
         ValueError: a value is out of its range, named in the message.
     """
 
-    law: Literal["dynatemp"] = "dynatemp"
+    rule: Literal["dynatemp"] = "dynatemp"
     tau: float = 0.1
     """Strength, below 1."""
     vocabulary: int | None = None
@@ -46,7 +46,7 @@ class DynamicTemperature:
         """Check the ranges."""
         check_numbers(self)
         fits = isinstance(self.vocabulary, int) and self.vocabulary > 1
-        require(fits, "vocabulary", self.vocabulary, "a whole number > 1 with the law 'dynatemp'")
+        require(fits, "vocabulary", self.vocabulary, "a whole number > 1 with the rule 'dynatemp'")
         require(0 < self.exponent < math.inf, "exponent", self.exponent, "> 0 and finite")
         require(0 <= self.tau < 1, "tau", self.tau, "in [0, 1), so that every temperature is positive")
 
@@ -66,7 +66,7 @@ class EDT:
         ValueError: a value is out of its range, named in the message.
     """
 
-    law: Literal["edt"] = "edt"
+    rule: Literal["edt"] = "edt"
     theta: float = 0.1
     """Strength, nats; 0 changes nothing."""
     t_min: float = 0.1

@@ -1,4 +1,4 @@
-"""A temperature rule: a law with its statistics, in the form that every sampler takes.
+"""A temperature rule with the statistics that it reads, in the form that every sampler takes.
 
 Engines hand parameters to a request as flat scalars, so a rule is a flat mapping of scalars too; a JSON file of it
 (`hapo calibrate` writes one) serves transformers, vLLM and SGLang alike.
@@ -19,7 +19,7 @@ from torch import Tensor
 from ..batch import EntropyStats
 from ..kernels import use_triton
 from ..method import Method
-from ..methods._options import AdaptiveTemperature, check_names, check_number, one_of, require
+from ..methods._options import TemperatureOptions, check_names, check_number, one_of, require
 from ..parts.entropy import CHUNK, entropy_from_logits
 from .decoding_rules import EDT, DynamicTemperature
 
@@ -29,10 +29,10 @@ PREFIX = "hapo_"
 TESTED_VLLM = "0.32."
 """Versions of vLLM in which requests with a rule are accepted."""
 
-Law = AdaptiveTemperature | DynamicTemperature | EDT
-LAWS: dict[str, type[Law]] = {
-    "bounded": AdaptiveTemperature,
-    "zscore": AdaptiveTemperature,
+AnyRule = TemperatureOptions | DynamicTemperature | EDT
+RULES: dict[str, type[AnyRule]] = {
+    "bounded": TemperatureOptions,
+    "zscore": TemperatureOptions,
     "dynatemp": DynamicTemperature,
     "edt": EDT,
 }
@@ -44,30 +44,31 @@ class TemperatureRule:
     """T = T_base x factor(H), H the entropy of softmax(logits / T_base), nats (HAPO, arXiv 2509.16591, eq. 8).
 
     Raises:
-        ValueError: the law reads statistics and there are none.
+        ValueError: the rule reads statistics and there are none.
     """
 
-    law: Law
+    options: AnyRule
+    """Which rule it is, with its options."""
     stats: EntropyStats | None = None
-    """Of the previous rollout, or of a calibration; None where the law reads none."""
+    """Of the previous rollout, or of a calibration; None where the rule reads none."""
 
     def __post_init__(self) -> None:
-        """Check that the law has what it reads."""
-        if self.law.needs_stats and self.stats is None:
+        """Check that the rule has what it reads."""
+        if self.options.needs_stats and self.stats is None:
             raise ValueError(
-                f"the law {self.law.law!r} reads statistics ({', '.join(STATS)}), and there are none: "
+                f"the rule {self.options.rule!r} reads statistics ({', '.join(STATS)}), and there are none: "
                 "calibrate, or leave the rule out to sample at T_base"
             )
 
     def factor(self, entropy: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Factor on T_base at positions with these entropies, nats; > 0."""
-        return self.law.factor(entropy, self.stats)  # type: ignore[arg-type]  # __post_init__ saw to it
+        return self.options.factor(entropy, self.stats)  # type: ignore[arg-type]  # __post_init__ saw to it
 
     def to_args(self) -> dict[str, float | str]:
         """Flat parameters of a request: `SamplingParams.extra_args`, `vllm_xargs`, SGLang's `custom_params`."""
-        law = {k: v for k, v in asdict(self.law).items() if v is not None}
+        options = {k: v for k, v in asdict(self.options).items() if v is not None}
         stats = {} if self.stats is None else {k: v for k, v in self.stats.to_dict().items() if k in STATS}
-        return {PREFIX + k: v for k, v in {**law, **stats}.items()}
+        return {PREFIX + k: v for k, v in {**options, **stats}.items()}
 
     @classmethod
     def from_args(cls, args: Mapping[str, Any] | None) -> TemperatureRule | None:
@@ -79,10 +80,10 @@ class TemperatureRule:
         given = {k.removeprefix(PREFIX): v for k, v in (args or {}).items() if k.startswith(PREFIX)}
         if not given:
             return None
-        law = law_from({k: v for k, v in given.items() if k not in STATS})
+        rule = rule_options({k: v for k, v in given.items() if k not in STATS})
         found = {k: v for k, v in given.items() if k in STATS}
         if not found:
-            return cls(law)
+            return cls(rule)
         for name in STATS:
             if name not in found:
                 raise ValueError(
@@ -93,7 +94,7 @@ class TemperatureRule:
         require(found["sigma"] >= 0, PREFIX + "sigma", found["sigma"], ">= 0")
         require(found["h_max"] >= 0, PREFIX + "h_max", found["h_max"], ">= 0")
         require(found["h_min"] <= 0, PREFIX + "h_min", found["h_min"], "<= 0")
-        return cls(law, EntropyStats(**found))
+        return cls(rule, EntropyStats(**found))
 
     def save(self, path: str | Path) -> None:
         """Write the rule as JSON: the parameters of `to_args`."""
@@ -118,16 +119,16 @@ class TemperatureRule:
         return rule
 
 
-def law_from(options: Mapping[str, Any]) -> Law:
-    """The law that these options describe; the key "law" names it.
+def rule_options(options: Mapping[str, Any]) -> AnyRule:
+    """The rule that these options describe; the key "rule" names it.
 
     Raises:
-        ValueError: unknown law or option, or a value of the wrong kind or out of its range.
+        ValueError: unknown rule or option, or a value of the wrong kind or out of its range.
     """
-    name = options.get("law", "bounded")
-    one_of("law", name, tuple(LAWS))
-    kind = LAWS[name]
-    check_names(f"the law {name!r}", options, [*(f.name for f in fields(kind)), *STATS])
+    name = options.get("rule", "bounded")
+    one_of("rule", name, tuple(RULES))
+    kind = RULES[name]
+    check_names(f"the rule {name!r}", options, [*(f.name for f in fields(kind)), *STATS])
     return kind(**options)
 
 
@@ -135,18 +136,18 @@ HARMLESS = TemperatureRule(EDT(theta=0.0))
 """A rule that changes nothing, to ask an engine with."""
 
 
-def law_of(method: Method) -> AdaptiveTemperature | None:
-    """The law that the options of a named method describe, which a request can carry; None for any other."""
+def temperature_of(method: Method) -> TemperatureOptions | None:
+    """The rule that the options of a named method describe, which a request can carry; None for any other."""
     options = method.options.get("temperature")
     if options is None or "temperature_rule" in method.options.get("replaced", ()):
         return None
-    return AdaptiveTemperature.of(options)
+    return TemperatureOptions.of(options)
 
 
 def rule_of(method: Method, stats: EntropyStats | None) -> TemperatureRule | None:
-    """The method's law with these statistics; None where it would not act, or has none yet: T_base."""
-    law = law_of(method)
-    return TemperatureRule(law, stats) if law is not None and law.acts and stats is not None else None
+    """The method's rule with these statistics; None where it would not act, or has none yet: T_base."""
+    rule = temperature_of(method)
+    return TemperatureRule(rule, stats) if rule is not None and rule.acts and stats is not None else None
 
 
 def temper_(

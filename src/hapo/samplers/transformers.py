@@ -1,7 +1,7 @@
 """Adaptive temperature inside transformers generation, and the log-probs of the distribution that drew.
 
 While its `with` block lasts, `sampling` gives `generate()` of one model instance the decoding loop of
-`samplers.decoding`. Continuous batching, `generate_batch()`, keeps its own: there the law goes in front of the
+`samplers.decoding`. Continuous batching, `generate_batch()`, keeps its own: there the rule goes in front of the
 processors that the private method `model._get_logits_processor` makes. Tested with transformers 5.23.
 
 Shapes: n rows of one forward pass, V vocabulary.
@@ -24,7 +24,7 @@ from .decoding import Draws, decode
 from .rule import TemperatureRule
 
 Factor = Callable[[Float[Tensor, " n"]], Float[Tensor, " n"]]
-"""A law of `hapo.parts.temperature` with its statistics bound: entropies in nats -> factors > 0."""
+"""A rule of `hapo.parts.temperature` with its statistics bound: entropies in nats -> factors > 0."""
 
 OWN_LOOP = frozenset({"assistant_model", "custom_generate", "streamer", "tokenizer"})
 """Arguments of generate() that ask for another loop than one token a step, or that only transformers' own
@@ -54,7 +54,7 @@ class TemperedLogits(LogitsProcessor):
 class SamplingRecord:
     """What one generation drew: the log-prob of each token under the distribution that it was drawn from.
 
-    `generate()` records the policy's own log-probs and entropies too, before law, penalties and truncation. In
+    `generate()` records the policy's own log-probs and entropies too, before rule, penalties and truncation. In
     continuous batching the log-probs are those that transformers returns for each request.
     """
 
@@ -98,7 +98,7 @@ class SamplingRecord:
 
 
 @contextmanager
-def sampling(model: Any, law: Factor | TemperatureRule | None = None) -> Iterator[SamplingRecord]:
+def sampling(model: Any, rule: Factor | TemperatureRule | None = None) -> Iterator[SamplingRecord]:
     """Draw with temperature T_base x factor(H) inside the block, and record what was really drawn.
 
         with sampling(model, TemperatureRule.load("rule.json")) as record:
@@ -106,10 +106,10 @@ def sampling(model: Any, law: Factor | TemperatureRule | None = None) -> Iterato
         logps = record.logps(completion_ids)
 
     `model` is a transformers model or a PEFT model around one; call its `generate()` or `generate_batch()`
-    once inside the block. T_base is the temperature of the generation config. `law` is a rule, or a function
-    from entropies to factors; with None (no statistics yet, evaluation) the temperature is exactly T_base.
-    Greedy decoding is left untouched, law or not. Penalties act on the tempered logits; the recorded log-probs
-    are of the final distribution, after temperature, penalties, top-p, top-k and min-p.
+    once inside the block. T_base is the temperature of the generation config. `rule` has its statistics, or is a
+    function from entropies to factors; with None (no statistics yet, evaluation) the temperature is exactly
+    T_base. Greedy decoding is left untouched, rule or not. Penalties act on the tempered logits; the recorded
+    log-probs are of the final distribution, after temperature, penalties, top-p, top-k and min-p.
 
     Raises ValueError for decoding that is neither greedy nor plain sampling (beams, assisted), for a
     persistent manager and for a second generation in the block; RuntimeError if requests of a continuous batch
@@ -120,7 +120,7 @@ def sampling(model: Any, law: Factor | TemperatureRule | None = None) -> Iterato
     get_processors, generate, generate_batch = core._get_logits_processor, core.generate, core.generate_batch
     record = SamplingRecord()
     tempered: TemperedLogits | None = None
-    factor = law.factor if isinstance(law, TemperatureRule) else law
+    factor = rule.factor if isinstance(rule, TemperatureRule) else rule
     hooked = continuous = False
 
     def refuse_second() -> None:
@@ -159,7 +159,7 @@ def sampling(model: Any, law: Factor | TemperatureRule | None = None) -> Iterato
     def wrapped_loop(model: Any, input_ids: Tensor, **kwargs: Any) -> Any:
         if record.greedy:
             return type(model)._sample(model, input_ids, **kwargs)
-        ids, record.draws = decode(model, input_ids, law=factor, **kwargs)
+        ids, record.draws = decode(model, input_ids, factor=factor, **kwargs)
         return ids
 
     def wrapped_batch(
@@ -170,7 +170,7 @@ def sampling(model: Any, law: Factor | TemperatureRule | None = None) -> Iterato
     ) -> dict[str, Any]:
         nonlocal continuous
         if kwargs.get("persistent_manager"):
-            raise ValueError("persistent_manager=True would keep this block's law for later batches; drop it")
+            raise ValueError("persistent_manager=True would keep this block's rule for later batches; drop it")
         refuse_second()  # here too: a manager kept from before the block would not ask for processors
         continuous = True
         config = replace(continuous_batching_config or ContinuousBatchingConfig(), return_logprobs=True)

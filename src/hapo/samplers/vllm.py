@@ -109,7 +109,7 @@ class AdaptiveTemperature(ProcessorV1, ProcessorV2):
         """Keep what the request in this slot asks for, in place of the one before; whether its logits change."""
         rule = TemperatureRule.from_args(sampling_params.extra_args)
         self._slots = None
-        if rule is None or not rule.law.acts or sampling_params.sampling_type == SamplingType.GREEDY:
+        if rule is None or not rule.options.acts or sampling_params.sampling_type == SamplingType.GREEDY:
             self._requests.pop(req_idx, None)
             return False
         self._requests[req_idx] = rule, sampling_params.temperature

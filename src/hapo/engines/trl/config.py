@@ -12,7 +12,7 @@ import hapo
 
 from ...method import Method
 from ...methods import options_of
-from .vllm import check_law
+from .vllm import check_rule
 
 UPDATES_PER_ROLLOUT = 4
 """Optimiser steps on one rollout batch where the user sets none; the paper takes 16."""
@@ -242,7 +242,7 @@ def check_arguments(method: Method, args: HAPOConfig, model: Any, others: dict[s
     """
     generation = args.generation_kwargs or {}
     if args.use_vllm:
-        check_law(method)
+        check_rule(method)
     if others.get("rollout_func") is not None and method.temperature_rule is not None:
         raise ValueError(
             f"method {method.name!r} adapts the sampling temperature, and a rollout_func samples by itself: "

@@ -1,6 +1,6 @@
 """`HAPOTrainer`: TRL's GRPO trainer with the advantage, loss, scoring and sampling of a `Method`.
 
-What is overridden, and nothing else: generation of one turn (the temperature law, and the log-probs of what was
+What is overridden, and nothing else: generation of one turn (the temperature rule, and the log-probs of what was
 sampled), scoring (hapo.scoring), rewards (kept for the method), the rollout batch (dynamic sampling, prepare),
 the loss, the sampler's order (resume), checkpoints (statistics, rollout in progress) and the run records.
 """
@@ -137,7 +137,7 @@ class HAPOTrainer(GRPOTrainer):
         return completion_ids, record.logps(completion_ids)
 
     def _temperature_factor(self) -> Callable[[Tensor], Tensor] | None:
-        """The law with the last rollout's statistics; None at the first step."""
+        """The rule with the last rollout's statistics; None at the first step."""
         factor, stats = self.method.temperature_rule, self._sampled_with
         if factor is None or stats is None:
             return None

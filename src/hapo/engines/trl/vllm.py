@@ -10,12 +10,12 @@ from typing import Any
 
 from ...batch import EntropyStats
 from ...method import Method
-from ...samplers.rule import HARMLESS, PREFIX, law_of, rule_of
+from ...samplers.rule import HARMLESS, PREFIX, rule_of, temperature_of
 
 
-def check_law(method: Method) -> None:
-    """Raise a ValueError unless the method's law can be told to vLLM: by the options of `AdaptiveTemperature`."""
-    if method.temperature_rule is None or law_of(method) is not None:
+def check_rule(method: Method) -> None:
+    """Raise a ValueError unless the method's temperature rule can be told to vLLM: by `TemperatureOptions`."""
+    if method.temperature_rule is None or temperature_of(method) is not None:
         return
     raise ValueError(
         f"method {method.name!r} adapts the sampling temperature by a function of its own, and requests to vLLM "

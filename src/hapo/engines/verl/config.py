@@ -14,7 +14,8 @@ import hapo
 from ...method import Method
 from ...methods._options import check_names
 from ...parts.penalty import kl_penalty
-from ...samplers.rule import TESTED_VLLM, law_of
+from ...samplers.rule import TESTED_VLLM, temperature_of
+from ...stage import part_of
 
 NAME = "hapo"
 """Of the trainer mode, the advantage estimator, the policy loss, and the section of the configuration."""
@@ -216,7 +217,7 @@ def check(config: Mapping[str, Any], method: Method) -> None:
 
 def _own_penalty(method: Method) -> bool:
     """The method weighs its penalty token by token, which verl's own cannot."""
-    return method.penalty is not None and getattr(method.penalty, "part", None) is not kl_penalty
+    return method.penalty is not None and part_of(method.penalty) is not kl_penalty
 
 
 def _check_correction(config: Mapping[str, Any]) -> None:
@@ -228,7 +229,7 @@ def _check_correction(config: Mapping[str, Any]) -> None:
 
 def _check_temperature(config: Mapping[str, Any], method: Method) -> None:
     off = '+hapo.options.components=BCD for hapo, no "temperature" for other methods'
-    if law_of(method) is None:
+    if temperature_of(method) is None:
         raise ValueError(
             f"method {method.name!r} adapts the temperature by a function of its own, and requests carry numbers "
             "only: build it from its options"
@@ -260,7 +261,7 @@ def _check_vllm(tempered: bool) -> None:
     except PackageNotFoundError:
         raise ImportError(
             "verl looks for a distribution named vllm, and this vLLM has another name: install it as vllm, or a "
-            "distribution of that name without modules beside it, as tests_verl/vllm_name is"
+            "distribution of that name without modules beside it, as tests/verl/vllm_name is"
         ) from None
     if tempered and not found.startswith(TESTED_VLLM):
         raise ImportError(

@@ -20,7 +20,7 @@ from .config import NAME, wrong_mode
 
 
 @dataclass
-class Rollout:
+class Estimation:
     """What the estimator needs besides verl's arguments, and what it leaves behind."""
 
     method: Method
@@ -32,18 +32,18 @@ class Rollout:
     """What `Method.prepare` made; its mask lacks the groups that the method drops."""
 
 
-_ROLLOUT: ContextVar[Rollout] = ContextVar("rollout")
+_ESTIMATION: ContextVar[Estimation] = ContextVar("estimation")
 
 
 @contextmanager
-def rollout(method: Method, fields: dict[str, Tensor]) -> Iterator[Rollout]:
+def estimation(method: Method, fields: dict[str, Tensor]) -> Iterator[Estimation]:
     """Give `estimate` what verl's registry does not hand on."""
-    current = Rollout(method, fields)
-    token = _ROLLOUT.set(current)
+    current = Estimation(method, fields)
+    token = _ESTIMATION.set(current)
     try:
         yield current
     finally:
-        _ROLLOUT.reset(token)
+        _ESTIMATION.reset(token)
 
 
 @register_adv_est(NAME)
@@ -62,7 +62,7 @@ def estimate(
     Raises:
         RuntimeError: another trainer than hapo's called it.
     """
-    current = _ROLLOUT.get(None)
+    current = _ESTIMATION.get(None)
     if current is None:
         raise RuntimeError(wrong_mode())
     assert index is not None

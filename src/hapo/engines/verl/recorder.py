@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,15 +12,13 @@ from tensordict import TensorDict
 from ...batch import TokenBatch
 from ...method import LossOutput, Method
 from ..records import RunRecords
-
-if TYPE_CHECKING:
-    from .worker import Plan
+from .plan import RolloutPlan
 
 
 class TokenRecorder:
     """The tokens of one optimiser step on one rank."""
 
-    def __init__(self, plan: Plan, step: int, tokenizer: Any) -> None:
+    def __init__(self, plan: RolloutPlan, step: int, tokenizer: Any) -> None:
         assert plan.record is not None
         self.plan, self.step, self.tokenizer = plan, step, tokenizer
         self.records = RunRecords(Path(plan.record), dist.get_rank())

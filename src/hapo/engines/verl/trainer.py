@@ -31,22 +31,23 @@ from ..identity import differences, identity
 from ..metrics import rollout_metrics, sampler_gap
 from ..records import write_whole
 from .config import NAME, Settings, check, recipe, resolve_method, select
-from .estimator import rollout
+from .estimator import estimation
+from .plan import RolloutPlan
 from .records import Records
 from .sampling import TemperedClient, Tempering, check_rollout
-from .worker import HAPOWorker, Plan
+from .worker import HAPOWorker
 
 STATE = "hapo.json"
 """In a checkpoint's folder."""
 
 
 @register_trainer(NAME)
-class HAPOTrainer(PPOTrainerSync):
+class HAPOTrainerSync(PPOTrainerSync):
     """`trainer.v1.trainer_mode=hapo`: verl's synchronous trainer, training with any `hapo.Method`.
 
     Entropies are those of verl's pass over the old policy at T_base; group means, statistics and signals are taken
-    over the whole rollout batch, in this process, and frozen. Each optimiser step is normalised by its exact token
-    count over all ranks. verl's KL penalty, entropy bonus, rollout correction, metrics and checkpoints stay.
+    over the whole rollout batch, in this process, and frozen. Each optimiser step is normalised by its exact
+    totals over all ranks. verl's KL penalty, entropy bonus, rollout correction, metrics and checkpoints stay.
 
     Raises:
         ValueError: the configuration asks for what a method cannot honour; with the remedy.
@@ -62,7 +63,7 @@ class HAPOTrainer(PPOTrainerSync):
         check(plain, self.method)
         self.temperature_stats: EntropyStats | None = None
         self._sampled_with: EntropyStats | None = None
-        self._plan: Plan | None = None
+        self._plan: RolloutPlan | None = None
         self._steps = 0
         checkpoint = resumed_from(plain)
         self.records = Records.open(plain, self.settings, recipe(plain, self.method), checkpoint)
@@ -118,7 +119,7 @@ class HAPOTrainer(PPOTrainerSync):
         found = set(data.keys())
         padded = data.select(*(set(wanted) & found - {"extra_fields"})).to_padded_tensor()
         fields = {ours: padded[theirs] for theirs, ours in names.items() if theirs in found}
-        with rollout(self.method, {**fields, "verdict": verdict}) as current:
+        with estimation(self.method, {**fields, "verdict": verdict}) as current:
             batch = super()._compute_advantage(batch, metrics)
         prepared = current.prepared
         assert prepared is not None
@@ -168,9 +169,9 @@ class HAPOTrainer(PPOTrainerSync):
         fields = TensorDict(made, batch_size=len(prepared))
         return tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
 
-    def _plan_of(self, prepared: TokenBatch, responses: int, t_base: float) -> Plan:
+    def _plan_of(self, prepared: TokenBatch, responses: int, t_base: float) -> RolloutPlan:
         folder = self.records.tokens_of(self.global_steps) if self.records is not None else None
-        return Plan(
+        return RolloutPlan(
             method=self.method.name,
             options={k: v for k, v in self.method.options.items() if k != "method"},
             step=self._steps + 1,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import astuple, fields
 from typing import Any
 
 import torch
@@ -19,50 +19,12 @@ from verl.workers.utils.padding import no_padding_2_padding, response_to_nested
 
 import hapo
 
-from ...batch import EntropyStats, StepTotals, TokenBatch
+from ...batch import StepTotals, TokenBatch
 from ...method import Method
 from ...parts.entropy import entropy_from_logits
-from .config import NAME
 from .loss import micro_batch, shares, token_batch
+from .plan import RolloutPlan
 from .recorder import TokenRecorder
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the trainer tells the actors about a rollout batch, besides its tokens."""
-
-    method: str
-    options: dict[str, Any]
-    step: int
-    """First optimiser step of the rollout batch, from 1."""
-    stats: EntropyStats | None
-    """Of this rollout batch."""
-    sampled_with: EntropyStats | None
-    """That its tokens were drawn with; None: at T_base."""
-    t_base: float
-    responses: int
-    """Rows of the rollout batch with a valid token."""
-    record: str | None = None
-    """Folder of the run, where the tokens of this rollout batch are recorded."""
-    groups: int = 0
-    """How many groups are recorded, the first ones."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, to travel with verl's data."""
-        return asdict(self)
-
-    @classmethod
-    def of(cls, data: TensorDict) -> Plan:
-        """The plan in verl's data.
-
-        Raises:
-            RuntimeError: there is none: another trainer than hapo's sent it.
-        """
-        told = tu.get_non_tensor_data(data, NAME, None)
-        if told is None:
-            raise RuntimeError("the actor of hapo got a batch from another trainer")
-        stats = {name: told[name] and EntropyStats(**told[name]) for name in ("stats", "sampled_with")}
-        return cls(**{**told, **stats})
 
 
 def accurate_entropy(verls: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -96,7 +58,7 @@ class HAPOActor(TrainingWorker):
 
     def train_batch(self, data: TensorDict) -> TensorDict:
         """One optimiser step: `Method.step` over the rows of all ranks, then verl's own."""
-        plan = Plan.of(data)
+        plan = RolloutPlan.of(data)
         first, done = self._at if self._at[0] == plan.step else (plan.step, 0)
         self._at = first, done + 1
         self._recorder = None
@@ -108,14 +70,14 @@ class HAPOActor(TrainingWorker):
             self._recorder.write()
         return output
 
-    def method(self, plan: Plan) -> Method:
+    def method(self, plan: RolloutPlan) -> Method:
         """The method that the trainer named."""
         key = plan.method, repr(plan.options)
         if self._method is None or self._method[0] != key:
             self._method = key, hapo.method(plan.method, **plan.options)
         return self._method[1]
 
-    def _begin_step(self, data: TensorDict, method: Method, plan: Plan) -> None:
+    def _begin_step(self, data: TensorDict, method: Method, plan: RolloutPlan) -> None:
         """Write the totals of the optimiser step, and the signal and the tokens that it keeps, beside the data."""
         batch = token_batch(data)
         if not method.step_reads_policy and batch.keep is None:
@@ -167,7 +129,7 @@ class HAPOActor(TrainingWorker):
 
     def _loss(self, model_output: dict[str, Any], data: TensorDict, dp_group: Any = None) -> tuple[Tensor, dict]:
         """verl's loss of a micro-batch, in which the policy loss is the method's."""
-        plan = Plan.of(data)
+        plan = RolloutPlan.of(data)
         batch = token_batch(data, StepTotals(*tu.get_non_tensor_data(data, "hapo_totals", None)))
         if model_output.get("entropy") is not None:
             batch = batch.replace(entropy=no_padding_2_padding(model_output["entropy"], data).detach())

@@ -140,7 +140,7 @@ class Replica(RolloutReplica):
         self._server_address = server_name(self.replica_rank)
 
 
-class Rollout(BaseRollout):
+class TransformersRollout(BaseRollout):
     """The side of the training worker: it hands the weights over."""
 
     def __init__(self, config: Any, model_config: Any, device_mesh: Any) -> None:
@@ -163,4 +163,4 @@ class Rollout(BaseRollout):
 
 
 RolloutReplicaRegistry.register(ROLLOUT, lambda: Replica)
-base._ROLLOUT_REGISTRY[(ROLLOUT, "async")] = f"{__name__}.Rollout"
+base._ROLLOUT_REGISTRY[(ROLLOUT, "async")] = f"{__name__}.TransformersRollout"

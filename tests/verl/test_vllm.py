@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests_verl.inputs import make_inputs
-from tests_verl.launch import VerlRun, launch
-from tests_verl.vllm_run import ON_VLLM, T_BASE, Rollout, hide_entry_points
+from tests.verl.inputs import make_inputs
+from tests.verl.launch import VerlRun, launch
+from tests.verl.vllm_run import ON_VLLM, T_BASE, Rollout, hide_entry_points
 
 
 @pytest.fixture(scope="module")

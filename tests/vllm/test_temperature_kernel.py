@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from hapo.batch import EntropyStats
-from hapo.methods._options import AdaptiveTemperature
+from hapo.methods._options import TemperatureOptions
 from hapo.parts.entropy import entropy_from_logits
 from hapo.samplers.rule import TemperatureRule, temper_
 
 RULE = TemperatureRule(
-    AdaptiveTemperature(tau=0.3), EntropyStats(pivot=0.0, sigma=1.0, h_max=math.log(12.0), h_min=-3.0)
+    TemperatureOptions(tau=0.3), EntropyStats(pivot=0.0, sigma=1.0, h_max=math.log(12.0), h_min=-3.0)
 )
 # The interpreter is chosen before Triton is imported, hence a process of its own.
 INTERPRETED = """

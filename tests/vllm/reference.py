@@ -1,4 +1,4 @@
-"""What a request must have been drawn from: transformers' forward and the laws, both written out."""
+"""What a request must have been drawn from: transformers' forward and the rules, both written out."""
 
 import math
 from functools import cache
@@ -9,22 +9,22 @@ from transformers import LlamaForCausalLM
 
 from hapo.assets import tiny_model_path
 from hapo.batch import EntropyStats
-from hapo.methods._options import AdaptiveTemperature as Law
+from hapo.methods._options import TemperatureOptions
 from hapo.samplers.rule import TemperatureRule
 
 STATS = EntropyStats(pivot=-0.5, sigma=1.0, h_max=1.2, h_min=-4.0)
-BOUNDED = TemperatureRule(Law(tau=0.5), STATS)
-ZSCORE = TemperatureRule(Law(tau=0.4, law="zscore"), STATS)
+BOUNDED = TemperatureRule(TemperatureOptions(tau=0.5), STATS)
+ZSCORE = TemperatureRule(TemperatureOptions(tau=0.4, rule="zscore"), STATS)
 
 
 def factor(rule: TemperatureRule, entropy: float) -> float:
-    """The two laws of HAPO, for one token."""
-    law, stats = rule.law, rule.stats
+    """The two rules of HAPO, for one token."""
+    options, stats = rule.options, rule.stats
     d = math.log(max(entropy, 1e-8)) - stats.pivot
-    if law.law == "zscore":
-        return min(max(1 + law.tau * d / stats.sigma, law.t_min), law.t_max)
+    if options.rule == "zscore":
+        return min(max(1 + options.tau * d / stats.sigma, options.t_min), options.t_max)
     h = d / stats.h_max if d > 0 else d / -stats.h_min
-    return 1 + law.tau * min(max(h, -1.0), 1.0)
+    return 1 + options.tau * min(max(h, -1.0), 1.0)
 
 
 def temperatures(logits: Tensor, rule: TemperatureRule | None, t_base: float) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hapo
-from tests_verl.launch import EPS, RATE
+from tests.verl.launch import EPS, RATE
 
 COLUMNS = {"logp_old": "old_logp", "logp_sampler": "sampler_logp", "entropy": "old_entropy"}
 

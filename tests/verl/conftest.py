@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests_verl.inputs import make_inputs
-from tests_verl.launch import HAPO, STAPO, VerlRun, launch
+from tests.verl.inputs import make_inputs
+from tests.verl.launch import HAPO, STAPO, VerlRun, launch
 
 
 @pytest.fixture(scope="session")

@@ -9,14 +9,14 @@ from hapo import kernels as opt_in
 from hapo.batch import EntropyStats
 from hapo.kernels import plain
 from hapo.kernels import scores as kernels
-from hapo.methods._options import AdaptiveTemperature
+from hapo.methods._options import TemperatureOptions
 from hapo.parts.entropy import entropy_from_logits
 from hapo.samplers.rule import TemperatureRule, temper_
 from hapo.samplers.transformers import sampling
 from hapo.scoring import attach_scoring, score_hidden, score_tokens
 
 DEVICE = torch.device("cuda")
-RULE = TemperatureRule(AdaptiveTemperature(tau=0.3), EntropyStats(pivot=0.3, sigma=1.0, h_max=2.0, h_min=-8.0))
+RULE = TemperatureRule(TemperatureOptions(tau=0.3), EntropyStats(pivot=0.3, sigma=1.0, h_max=2.0, h_min=-8.0))
 
 
 @pytest.fixture(params=["0", "1"], ids=["torch", "triton"])

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hapo.batch import EntropyStats
 from hapo.parts.temperature import bounded_factor
-from tests_verl.launch import ACTOR, ROLLOUT, VerlRun
-from tests_verl.replay import tokens
+from tests.verl.launch import ACTOR, ROLLOUT, VerlRun
+from tests.verl.replay import tokens
 
 os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
 

@@ -17,13 +17,13 @@ from omegaconf import DictConfig, OmegaConf
 import hapo.verl_cpu  # noqa: F401 - registers the platform before verl asks for it
 from hapo.engines import verl as engine
 from hapo.engines.identity import identity
-from hapo.engines.verl import HAPOTrainer
+from hapo.engines.verl import HAPOTrainerSync
 from hapo.engines.verl.config import Settings, recipe, refuse_half_set, resolve_method
 from hapo.engines.verl.config import check as check_config
 from hapo.engines.verl.records import Records
 from hapo.engines.version import require
 from hapo.insight.finding import IN_VERL
-from tests_verl.launch import ACTOR, METHOD, ROLLOUT, overrides_of
+from tests.verl.launch import ACTOR, METHOD, ROLLOUT, overrides_of
 
 HAPO = "+hapo.method=hapo"
 OFF = "+hapo.options.components=BCD"
@@ -81,12 +81,12 @@ def compose(tmp_path: Path, *overrides: str) -> DictConfig:
 )
 def test_refused(tmp_path: Path, overrides: tuple[str, ...], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        HAPOTrainer(compose(tmp_path, *overrides))
+        HAPOTrainerSync(compose(tmp_path, *overrides))
 
 
 def test_missing_vllm(tmp_path: Path) -> None:
     with pytest.raises(ImportError, match="vLLM is not installed"):
-        HAPOTrainer(compose(tmp_path, HAPO, f"{ROLLOUT}.name=vllm"))
+        HAPOTrainerSync(compose(tmp_path, HAPO, f"{ROLLOUT}.name=vllm"))
 
 
 def test_existing_run(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_existing_run(tmp_path: Path) -> None:
     (tmp_path / "run" / "manifest.json").write_text("{}")
     for mode in ("disable", "auto"):
         with pytest.raises(FileExistsError, match="holds another run, and none of its checkpoints is resumed"):
-            HAPOTrainer(compose(tmp_path, HAPO, f"trainer.resume_mode={mode}"))
+            HAPOTrainerSync(compose(tmp_path, HAPO, f"trainer.resume_mode={mode}"))
     assert (tmp_path / "run" / "manifest.json").read_text() == "{}"
 
 
@@ -104,14 +104,14 @@ def test_another_method_does_not_resume(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     (folder.parent / "latest_checkpointed_iteration.txt").write_text("2")
     with pytest.raises(ValueError, match="is missing: the checkpoint is of another trainer"):
-        HAPOTrainer(compose(tmp_path, HAPO))
+        HAPOTrainerSync(compose(tmp_path, HAPO))
     method, _ = resolved(tmp_path, HAPO)
     state = {"method": identity(method), "steps": 6, "stats": None}
     (folder / "hapo.json").write_text(json.dumps(state))
     with pytest.raises(ValueError, match=r"eps_high: 0.28 there, 0.3 here"):
-        HAPOTrainer(compose(tmp_path, HAPO, "+hapo.options.eps_high=0.3"))
+        HAPOTrainerSync(compose(tmp_path, HAPO, "+hapo.options.eps_high=0.3"))
     with pytest.raises(ValueError, match=r"method: 'hapo' there, 'gspo' here"):
-        HAPOTrainer(compose(tmp_path, "+hapo.method=gspo"))
+        HAPOTrainerSync(compose(tmp_path, "+hapo.method=gspo"))
 
 
 def resolved(tmp_path: Path, *overrides: str) -> tuple[Any, dict[str, Any]]:

@@ -8,8 +8,8 @@ import torch
 from vllm import SamplingParams
 
 import hapo
-from hapo.methods._options import AdaptiveTemperature as Law
-from hapo.samplers.rule import TemperatureRule
+from hapo.parts.entropy import entropy_from_logits
+from hapo.samplers.rule import TemperatureRule, rule_options
 from hapo.samplers.transformers import TemperedLogits
 
 from .reference import STATS
@@ -17,12 +17,12 @@ from .runners import RunnerV1, RunnerV2
 
 ROWS, VOCABULARY = 32, 1000
 
-LAWS = [
+RULES = [
     {"tau": 0.5},
     {"tau": 0.5, "variant": "release"},
-    {"law": "zscore", "tau": 0.4},
-    {"law": "dynatemp", "tau": 0.5, "vocabulary": VOCABULARY},
-    {"law": "edt", "theta": 0.2},
+    {"rule": "zscore", "tau": 0.4},
+    {"rule": "dynatemp", "tau": 0.5, "vocabulary": VOCABULARY},
+    {"rule": "edt", "theta": 0.2},
 ]
 
 
@@ -43,14 +43,17 @@ def divided_by(after: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("t_base", [0.7, 1.0, 1.3])
-@pytest.mark.parametrize("options", LAWS, ids=lambda o: "-".join(map(str, o.values())))
-def test_one_law(options, t_base, dtype):
-    """To 1e-5, for every law."""
+@pytest.mark.parametrize("options", RULES, ids=lambda o: "-".join(map(str, o.values())))
+def test_one_rule(options, t_base, dtype):
+    """To 1e-5, for every rule."""
     x = logits(dtype)
-    rule = TemperatureRule(Law(**options), STATS if Law(**options).needs_stats else None)
+    described = rule_options(options)
+    rule = TemperatureRule(described, STATS if described.needs_stats else None)
     params = SamplingParams(temperature=t_base, extra_args=rule.to_args())
 
-    core = hapo.method("grpo", temperature=options).temperature(x, STATS, t_base).double()
+    core = t_base * rule.factor(entropy_from_logits(x, t_base)).double()
+    if described.needs_stats:  # a method's own
+        assert torch.equal(core, hapo.method("grpo", temperature=options).temperature(x, STATS, t_base).double())
     assert core.max() - core.min() > 0.05 * t_base
 
     warped = TemperedLogits(rule.factor, t_base)(torch.empty(0), x.float()) / t_base
@@ -75,7 +78,7 @@ from vllm.v1.sample.logits_processor import _load_custom_logitsprocs
 (processor,) = [c for c in _load_custom_logitsprocs(None) if c.__module__ == "hapo.samplers.vllm"]
 processor.validate_params(SamplingParams())
 try:
-    processor.validate_params(SamplingParams(extra_args={"hapo_law": "edt"}))
+    processor.validate_params(SamplingParams(extra_args={"hapo_rule": "edt"}))
 except ValueError as error:
     print(error)
 """

@@ -107,7 +107,7 @@ class TestByEntryPoint:
         check_mixed(llm)
 
     def test_statistics_must_be_there(self, llm):
-        """The laws of HAPO read them."""
+        """The rules of HAPO read them."""
         with pytest.raises(VLLMValidationError, match="reads statistics"):
             llm.generate(["1+1="], params(None, extra_args={"hapo_tau": 0.1}), use_tqdm=False)
 

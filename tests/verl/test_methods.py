@@ -20,8 +20,9 @@ from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import response_to_nested
 
 import hapo
-from hapo.engines.verl.estimator import estimate, rollout
-from hapo.engines.verl.worker import HAPOActor, Plan
+from hapo.engines.verl.estimator import estimate, estimation
+from hapo.engines.verl.plan import RolloutPlan
+from hapo.engines.verl.worker import HAPOActor
 
 LENGTHS, PROMPT = torch.tensor([5, 3, 4, 2, 6, 1, 5, 4, 3, 4]), 2
 ROWS, WIDTH = len(LENGTHS), int(LENGTHS.max())
@@ -96,7 +97,7 @@ def test_advantage_loss_and_gradient(name: str, options: dict[str, Any]) -> None
     rewards[torch.arange(ROWS), LENGTHS - 1] = batch.reward
     given = ("old_logp", "old_entropy", "ref_logp", "verdict", "sampler_logp")
     uids = np.array(list("bbbbaaaacc"), dtype=object)
-    with rollout(method, {field: getattr(batch, field) for field in given}) as current:
+    with estimation(method, {field: getattr(batch, field) for field in given}) as current:
         advantage, _ = estimate(rewards, batch.mask.float(), index=uids)
     assert torch.equal(advantage, prepared.advantage)
     frozen = current.prepared
@@ -123,7 +124,7 @@ def test_advantage_loss_and_gradient(name: str, options: dict[str, Any]) -> None
         batch_size=ROWS,
     )
     told = {k: v for k, v in method.options.items() if k != "method"}
-    plan = Plan(name, told, 1, frozen.stats, None, 1.0, ROWS)
+    plan = RolloutPlan(name, told, 1, frozen.stats, None, 1.0, ROWS)
     counts = {"dp_size": 1, "batch_num_tokens": int(LENGTHS.sum()), "global_batch_size": ROWS}
     tu.assign_non_tensor(data, hapo=plan.to_dict(), **counts)
 

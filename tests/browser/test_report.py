@@ -10,9 +10,9 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from hapo.insight.report import write_report
+from tests.browser.conftest import Opened
 from tests.insight.conftest import make_run
 from tests.insight.test_report import HOSTILE
-from tests_browser.conftest import Opened
 
 Open = Callable[..., Opened]
 

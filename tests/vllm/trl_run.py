@@ -32,13 +32,13 @@ def right(completions: list[str], answer: list[str], **_: Any) -> list[float]:
 
 def replayed_gap(trainer: HAPOTrainer) -> float:
     """Largest distance of vLLM's log-probs from those of the adaptive temperature in a pass of our own."""
-    law, stats = trainer.method.temperature_rule, trainer._sampled_with
+    rule, stats = trainer.method.temperature_rule, trainer._sampled_with
     worst = 0.0
     for inputs in trainer._buffered_inputs:
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
         attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
         mask = inputs["completion_mask"].bool()
-        factor = None if law is None or stats is None else lambda entropy: law(entropy, stats)
+        factor = None if rule is None or stats is None else lambda entropy: rule(entropy, stats)
         with torch.no_grad():
             scores = score_tokens(trainer.model, ids, attention, mask, t_base=trainer.temperature, factor=factor)
         ours = scores.logp if factor is None else scores.sampler_logp

@@ -14,8 +14,8 @@ import torch
 from hapo import EntropyStats
 from hapo.insight.report import write_report
 from hapo.insight.run import Run, recompute
-from tests_verl.launch import ACTOR, HAPO, LIMIT, VerlRun, launch
-from tests_verl.replay import tokens
+from tests.verl.launch import ACTOR, HAPO, LIMIT, VerlRun, launch
+from tests.verl.replay import tokens
 
 PACKED = (
     f"{ACTOR}.use_dynamic_bsz=True",

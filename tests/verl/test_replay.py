@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from hapo.insight.run import Run
-from tests_verl.launch import VerlRun
-from tests_verl.replay import replay
+from tests.verl.launch import VerlRun
+from tests.verl.replay import replay
 
 
 def apart(pair: tuple[torch.Tensor, torch.Tensor]) -> float:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 import hapo
 from hapo.parts.advantage import group_advantage
-from hapo.parts.select import most_uncertain
 from hapo.parts.penalty import k3
 from hapo.parts.ratio import token_ratio
+from hapo.parts.select import most_uncertain
 
 from . import trl_code
 from .compare import TOLERANCE, call, differences, gradient, largest, ours, random_batch

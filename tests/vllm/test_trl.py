@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 GAP = "sampling/sampling_logp_difference/mean"
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -26,7 +26,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "hapo": {"method": "hapo", "method_options": {"temperature": {"tau": 0.3}}, "learning_rate": 0.0},
     "another method": {
         "method": "dapo",
-        "method_options": {"temperature": {"tau": 0.3, "law": "zscore"}},
+        "method_options": {"temperature": {"tau": 0.3, "rule": "zscore"}},
         "learning_rate": 0.0,
         "max_steps": 4,
     },
@@ -39,7 +39,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("trl")
     given, out = folder / "in.json", folder / "out.json"
     given.write_text(json.dumps(RUNS))
-    command = [sys.executable, str(ROOT / "tests_vllm/trl_run.py"), str(given), str(out)]
+    command = [sys.executable, str(ROOT / "tests/vllm/trl_run.py"), str(given), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(out.read_text())

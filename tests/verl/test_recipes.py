@@ -23,7 +23,7 @@ from hapo.engines.metrics import NAMES as METRICS
 from hapo.engines.verl.config import DECIDED_BY_METHOD, Settings, check, recipe, resolve_method, select
 from hapo.engines.verl.records import NAMES as RECORDED
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
 CONFIG = Path(verl.trainer.__file__).parent / "config"
 PAPER = sorted(file.stem for file in (RECIPES / "verl").glob("hapo_*.sh"))
@@ -116,7 +116,7 @@ def test_the_paper_on_one_gpu(name: str, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_the_smoke_run(tmp_path: Path) -> None:
-    """Its command only: it takes minutes, and tests_verl/test_runs.py has runs of its kind."""
+    """Its command only: it takes minutes, and tests/verl/test_runs.py has runs of its kind."""
     _, plain = compose(overrides_of("smoke_cpu", tmp_path))
     check(plain, resolve_method(plain, Settings.of(plain)))
     assert (

@@ -15,8 +15,8 @@ from playwright.sync_api import Page, expect
 import hapo
 from hapo.insight.microscope import microscope
 from hapo.insight.run import Run, recompute
+from tests.browser.conftest import Opened
 from tests.insight.conftest import make_run
-from tests_browser.conftest import Opened
 
 Open = Callable[..., Opened]
 
