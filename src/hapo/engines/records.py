@@ -56,6 +56,8 @@ class RunRecords:
         self.folder = folder
         self.rank = rank
         self._tokens: list[pa.Table] = []
+        self._without: list[list[float]] = []
+        self._told: dict[str, str] = {}
         self._started = time.monotonic()
 
     @classmethod
@@ -135,10 +137,10 @@ class RunRecords:
             prompts: a string a row.
             temperature: what each token was drawn at.
         """
+        self.add_rewards(rollout, batch, mask, response, responses)
         mask = mask.cpu()
         if not mask.any():
             return
-        kept = batch.mask if batch.keep is None else batch.mask & batch.keep
         meaningful = {  # nothing where a group was dropped
             "signal": made.get("signal"),
             "ratio": made["ratio"],
@@ -162,7 +164,7 @@ class RunRecords:
                 for k, x in meaningful.items()
             },
             "clipped": made["clipped"] & batch.mask,
-            "kept": kept,
+            "kept": made["kept"],
         }
         row, position = mask.nonzero(as_tuple=True)
         columns: dict[str, Any] = {
@@ -182,17 +184,37 @@ class RunRecords:
                 columns[name] = (x.float() if x.is_floating_point() else x).numpy()
         n = len(row)
         table = pa.table({"rollout": np.full(n, rollout), "step": np.full(n, step), **columns})
-        self._tokens.append(table.replace_schema_metadata({"responses": str(responses)}))
+        self._tokens.append(table.replace_schema_metadata(None))
+
+    def add_rewards(
+        self,
+        rollout: int,
+        batch: TokenBatch,
+        mask: Bool[Tensor, "B T"],
+        response: Int[Tensor, " B"],
+        responses: int,
+    ) -> None:
+        """Hold the rewards of responses without a valid token, which count in their group, until `write_tokens`.
+
+        They have no line of their own: the file's metadata has them. The arguments are those of `add_tokens`.
+        """
+        self._told = {"rollout": str(rollout), "responses": str(responses)}
+        rows = (batch.scored & ~mask.any(1)).nonzero().squeeze(1)
+        verdict = batch.reward if batch.verdict is None else batch.verdict
+        columns = (x[rows].tolist() for x in (response, batch.group, batch.reward, verdict))
+        self._without += [list(row) for row in zip(*columns, strict=True)]
 
     def write_tokens(self, step: int) -> None:
         """Write what was held as tokens/step-NNNNNN-RANK.parquet."""
-        if self._tokens:
+        if self._tokens or self._without:
             target = self.folder / "tokens" / f"step-{step:06d}-{self.rank}.parquet"
             target.parent.mkdir(exist_ok=True)
             partial = target.with_suffix(".partial")
-            pq.write_table(pa.concat_tables(self._tokens), partial, compression="zstd")
+            table = pa.concat_tables(self._tokens) if self._tokens else pa.table({})
+            told = {**self._told, "without_tokens": json.dumps(self._without)}
+            pq.write_table(table.replace_schema_metadata(told), partial, compression="zstd")
             os.replace(partial, target)
-        self._tokens = []
+        self._tokens, self._without = [], []
 
 
 def write_whole(file: Path, text: str) -> None:

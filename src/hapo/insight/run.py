@@ -49,6 +49,8 @@ class Rollout:
     """A string a token."""
     complete: bool
     """Every response of the rollout batch was recorded: what a method makes of it is what training made of it."""
+    without_tokens: TokenBatch
+    """Responses without a valid token, whose rewards count in their groups: rows of an empty mask."""
 
 
 class Run:
@@ -108,7 +110,8 @@ class Run:
         files = [file for file, first in self._files.items() if rollout in (None, first)]
         if not files:
             return pd.DataFrame(columns=["rollout", "step", "response", "position", "prompt", "text"])
-        table = pd.concat([pq.ParquetFile(file).read().to_pandas() for file in files], ignore_index=True)
+        read = [pq.ParquetFile(file).read().to_pandas() for file in files]
+        table = pd.concat([table for table in read if len(table)], ignore_index=True)
         return table.sort_values(["rollout", "response", "step", "position"], ignore_index=True)
 
     def method(self) -> Method:
@@ -157,25 +160,35 @@ class Run:
             group=torch.tensor(heads["group"].to_numpy()),
             **fields,
         )
-        file = next(file for file, of in self._files.items() if of == first)
-        responses = int((pq.read_schema(file).metadata or {}).get(b"responses", -1))
+        told = [pq.read_schema(file).metadata or {} for file, of in self._files.items() if of == first]
+        responses = int(told[0].get(b"responses", -1))
+        lines = [line for metadata in told for line in json.loads(metadata.get(b"without_tokens", b"[]"))]
+        once = {int(line[0]): line for line in lines}  # a response is used in several steps
+        empty = torch.tensor([line[1:] for line in once.values()]).reshape(-1, 3)
+        without: dict[str, Any] = {
+            name: torch.zeros(len(empty), shape[1], dtype=x.dtype) for name, x in fields.items()
+        }
         return Rollout(
             batch=batch,
             step=torch.tensor(heads["step"].to_numpy()),
             response=heads["response"].tolist(),
             prompts=heads["prompt"].tolist(),
             texts=[texts.tolist() for _, texts in table["text"].groupby(rows)],
-            complete=heads["response"].nunique() == responses,
+            complete=heads["response"].nunique() + len(once) == responses,
+            without_tokens=hapo.TokenBatch(
+                mask=torch.zeros(len(empty), shape[1], dtype=torch.bool),
+                group=empty[:, 0].long(),
+                reward=empty[:, 1].float(),
+                verdict=empty[:, 2].float(),
+                **without,
+            ),
         )
 
     @cached_property
     def _files(self) -> dict[Path, int]:
         """Files of tokens, by step and rank, and the rollout batch that each is of."""
         files = sorted((self.folder / "tokens").glob("step-*.parquet"))
-        return {
-            file: int(pq.ParquetFile(file).read_row_group(0, columns=["rollout"])["rollout"][0].as_py())
-            for file in files
-        }
+        return {file: _rollout_of(pq.ParquetFile(file)) for file in files}
 
     def _json(self, name: str) -> dict[str, Any] | None:
         file = self.folder / name
@@ -249,7 +262,8 @@ def recompute(rollout: Rollout, method: Method) -> pd.DataFrame:
     whole = rollout.batch
     first = {response: i for i, response in reversed(list(enumerate(rollout.response)))}  # several iterations
     places = {response: place for place, response in enumerate(sorted(first))}
-    batch = method.prepare(whole.rows([first[response] for response in places]))
+    # Rows without tokens come last: their rewards count here, and no step has them.
+    batch = method.prepare(_joined(whole.rows([first[response] for response in places]), rollout.without_tokens))
     tables = []
     for step in rollout.step.unique().tolist():
         index = (rollout.step == step).nonzero().squeeze(1)
@@ -265,7 +279,6 @@ def recompute(rollout: Rollout, method: Method) -> pd.DataFrame:
             (gradient,) = torch.autograd.grad(out.loss, logp)
             push = -gradient * max(totals.tokens, 1)
         dropped = ~rows.mask
-        kept = rows.mask if rows.keep is None else rows.mask & rows.keep
         columns: dict[str, Tensor] = {
             "advantage": advantage,
             "advantage_used": out.tokens["advantage"].masked_fill(dropped, 0.0),
@@ -273,7 +286,7 @@ def recompute(rollout: Rollout, method: Method) -> pd.DataFrame:
             "bound_low": out.tokens["low"].masked_fill(dropped, torch.nan),
             "bound_high": out.tokens["high"].masked_fill(dropped, torch.nan),
             "clipped": out.tokens["clipped"] & rows.mask,
-            "kept": kept,
+            "kept": out.tokens["kept"],
             "push": push,
         }
         if "signal" in out.tokens:
@@ -289,6 +302,22 @@ def recompute(rollout: Rollout, method: Method) -> pd.DataFrame:
         }
         tables.append(pd.DataFrame({**place, **{k: x.detach()[mask].numpy() for k, x in columns.items()}}))
     return pd.concat(tables).sort_values(["response", "step", "position"], ignore_index=True)
+
+
+def _rollout_of(file: pq.ParquetFile) -> int:
+    told = file.schema_arrow.metadata or {}
+    if b"rollout" in told:
+        return int(told[b"rollout"])
+    return int(file.read_row_group(0, columns=["rollout"])["rollout"][0].as_py())  # of an earlier version
+
+
+def _joined(one: TokenBatch, other: TokenBatch) -> TokenBatch:
+    """The rows of both; both have the same fields."""
+    import torch
+
+    tensors = {name: x for name, x in vars(one).items() if isinstance(x, torch.Tensor)}
+    joined: dict[str, Any] = {name: torch.cat([x, getattr(other, name)]) for name, x in tensors.items()}
+    return hapo.TokenBatch(**joined)
 
 
 def _is_number(value: Any) -> bool:
