@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pandas as pd
@@ -387,6 +388,25 @@ def test_a_subclass_swaps_the_scorer(tmp_path):
     trainer = tiny.trainer(tmp_path, kind=OtherScorer, max_steps=1)
     trainer.train()
     assert logged(trainer, "ratio/mean") == pytest.approx([2.0], abs=1e-4)
+
+
+@pytest.mark.parametrize("steps", [4, 1], ids=["TRL asks", "TRL takes every ratio for 1"])
+@pytest.mark.filterwarnings("ignore:One optimiser step a rollout batch")
+def test_each_rollout_is_scored_once_by_the_old_policy_and_once_by_the_reference(tmp_path, steps):
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    trainer = tiny.trainer(tmp_path, peft_config=lora, beta=0.1, max_steps=1, steps_per_generation=steps)
+    asked = []
+
+    def watched(name, score, *args):
+        asked.append((name, scored := score(*args)))
+        return scored
+
+    for name in ("old", "reference"):
+        setattr(trainer.scorer, name, partial(watched, name, getattr(trainer.scorer, name)))
+    trainer.train()
+    scores = dict(asked)
+    assert sorted(name for name, _ in asked) == ["old", "reference"]
+    assert (scores["old"].logp - scores["reference"].logp).abs().max() > 1e-3  # the adapter does something
 
 
 class Fixed(Sampler):
