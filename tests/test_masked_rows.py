@@ -90,3 +90,10 @@ def test_nothing_that_could_be_scored_is_an_empty_batch():
     (grad,) = torch.autograd.grad(loss, batch.logp)
     assert loss == 0
     assert (grad == 0).all()
+
+
+def test_right_wrong_cut_off_and_not_scored():
+    """Three rewards count: mean 1/3, deviation sqrt(1/3)."""
+    batch = group_of_four([1, 0, 0, torch.nan], masked=[2])
+    advantage = hapo.method("grpo").prepare(batch).advantage[:, 0]
+    assert advantage.tolist() == pytest.approx([1.154698, -0.577349, 0.0, 0.0], abs=1e-6)

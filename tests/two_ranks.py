@@ -14,15 +14,29 @@ import torch
 from safetensors.torch import save_file
 
 from hapo.cli import main
+from hapo.engines.trl.rows import RolloutRows
+from hapo.trl import AuxiliaryLoss, HAPOTrainer
 from tests.cli import small
 from tests.engines import fixed_rollout, tiny
 from tests.test_scoring import check_gradients_over_two_ranks
 
+
+class WithEntropy(HAPOTrainer):
+    """With a bonus on the mean entropy of the step."""
+
+    WEIGHT = -0.3
+
+    def auxiliary_losses(self, batch, scored):
+        mean = scored.entropy[batch.mask].sum() / max(batch.totals.tokens, 1)
+        return [*super().auxiliary_losses(batch, scored), AuxiliaryLoss("entropy_bonus", self.WEIGHT, mean)]
+
+
 SPLIT = {
     "hapo": {"method": "hapo"},
     "forking_tokens": {"method": "forking_tokens", "method_options": {"rho": 0.7}},
+    "auxiliary": {"method": "dapo", "kind": WithEntropy},
 }
-"""Statistics of the rollout batch, and a choice of tokens by the current policy in each optimiser step."""
+"""Statistics of the rollout batch; a choice of tokens by the current policy in each optimiser step; a loss beside."""
 
 
 def run(folder: Path, checkpoint: Path | None):
@@ -41,12 +55,13 @@ def run(folder: Path, checkpoint: Path | None):
         max_steps=3,
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    used = trainer.accelerator.gather(torch.cat([b["hapo_group"] for b in trainer._buffered_inputs]))
-    alive = trainer.accelerator.gather(torch.cat([b["hapo_mask"].any(1) for b in trainer._buffered_inputs]))
+    batches = [RolloutRows.of(inputs).batch for inputs in trainer._buffered_inputs]
+    used = trainer.accelerator.gather(torch.cat([b.group for b in batches]))
+    alive = trainer.accelerator.gather(torch.cat([b.mask.any(1) for b in batches]))
     if trainer.accelerator.is_main_process:
         assert used.unique(return_counts=True)[1].tolist() == [4] * 6, used
         assert alive.all()
-        assert trainer._buffered_inputs[0]["hapo_totals"].sequences == 12
+        assert batches[0].totals.sequences == 12
         assert trainer.state.log_history[0]["dynamic_sampling/kept"] == 1
     return trainer
 

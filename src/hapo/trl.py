@@ -1,5 +1,8 @@
-"""HAPO and its siblings in TRL: `HAPOTrainer` and `HAPOConfig`, drop-ins for `GRPOTrainer` and `GRPOConfig`."""
+"""HAPO and its siblings in TRL: `HAPOTrainer` and `HAPOConfig`, drop-ins for `GRPOTrainer` and `GRPOConfig`.
 
-from .engines.trl import HAPOConfig, HAPOTrainer
+`AuxiliaryLoss`, `Sampler` and `Scorer` are for subclasses of the trainer.
+"""
 
-__all__ = ["HAPOConfig", "HAPOTrainer"]
+from .engines.trl import AuxiliaryLoss, HAPOConfig, HAPOTrainer, Sampler, Scorer
+
+__all__ = ["AuxiliaryLoss", "HAPOConfig", "HAPOTrainer", "Sampler", "Scorer"]

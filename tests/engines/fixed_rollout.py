@@ -67,13 +67,13 @@ def run(
         )
         t.add_callback(keep)
         if watch is not None:
-            score = t._score
+            score = t.scorer.current
 
-            def watched(model: Any, inputs: Any, *args: Any) -> Any:
-                scores = score(model, inputs, *args)
-                watch(inputs, scores[0])
-                return scores
+            def watched(*args: Any) -> Any:
+                scored = score(*args)
+                watch(scored.logp)
+                return scored
 
-            t._score = watched
+            t.scorer.current = watched
         t.train()
     return keep, t

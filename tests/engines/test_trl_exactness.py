@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 from trl import GRPOConfig, GRPOTrainer
 
 import hapo
+from hapo.engines.trl.rows import RolloutRows
 from tests.engines import fixed_rollout, tiny
 from tests.two_ranks import SPLIT
 
@@ -53,7 +54,7 @@ def test_engine_equals_core(method, options):
     """Loss, d loss / d logp and the weights' gradient against the core; log-probs from a plain forward."""
     micro_batches = []
 
-    def watch(inputs, logps):
+    def watch(logps):
         if logps.requires_grad:
             logps.retain_grad()
             micro_batches.append(logps)
@@ -83,7 +84,7 @@ def test_engine_equals_core(method, options):
             old_entropy=old_entropy,
             sampler_logp=_column(rows, "sampling_per_token_logps"),
             reward=_column(rows, "verdict"),
-            group=_column(rows, "hapo_group"),
+            group=torch.cat([RolloutRows.of(row).batch.group for row in rows]),
         )
     )
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]

@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -20,7 +21,9 @@ from transformers import TrainerCallback
 
 import hapo
 from hapo.engines.trl.rollout import EpochSampler, prompts_to_draw
+from hapo.engines.trl.rows import RolloutRows
 from hapo.engines.version import require
+from hapo.insight.run import Run, recompute
 from hapo.parts.penalty import kl_penalty
 from hapo.stage import Stage
 from hapo.trl import HAPOConfig, HAPOTrainer
@@ -40,6 +43,11 @@ def metrics(run: Path) -> list[dict]:
 
 def weights(trainer) -> dict[str, torch.Tensor]:
     return {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+
+
+def batches(trainer) -> list[hapo.TokenBatch]:
+    """The micro-batches of the last rollout batch."""
+    return [RolloutRows.of(inputs).batch for inputs in trainer._buffered_inputs]
 
 
 class Dies(TrainerCallback):
@@ -199,10 +207,9 @@ def test_dynamic_sampling_replaces_groups_of_equal_rewards(tmp_path):
     assert line["dynamic_sampling/rounds"] > 1
     assert line["dynamic_sampling/kept"] == 1.0
     assert line["groups/used"] == 1.0
-    used = torch.cat([b["hapo_group"] for b in trainer._buffered_inputs])
+    used = torch.cat([b.group for b in batches(trainer)])
     assert used.unique(return_counts=True)[1].tolist() == [4] * 8
-    for b in trainer._buffered_inputs:
-        assert b["hapo_mask"].any(1).all()
+    assert all(b.mask.any(1).all() for b in batches(trainer))
 
 
 def test_drawing_ahead_needs_fewer_rounds_for_the_same(tmp_path):
@@ -217,7 +224,7 @@ def test_drawing_ahead_needs_fewer_rounds_for_the_same(tmp_path):
         trainer = tiny.trainer(tmp_path / str(ahead), reward=reward, **options)
         trainer.train()
         lines.append([line for line in trainer.state.log_history if "dynamic_sampling/rounds" in line])
-        used = torch.cat([b["hapo_group"] for b in trainer._buffered_inputs])
+        used = torch.cat([b.group for b in batches(trainer)])
         assert used.unique(return_counts=True)[1].tolist() == [4] * 8
     assert all(line["dynamic_sampling/kept"] == line["groups/used"] == 1 for of in lines for line in of)
     without, ahead = ([line["dynamic_sampling/rounds"] for line in of[1:]] for of in lines)
@@ -258,9 +265,9 @@ def test_unscorable_and_truncated_responses_are_in_no_count(tmp_path):
         method_options={"filter_groups": False},
     )
     trainer.train()
-    totals = trainer._buffered_inputs[0]["hapo_totals"]
-    rows = [b["hapo_mask"].any(1) for b in trainer._buffered_inputs]
-    scored = [~b["verdict"].isnan() for b in trainer._buffered_inputs]
+    totals = batches(trainer)[0].totals
+    rows = [b.mask.any(1) for b in batches(trainer)]
+    scored = [~b.verdict.isnan() for b in batches(trainer)]
     whole = [b["completion_mask"].any(1) for b in trainer._buffered_inputs]
     assert totals.sequences == rows[0].sum()
     for r, s, w in zip(rows, scored, whole, strict=True):
@@ -288,26 +295,34 @@ def test_a_masked_response_still_counts_in_its_group(tmp_path):
         reward=reward,
         rollout_func=rollout,
         mask_truncated_completions=True,
-        max_steps=1,
+        max_steps=4,
+        run_records=True,
     )
     before = weights(trainer)
     trainer.train()
-    rows = torch.cat([b["hapo_mask"].any(1) for b in trainer._buffered_inputs])
-    advantage = torch.cat([b["hapo_advantage"][:, 0] for b in trainer._buffered_inputs])
+    rows = torch.cat([b.mask.any(1) for b in batches(trainer)])
+    advantage = torch.cat([b.advantage[:, 0] for b in batches(trainer)])
     assert rows.float().mean() == 0.5
     torch.testing.assert_close(advantage[rows], torch.full((16,), 0.866024), atol=1e-5, rtol=0)
     assert not advantage[~rows].any()
     assert any(not torch.equal(before[n], w) for n, w in weights(trainer).items())
 
+    # The records have their rewards, so that what is made of the records is what training made.
+    run = Run(tmp_path)
+    recorded = run.rollout(1)
+    assert recorded.complete
+    assert (len(recorded.batch), len(recorded.without_tokens)) == (rows.sum(), (~rows).sum())
+    assert (recorded.without_tokens.reward == 0).all()
+    np.testing.assert_allclose(recompute(recorded, run.method()).advantage, run.tokens(1).advantage, atol=1e-6)
+
 
 def test_overlong_punishment_shapes_the_reward_not_the_verdict(tmp_path):
     trainer = tiny.trainer(tmp_path, overlong_buffer=4, max_steps=1)
     trainer.train()
-    b = trainer._buffered_inputs[0]
-    n = b["completion_mask"].sum(1)
-    expected = b["verdict"] - ((n - 4) / 4).clamp(0, 1)
-    torch.testing.assert_close(b["hapo_reward"], expected)
-    assert (b["hapo_reward"] < b["verdict"]).any()
+    b = batches(trainer)[0]
+    n = trainer._buffered_inputs[0]["completion_mask"].sum(1)
+    torch.testing.assert_close(b.reward, b.verdict - ((n - 4) / 4).clamp(0, 1))
+    assert (b.reward < b.verdict).any()
 
 
 def test_evaluation_completion_logs_and_continuous_batching(tmp_path, capsys):
@@ -541,9 +556,8 @@ def test_a_full_disk_is_refused_before_training(tmp_path, monkeypatch):
 
 def test_images_are_refused_by_dynamic_sampling_only(tmp_path):
     trainer = tiny.trainer(tmp_path, max_num_gen_batches=2)
-    trainer._rollout = lambda inputs: {"num_images": [1]}
     with pytest.raises(ValueError, match="max_num_gen_batches=1"):
-        trainer._dynamic.rollout([])
+        trainer._dynamic.rollout([], lambda inputs: {"num_images": [1]})
 
 
 def test_config_survives_the_command_line(tmp_path):

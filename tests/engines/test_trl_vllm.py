@@ -12,28 +12,29 @@ from hapo.samplers.rule import TemperatureRule
 STATS = hapo.EntropyStats(pivot=-0.1, sigma=1.5, h_max=0.8, h_min=-4.5)
 
 
-def sender(method: hapo.Method, mode: str, kwargs: dict) -> SimpleNamespace:
-    return SimpleNamespace(method=method, vllm_generation=SimpleNamespace(mode=mode, generation_kwargs=kwargs))
+def engine(mode: str, kwargs: dict, **more) -> SimpleNamespace:
+    """TRL's `vllm_generation`."""
+    return SimpleNamespace(mode=mode, generation_kwargs=kwargs, **more)
 
 
 @pytest.mark.parametrize(("mode", "key"), [("colocate", "extra_args"), ("server", "vllm_xargs")])
 def test_the_rule_of_the_last_statistics_goes_out_with_the_requests(mode, key):
     method = hapo.method("hapo", temperature={"tau": 0.2, "rule": "zscore"})
-    trainer = sender(method, mode, {"seed": 3, key: {"mine": 1}})
-    given = trainer.vllm_generation.generation_kwargs
-    vllm.send_rule(trainer, STATS)
-    sent = trainer.vllm_generation.generation_kwargs
+    generation = engine(mode, {"seed": 3, key: {"mine": 1}})
+    given = generation.generation_kwargs
+    vllm.send_rule(generation, method, STATS)
+    sent = generation.generation_kwargs
     rule = TemperatureRule.from_args(sent[key])
     assert (rule.options.tau, rule.options.rule, rule.stats) == (0.2, "zscore", STATS)
     assert (sent["seed"], sent[key]["mine"]) == (3, 1)
-    vllm.send_rule(trainer, None)  # no statistics, or an evaluation
-    assert trainer.vllm_generation.generation_kwargs == given == {"seed": 3, key: {"mine": 1}}
+    vllm.send_rule(generation, method, None)  # no statistics, or an evaluation
+    assert generation.generation_kwargs == given == {"seed": 3, key: {"mine": 1}}
 
 
 def test_nothing_goes_out_without_an_adaptive_temperature():
-    trainer = sender(hapo.method("dapo"), "colocate", {})
-    vllm.send_rule(trainer, STATS)
-    assert trainer.vllm_generation.generation_kwargs == {}
+    generation = engine("colocate", {})
+    vllm.send_rule(generation, hapo.method("dapo"), STATS)
+    assert generation.generation_kwargs == {}
 
 
 SILENT, REFUSED, TAKEN = (200, "{}"), (400, "tau must be in [0, 1)"), (200, "{}")
@@ -62,14 +63,12 @@ def test_a_server_is_asked_for_a_wrong_and_for_a_right_rule(answers, message):
         base_url="http://server",
         model="m",
     )
-    trainer = sender(hapo.method("hapo"), "server", {})
-    trainer.vllm_generation.vllm_client = client
-    trainer.accelerator = SimpleNamespace(is_main_process=True)
+    generation = engine("server", {}, vllm_client=client)
     if message is not None:
         with pytest.raises(RuntimeError, match=message):
-            vllm.attach(trainer)
+            vllm.attach(generation, hapo.method("hapo"), is_main=True)
         return
-    vllm.attach(trainer)
+    vllm.attach(generation, hapo.method("hapo"), is_main=True)
     with pytest.raises(ValueError, match="tau must be"):
         TemperatureRule.from_args(asked[0])
     assert TemperatureRule.from_args(asked[1]).factor(torch.rand(3)).tolist() == [1, 1, 1]
@@ -77,11 +76,9 @@ def test_a_server_is_asked_for_a_wrong_and_for_a_right_rule(answers, message):
 
 def test_a_server_with_log_probs_of_another_distribution_is_refused():
     client = SimpleNamespace(get_server_info=lambda: {"model_config": {"logprobs_mode": "raw_logprobs"}})
-    trainer = sender(hapo.method("hapo"), "server", {})
-    trainer.vllm_generation.vllm_client = client
-    trainer.accelerator = SimpleNamespace(is_main_process=True)
+    generation = engine("server", {}, vllm_client=client)
     with pytest.raises(ValueError, match="--logprobs-mode processed_logprobs"):
-        vllm.attach(trainer)
+        vllm.attach(generation, hapo.method("hapo"), is_main=True)
 
 
 def test_weights_go_out_as_they_are_while_an_adapter_is_merged():

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
+from hapo.engines.trl.drawn import as_drawn
 from hapo.engines.trl.passes import passes
+from hapo.engines.trl.scorer import Scorer, Sequences
 from hapo.prompts import WORTH
+from hapo.samplers.decoding import Draws
 from tests.engines import fixed_rollout, tiny
 from tests.engines.test_trl_exactness import ROUNDING, difference
+from tests.two_ranks import SPLIT
 
 
 def sizes(trainer) -> list[int]:
@@ -25,7 +27,9 @@ def sizes(trainer) -> list[int]:
     return seen
 
 
-@pytest.mark.parametrize("options", [{"method": "hapo"}, {"method": "gspo"}, {"method": "grpo"}])
+@pytest.mark.parametrize(
+    "options", [{"method": "hapo"}, {"method": "gspo"}, {"method": "grpo"}, SPLIT["auxiliary"]]
+)
 def test_passes_add_up_to_the_micro_batch(options):
     whole, in_one = fixed_rollout.run(16, 1, 2, 1, tokens_per_pass=0, **options)
     parts, trainer = fixed_rollout.run(16, 1, 2, 1, tokens_per_pass=40, **options)
@@ -68,14 +72,14 @@ def test_a_step_without_a_counted_row_runs_one_row(tmp_path):
 def passes_without_gradient(trainer) -> list[int]:
     """Rows of every scoring pass of the rollout policy."""
     rows: list[int] = []
-    score = trainer._text_scores
+    score = trainer.scorer.text
 
-    def counted(model, ids, *args):
+    def counted(model, sequences, *args):
         if not torch.is_grad_enabled():
-            rows.append(len(ids))
-        return score(model, ids, *args)
+            rows.append(len(sequences.ids))
+        return score(model, sequences, *args)
 
-    trainer._text_scores = counted
+    trainer.scorer.text = counted
     return rows
 
 
@@ -86,10 +90,7 @@ def test_the_draw_serves_as_the_score_of_the_rollout(tmp_path):
 
     def compare(rollout):
         with torch.no_grad():
-            ids = torch.cat([rollout["prompt_ids"], rollout["completion_ids"]], 1)
-            attention = torch.cat([rollout["prompt_mask"], rollout["completion_mask"]], 1)
-            mask = rollout["completion_mask"].bool()
-            logp, entropy = type(trainer)._text_scores(trainer, trainer.model, ids, attention, mask, None)
+            logp, entropy = Scorer.text(trainer.scorer, trainer.model, Sequences.of(rollout))
         worst.append((rollout["old_per_token_logps"] - logp).abs().max().item())
         worst.append((rollout["old_entropies"] - entropy).abs().max().item())
         return prepare(rollout)
@@ -112,18 +113,12 @@ def test_what_scoring_would_not_repeat_is_scored(tmp_path, why, monkeypatch):
 
 
 def test_other_tokens_than_those_drawn_are_scored():
-    from hapo.engines.trl.drawn import DrawnScores
-    from hapo.samplers.decoding import Draws
-
     numbers = torch.zeros(2, 3)
     tokens = torch.tensor([[4, 5, 6], [7, 1, 0]])
-    drawn = DrawnScores(SimpleNamespace())
     mask = torch.tensor([[True, True, True, False], [True, True, False, False]])
     ids = torch.tensor([[4, 5, 6, 0], [7, 1, 9, 9]])
-    drawn.begin()
-    drawn.add(Draws(tokens, numbers, numbers - 1, numbers + 2))
-    logp, entropy = drawn._drawn(ids, mask)
+    draws = Draws(tokens, numbers, numbers - 1, numbers + 2)
+    logp, entropy = as_drawn([draws], ids, mask)
     assert logp.tolist() == [[-1, -1, -1, 0], [-1, -1, 0, 0]] and entropy[0].tolist() == [2, 2, 2, 0]
-    assert drawn._drawn(ids + 1, mask) is None
-    drawn.add(None)  # a second turn
-    assert drawn._drawn(ids, mask) is None
+    assert as_drawn([draws], ids + 1, mask) is None
+    assert as_drawn([draws, None], ids, mask) is None  # a second turn

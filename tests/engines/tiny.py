@@ -85,7 +85,7 @@ def config(folder: Path | str, **options: Any) -> HAPOConfig:
 def trainer(folder: Path | str, net: Any = None, reward: Any = count_digits, **options: Any) -> HAPOTrainer:
     kwargs = {k: options.pop(k) for k in ("method_object", "peft_config", "rollout_func") if k in options}
     method = kwargs.pop("method_object", None)
-    return HAPOTrainer(
+    return options.pop("kind", HAPOTrainer)(
         net if net is not None else model(),
         reward,
         config(folder, **options),

@@ -137,10 +137,10 @@ class RunRecords:
             prompts: a string a row.
             temperature: what each token was drawn at.
         """
-        self.add_rewards(rollout, batch, mask, response, responses)
         mask = mask.cpu()
         if not mask.any():
             return
+        self._told = {"rollout": str(rollout), "responses": str(responses)}
         meaningful = {  # nothing where a group was dropped
             "signal": made.get("signal"),
             "ratio": made["ratio"],

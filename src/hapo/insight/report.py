@@ -22,8 +22,8 @@ from .run import Run, recompute
 from .token_figures import ROLLOUTS, analysed, token_figures, visible
 
 PARTIAL = (
-    "Rollout batches were recorded in part (record_tokens_rows), so that what a method takes over a whole batch, its "
-    "statistics and totals, is taken over that part here: the order holds, the last digits may not."
+    "Rollout batches were recorded in part (record_tokens_rows), so that what a method takes over a whole batch, "
+    "its statistics and totals, is taken over that part here: the order holds, the last digits may not."
 )
 ROWS = 15
 """Tokens in each table of the most amplified and the most suppressed."""

@@ -3,46 +3,64 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
 import yaml
-from accelerate.utils import is_peft_model
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import SchedulerType
 
 import hapo
 
+from ...method import Method
 from ...methods import options_of
 from ..estimate import Estimate
 from ..records import PACKAGES
+from .config import HAPOConfig
 from .recorder import options_told
 
 BUNDLED = Path(hapo.__file__).parent / "assets" / "tiny"
 
 
-def model_card(trainer: Any, weights: str) -> ModelCard:
-    """The card of a trainer's model, as it is now. It names no path of the machine.
+def model_card(
+    args: HAPOConfig,
+    method: Method,
+    *,
+    recipe: dict[str, Any],
+    base: str,
+    adapter: bool,
+    rewards: Sequence[str],
+    prompts: int | None,
+    step: int,
+    tags: Sequence[str],
+    hub_id: str | None,
+    weights: str,
+) -> ModelCard:
+    """The card of a run's model. It names no path of the machine.
 
     Args:
-        trainer: a `HAPOTrainer`. The task is that of `trainer.recipe`; where that names none, the number of
-            prompts and the names of the rewards stand for it. Accuracies are those in the run's evaluations.jsonl.
-        weights: what `from_pretrained` takes, seen from the folder of the card; or an id on the Hub.
+        args: what the run was told. Accuracies are those in the evaluations.jsonl of its output folder.
+        method: it was trained with.
+        recipe: what the run was told beside. The task is the recipe's; where that names none, the number of
+            `prompts` (None for a stream) and the names of the `rewards` stand for it.
+        base: name or path of the model it was made from; empty where there is none.
+        adapter: whether the weights are a PEFT adapter.
+        step: optimiser steps so far.
+        tags: beside that of the method.
+        hub_id: repository on the Hub, if the model goes to one.
+        weights: what `from_pretrained` takes, seen from the folder of the card; or `hub_id`.
     """
-    args, method = trainer.args, trainer.method
-    name = trainer.recipe.get("model_name_or_path") or trainer.model.config._name_or_path
-    base, base_id = _base(str(name or ""))
-    adapter = is_peft_model(trainer.accelerator.unwrap_model(trainer.model))
-    rewards = ", ".join(f"`{reward}`" for reward in trainer.reward_func_names)
+    named, base_id = _base(base)
     facts = {
-        "base model": base,
-        "task": _task(trainer.recipe),
-        "training prompts": len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None,
-        "rewards": rewards,
+        "base model": named,
+        "task": _task(recipe),
+        "training prompts": prompts,
+        "rewards": ", ".join(f"`{reward}`" for reward in rewards),
         **_accuracies(Path(args.output_dir) / "evaluations.jsonl"),
         "method": f"`{method.name}`",
-        "optimiser steps": trainer.state.global_step,
+        "optimiser steps": step,
         "learning rate": f"{args.learning_rate:g}, {SchedulerType(args.lr_scheduler_type).value}",
         "weight of the KL penalty": f"{args.beta:g}" if args.beta else None,
         "seed": args.seed,
@@ -51,17 +69,17 @@ def model_card(trainer: Any, weights: str) -> ModelCard:
     data = ModelCardData(
         library_name="peft" if adapter else "transformers",
         base_model=base_id,
-        tags=["generated_from_trainer", *trainer._tag_names, method.name],
+        tags=["generated_from_trainer", *tags, method.name],
     )
     return ModelCard.from_template(
         data,
         template_str=resources.files(__package__).joinpath("card.md").read_text(encoding="utf-8"),
-        title=trainer.hub_model_id or Path(args.output_dir).resolve().name,
+        title=hub_id or Path(args.output_dir).resolve().name,
         facts={fact: value for fact, value in facts.items() if value is not None},
         weights=weights,
-        local=weights != trainer.hub_model_id,
+        local=weights != hub_id,
         adapter=adapter,
-        options=yaml.safe_dump({"method": method.name, **options_told(trainer)}, sort_keys=False),
+        options=yaml.safe_dump({"method": method.name, **options_told(method)}, sort_keys=False),
         citation=_citation(method.name),
     )
 

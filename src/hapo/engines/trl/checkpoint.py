@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import json
 import os
-from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import hapo
 
+from ...method import Method
 from ..identity import differences, identity
+from .config import HAPOConfig
+from .rows import without_step
 
 STATE = "hapo_state.json"
 
@@ -30,16 +35,52 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.rsplit("-", 1)[1]))
 
 
-def check_checkpoint(trainer: Any, resume: bool | str | None) -> str | None:
+@dataclass
+class RunState:
+    """What is restored of a run, on this rank."""
+
+    stats: hapo.EntropyStats | None
+    """Of the last rollout batch."""
+    sampled_with: hapo.EntropyStats | None
+    """Those that it was drawn with."""
+    micro_step: int
+    """Micro-batches so far."""
+    fresh_prompts: int
+    """Position in the order of dynamic sampling."""
+    mixed_share: float | None
+    """Its share of mixed groups."""
+    metrics: dict[str, list[float]]
+    """Logged since the last line."""
+    loss: dict[str, float]
+    """Sums of transformers: since_log, last_log, total."""
+    rollout: list[dict[str, Any]] | None
+    """Micro-batches of the rollout batch in progress, prepared; None between two."""
+
+
+def layout_of(args: HAPOConfig, processes: int) -> dict[str, Any]:
+    """How a rollout batch is cut into micro-batches, optimiser steps and ranks."""
+    names = (
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "steps_per_generation",
+        "num_iterations",
+    )
+    return {"processes": processes, **{n: getattr(args, n) for n in names}}
+
+
+def check_checkpoint(
+    resume: bool | str | None, folder: Path, method: Method, layout: dict[str, Any]
+) -> str | None:
     """The checkpoint to resume from, as a path; None for a fresh start.
 
+    `resume` is a path, or True for the last one in `folder`; `layout` is that of the run which goes on.
+
     Raises:
-        ValueError: there is none, it is incomplete, or it is one of another method.
+        ValueError: there is none, it is incomplete, or it is one of another method or schedule.
     """
     if not resume:
         return None
     if resume is True:
-        folder = Path(trainer._get_output_dir(None))
         found = complete_checkpoints(folder)
         if not found:
             raise ValueError(f"there is no complete checkpoint in {folder} to resume from; start without resuming")
@@ -52,12 +93,12 @@ def check_checkpoint(trainer: Any, resume: bool | str | None) -> str | None:
         )
     state = json.loads((path / STATE).read_text())
     new = "start a new run from its weights with model_name_or_path"
-    if details := differences(state["method"], identity(trainer.method)):
+    if details := differences(state["method"], identity(method)):
         raise ValueError(
             f"{path} is a checkpoint of another method ({details}); resume with the method it was written with, "
             f"or {new}"
         )
-    if details := differences(state["layout"], _layout(trainer)):
+    if details := differences(state["layout"], layout):
         raise ValueError(
             f"{path} was written under another schedule ({details}), and its rollout batch cannot be split anew; "
             f"resume with the same one, or {new}"
@@ -65,82 +106,57 @@ def check_checkpoint(trainer: Any, resume: bool | str | None) -> str | None:
     return str(path)
 
 
-def save_state(trainer: Any, folder: Path) -> None:
+def save_state(
+    folder: Path, state: RunState, accelerator: Accelerator, method: Method, layout: dict[str, Any]
+) -> None:
     """Write the files of this module into a checkpoint that TRL has just written."""
-    every = trainer.args.steps_per_generation * trainer.num_iterations
-    rollout: list[dict[str, Any]] | None = None
-    if trainer._step % every and trainer._buffered_inputs is not None:
-        tensors, rollout = _pack(trainer._buffered_inputs)
-        save_file(tensors, folder / f"hapo_rollout-{trainer.accelerator.process_index}.safetensors")
-    loss = {
-        "since_log": trainer.accelerator.gather(trainer._tr_loss.detach()).mean().item(),
-        "last_log": trainer._globalstep_last_logged,
-        "total": trainer._total_loss_scalar,
-    }
-    trainer.accelerator.wait_for_everyone()
-    if not trainer.accelerator.is_main_process:
+    rest = None
+    if state.rollout is not None:
+        tensors, rest = _pack([without_step(inputs) for inputs in state.rollout])
+        save_file(tensors, folder / f"hapo_rollout-{accelerator.process_index}.safetensors")
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
         return
-    dynamic = trainer._dynamic
-    state = {
+    written = {
         "version": hapo.__version__,
-        "method": identity(trainer.method),
-        "layout": _layout(trainer),
-        "stats": _to_json(trainer.temperature_stats),
-        "sampled_with": _to_json(trainer._sampled_with),
-        "micro_step": trainer._step,
-        "fresh_prompts": 0 if dynamic is None else dynamic.prompts.position,
-        "mixed_share": None if dynamic is None else dynamic.share,
-        "metrics": trainer._metrics["train"],
-        "loss": loss,
-        "rollout": rollout,
+        "method": identity(method),
+        "layout": layout,
+        "stats": _to_json(state.stats),
+        "sampled_with": _to_json(state.sampled_with),
+        "micro_step": state.micro_step,
+        "fresh_prompts": state.fresh_prompts,
+        "mixed_share": state.mixed_share,
+        "metrics": state.metrics,
+        "loss": state.loss,
+        "rollout": rest,
     }
     partial = folder / f"{STATE}.partial"
-    partial.write_text(json.dumps(state))
+    partial.write_text(json.dumps(written))
     os.replace(partial, folder / STATE)
 
 
-def load_state(trainer: Any, folder: Path) -> None:
-    """Put a trainer where the checkpoint left it."""
-    state = json.loads((folder / STATE).read_text())
-    trainer.temperature_stats = _from_json(state["stats"])
-    trainer._sampled_with = _from_json(state["sampled_with"])
-    trainer._step = state["micro_step"]
-    trainer.add_callback(_RestoreLoss(trainer, state["loss"]))
-    trainer._metrics["train"] = defaultdict(list, state["metrics"])
-    if trainer._dynamic is not None:
-        trainer._dynamic.prompts.position = state["fresh_prompts"]
-        trainer._dynamic.share = state["mixed_share"]
-    if state["rollout"] is not None:
-        file = folder / f"hapo_rollout-{trainer.accelerator.process_index}.safetensors"
-        tensors = {k: v.to(trainer.accelerator.device) for k, v in load_file(file).items()}
-        trainer._buffered_inputs = _unpack(tensors, state["rollout"])
+def load_state(folder: Path, accelerator: Accelerator) -> RunState:
+    """What `save_state` wrote, this rank's tensors on its device."""
+    read = json.loads((folder / STATE).read_text())
+    rollout = read["rollout"]
+    if rollout is not None:
+        file = folder / f"hapo_rollout-{accelerator.process_index}.safetensors"
+        rollout = _unpack({k: v.to(accelerator.device) for k, v in load_file(file).items()}, rollout)
+    plain = {name: read[name] for name in ("micro_step", "fresh_prompts", "mixed_share", "metrics", "loss")}
+    return RunState(_from_json(read["stats"]), _from_json(read["sampled_with"]), rollout=rollout, **plain)
 
 
-class _RestoreLoss(TrainerCallback):
-    """Once, after transformers has set its sums of the loss to 0: what they were at the checkpoint."""
+class OnceAtBegin(TrainerCallback):
+    """Does one thing when training begins: after transformers has set its sums of the loss to 0."""
 
-    def __init__(self, trainer: Any, loss: dict[str, Any]) -> None:
-        self.trainer = trainer
-        self.loss = loss
+    def __init__(self, act: Callable[[], None]) -> None:
+        self.act: Callable[[], None] | None = act
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Restore, and go."""
-        self.trainer._tr_loss.fill_(self.loss["since_log"])
-        self.trainer._globalstep_last_logged = self.loss["last_log"]
-        self.trainer._total_loss_scalar = self.loss["total"]
-        self.trainer._initial_global_step = 0  # the mean loss is of the whole run
-        self.trainer.remove_callback(self)
-
-
-def _layout(trainer: Any) -> dict[str, Any]:
-    """How a rollout batch is cut into micro-batches, optimiser steps and ranks."""
-    names = (
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "steps_per_generation",
-        "num_iterations",
-    )
-    return {"processes": trainer.accelerator.num_processes, **{n: getattr(trainer.args, n) for n in names}}
+        """Act, the first time."""
+        if self.act is not None:
+            self.act()
+        self.act = None
 
 
 def _to_json(stats: hapo.EntropyStats | None) -> dict[str, float] | None:
@@ -157,8 +173,6 @@ def _pack(batches: list[dict[str, Any]]) -> tuple[dict[str, torch.Tensor], list[
     for i, batch in enumerate(batches):
         rest.append({})
         for name, value in batch.items():
-            if name in ("hapo_totals", "hapo_keep"):
-                continue  # made anew at the beginning of each optimiser step
             if isinstance(value, torch.Tensor):
                 tensors[f"{i}.{name}"] = value.detach().contiguous().clone()
             else:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
+from accelerate import Accelerator
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...samplers.decoding import Draws
 
@@ -20,7 +20,7 @@ not."""
 
 
 class DrawnScores:
-    """What `generate` computed about the tokens of one rollout.
+    """Whether what `generate` computed about the tokens of a rollout stands for their scores.
 
     Taken in the place of a scoring pass where both agree to float32 rounding: weights in float32, no autocast, no
     dropout, answers of one turn. In half precision the two passes round differently, and the ratio must compare
@@ -28,35 +28,35 @@ class DrawnScores:
     does not reproduce.
     """
 
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-        self._turns: list[Draws | None] = []
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
         self._gap: float | None = None
-
-    def begin(self) -> None:
-        """A new rollout."""
-        self._turns = []
-
-    def add(self, draws: Draws | None) -> None:
-        """What one turn of the rollout drew; None where generation does not tell."""
-        self._turns.append(draws)
 
     def scores(
         self,
+        model: nn.Module,
+        turns: Sequence[Draws | None],
         ids: Int[Tensor, "B T"],
         mask: Bool[Tensor, "B T"],
         score: Callable[[], tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]],
     ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
-        """Log-probs and entropies of these response tokens under the rollout policy; `score` computes them.
+        """Log-probs and entropies of these response tokens under the rollout policy, in nats; 0 where masked.
+
+        Args:
+            model: the policy.
+            turns: what each turn of the rollout drew; None where generation does not tell.
+            ids: the tokens.
+            mask: those that count.
+            score: computes the same in a scoring pass.
 
         Raises:
             RuntimeError: generation and scoring disagree.
         """
-        drawn = self._drawn(ids, mask)
-        net = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        drawn = as_drawn(turns, ids, mask)
+        net = self.accelerator.unwrap_model(model)
         if drawn is None or _drops_out(net):
             return score()
-        whole = self.trainer.accelerator.mixed_precision == "no"
+        whole = self.accelerator.mixed_precision == "no"
         whole = whole and all(p.dtype == torch.float32 for p in net.parameters())
         scored = None
         if self._gap is None:
@@ -66,24 +66,10 @@ class DrawnScores:
             return drawn
         return score() if scored is None else scored
 
-    def _drawn(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor] | None:
-        """As wide as the responses; None where other tokens were drawn."""
-        draws = self._turns[0] if len(self._turns) == 1 else None
-        if draws is None or len(draws.tokens) != len(ids):
-            return None
-
-        def fitted(x: Tensor) -> Tensor:
-            x = torch.nn.functional.pad(x, (0, max(0, ids.shape[1] - x.shape[1])))[:, : ids.shape[1]]
-            return x.masked_fill(~mask, 0)
-
-        if not torch.equal(fitted(draws.tokens), ids.masked_fill(~mask, 0)):
-            return None
-        return fitted(draws.policy_logp), fitted(draws.entropy)
-
-    def _check(self, net: torch.nn.Module, drawn: Tensor, scored: Tensor, mask: Tensor) -> float:
+    def _check(self, net: nn.Module, drawn: Tensor, scored: Tensor, mask: Tensor) -> float:
         """Mean difference of all ranks."""
         off = (drawn - scored).abs().masked_fill(~mask, 0).sum()
-        off, tokens = self.trainer.accelerator.reduce(torch.stack([off, mask.sum()]), "sum").tolist()
+        off, tokens = self.accelerator.reduce(torch.stack([off, mask.sum()]), "sum").tolist()
         gap = off / max(tokens, 1)
         if gap > MOST_REPLAY_GAP:
             raise RuntimeError(
@@ -94,8 +80,26 @@ class DrawnScores:
         return gap
 
 
-def _drops_out(model: torch.nn.Module) -> bool:
+def as_drawn(
+    turns: Sequence[Draws | None], ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]] | None:
+    """The policy's log-probs and entropies of the draws, as wide as the responses; None where other tokens, or
+    several turns, were drawn."""
+    draws = turns[0] if len(turns) == 1 else None
+    if draws is None or len(draws.tokens) != len(ids):
+        return None
+
+    def fitted(x: Tensor) -> Tensor:
+        x = nn.functional.pad(x, (0, max(0, ids.shape[1] - x.shape[1])))[:, : ids.shape[1]]
+        return x.masked_fill(~mask, 0)
+
+    if not torch.equal(fitted(draws.tokens), ids.masked_fill(~mask, 0)):
+        return None
+    return fitted(draws.policy_logp), fitted(draws.entropy)
+
+
+def _drops_out(model: nn.Module) -> bool:
     """Whether two passes of the model in training mode differ by dropout."""
-    modules = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules())
+    modules = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     return modules or getattr(config, "attention_dropout", 0.0) > 0

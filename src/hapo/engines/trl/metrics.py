@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from ...batch import TokenBatch
 from ...method import LossOutput
-from ..metrics import NAMES, rollout_metrics, sampler_gap
+from ..metrics import NAMES
+from .auxiliary import AuxiliaryLoss
 
 
 class PhaseClock:
@@ -60,47 +61,54 @@ class PhaseClock:
 
 
 class MetricLog:
-    """Adds up the shares of an optimiser step, and hands them to TRL's metrics once a step."""
+    """Adds up the shares of an optimiser step, and logs them once a step.
 
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-        self.clock = PhaseClock()
+    Args:
+        accelerator: adds up over ranks.
+        log: name, value -> a line in TRL's metrics.
+    """
+
+    def __init__(self, accelerator: Accelerator, log: Callable[[str, float], None]) -> None:
+        self.accelerator = accelerator
+        self.log = log
         self._shares: dict[str, Tensor] = {}
 
-    def add(self, out: LossOutput, batch: TokenBatch) -> None:
-        """One pass's shares."""
+    def add(self, out: LossOutput, batch: TokenBatch, auxiliary: Sequence[AuxiliaryLoss] = ()) -> None:
+        """One pass's shares: the method's, and those of auxiliary losses before their weights.
+
+        Raises:
+            ValueError: two of them have one name.
+        """
         assert batch.entropy is not None and batch.totals is not None
-        if not batch.totals.tokens:
-            return  # a step without a token has a loss of 0 and nothing to average
-        shares = {NAMES[k]: v for k, v in out.metrics.items() if k in NAMES}
-        shares["entropy"] = torch.where(batch.mask, batch.entropy, 0.0).sum() / batch.totals.tokens
+        shares = {}
+        if batch.totals.tokens:  # a step without a token has a loss of 0 and nothing to average
+            shares = {NAMES[k]: v for k, v in out.metrics.items() if k in NAMES}
+            shares["entropy"] = torch.where(batch.mask, batch.entropy, 0.0).sum() / batch.totals.tokens
+        taken = {"loss", "entropy", *NAMES.values()}
+        for name, _, value in auxiliary:
+            if name in taken:
+                raise ValueError(
+                    f"an auxiliary loss has the name {name!r}, which is taken: give it one of its own"
+                )
+            taken.add(name)
+            shares[name] = value.detach().float()
         for name, value in shares.items():
             self._shares[name] = self._shares.get(name, torch.zeros_like(value)) + value
 
     def flush(self) -> None:
         """At the end of the optimiser step: one reduction over ranks."""
-        trainer = self.trainer
-        mode = "train" if trainer.model.training else "eval"
         names = sorted(self._shares)
         if not names:
             return
-        summed = trainer.accelerator.reduce(torch.stack([self._shares[n] for n in names]), "sum").tolist()
+        summed = self.accelerator.reduce(torch.stack([self._shares[n] for n in names]), "sum").tolist()
         for name, value in zip(names, summed, strict=True):
-            trainer._metrics[mode][name].append(value)
+            self.log(name, value)
         self._shares = {}
 
-    def add_rollout(self, batch: TokenBatch, scored: Tensor) -> None:
-        """Figures of a prepared rollout batch of all ranks; `scored` (B,T) holds dropped groups too."""
-        trainer = self.trainer
-        figures = rollout_metrics(
-            batch, scored, trainer.method.temperature_rule, trainer._sampled_with, trainer.temperature
-        )
-        if not trainer.use_vllm:  # with vLLM, TRL logs the same
-            figures |= sampler_gap(batch)
-        for name, value in figures.items():
-            trainer._metrics["train"][name].append(value)
 
-    def add_times(self) -> None:
-        """Seconds of the phases, of this process."""
-        for phase, seconds in self.clock.seconds().items():
-            self.trainer._metrics["train"][f"time/{phase}"].append(seconds)
+def times(clock: PhaseClock) -> dict[str, float]:
+    """Seconds of the phases, of this process."""
+    metrics = {}
+    for phase, seconds in clock.seconds().items():
+        metrics[f"time/{phase}"] = seconds
+    return metrics

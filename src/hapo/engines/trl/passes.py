@@ -54,22 +54,32 @@ def passes(
     return [rows[torch.tensor(part, device=rows.device)] for part in parts]
 
 
-def of_inputs(trainer: Any, inputs: dict[str, Any], mask: Bool[Tensor, "B T"]) -> list[dict[str, Any]]:
-    """The micro-batch as the inputs of its passes; as it is where it cannot be split."""
-    most = trainer.args.tokens_per_pass
+def split(
+    inputs: dict[str, Any], mask: Bool[Tensor, "B T"], most: int | None
+) -> list[tuple[dict[str, Any], Bool[Tensor, "B T"]]]:
+    """Inputs and mask of each pass over a micro-batch; as they are where it fits, or holds images.
+
+    Args:
+        inputs: a dict of TRL's.
+        mask: tokens that are needed.
+        most: tokens of a pass; None: what suits the device; 0: no limit.
+    """
     if most is None:
         most = CPU_TOKENS if mask.device.type == "cpu" else DEVICE_TOKENS
-    sharded = trainer.accelerator.distributed_type not in (
-        DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU,
-    )  # fmt: skip
-    images = any(inputs.get(name) is not None for name in NOT_TEXT)
-    if not most or sharded or images or trainer.aux_loss_enabled or "split" in trainer.method.breaks:
-        return [inputs]
+    if not most or any(inputs.get(name) is not None for name in NOT_TEXT):
+        return [(inputs, mask)]
     chosen = passes(inputs["prompt_ids"], inputs["prompt_mask"], mask, most)
     if len(chosen) == 1:
-        return [inputs]
-    size = len(mask)
-    return [
-        {k: x[rows] if isinstance(x, Tensor) and x.ndim and len(x) == size else x for k, x in inputs.items()}
-        for rows in chosen
-    ]
+        return [(inputs, mask)]
+    return [(_rows(inputs, len(mask), index), mask[index]) for index in chosen]
+
+
+def _rows(inputs: dict[str, Any], size: int, index: Int[Tensor, " b"]) -> dict[str, Any]:
+    return {k: x[index] if isinstance(x, Tensor) and x.ndim and len(x) == size else x for k, x in inputs.items()}
+
+
+def is_sharded(kind: DistributedType) -> bool:
+    """Whether ranks hold parts of the weights, so that all must run as many passes."""
+    return kind not in (
+        DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU,
+    )  # fmt: skip

@@ -1,112 +1,161 @@
-"""Run records of a `HAPOTrainer`: hands the trainer's values to `hapo.engines.records`."""
+"""Run records of a training run in TRL: hands its values to `hapo.engines.records`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from ...batch import TokenBatch
-from ...method import LossOutput
+from ...batch import EntropyStats, TokenBatch
+from ...method import LossOutput, Method
 from ..records import RunRecords, manifest, weights_hash
+from .config import HAPOConfig
+from .rows import RolloutRows, scored_tokens
 
 NOT_TOLD = {"hub_token", "accelerator_config", "debug", "gradient_checkpointing", "method", "method_options"}
 """Secrets, what TRL fills in itself, deprecated twins of other options, and what is written apart."""
 
 
+def open_records(
+    args: HAPOConfig,
+    method: Method,
+    recipe: dict[str, Any],
+    model: PreTrainedModel,
+    dataset: Dataset,
+    checkpoint: str | None,
+) -> RunRecords:
+    """The run folder of `args.output_dir`: a new one, or with a checkpoint that of the run that goes on.
+
+    `recipe` is what the run was told beside `args`, `model` has no wrappers.
+
+    Raises:
+        FileExistsError: the folder holds another run.
+        OSError: it cannot be written to, or the disk is full.
+    """
+    folder, rank = Path(args.output_dir), args.process_index
+    if checkpoint is not None:
+        return RunRecords.resume(folder, int(checkpoint.rsplit("-", 1)[1]), rank)
+    return RunRecords.create(
+        folder,
+        config={**recipe, **_told(args), "method": method.name, "method_options": options_told(method)},
+        manifest=manifest(
+            seed=args.seed,
+            model=str(model.config._name_or_path),
+            weights_sha256=weights_hash(model),
+            data_fingerprint=getattr(dataset, "_fingerprint", None),
+            processes=args.world_size,
+        ),
+        rank=rank,
+        need=_checkpoint_bytes(model) if args.save_strategy != "no" else 0,
+    )
+
+
 class Recorder:
-    """Opens the run folder of a trainer and feeds it."""
+    """Feeds a run folder with the tokens of some rollout batches.
 
-    def __init__(self, trainer: Any, checkpoint: str | None) -> None:
-        self.trainer = trainer
-        args = trainer.args
-        folder, rank = Path(args.output_dir), args.process_index
-        if checkpoint is not None:
-            self.records = RunRecords.resume(folder, int(checkpoint.rsplit("-", 1)[1]), rank)
-            return
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        self.records = RunRecords.create(
-            folder,
-            config={
-                **trainer.recipe,
-                **_told(args),
-                "method": trainer.method.name,
-                "method_options": options_told(trainer),
-            },
-            manifest=manifest(
-                seed=args.seed,
-                model=str(model.config._name_or_path),
-                weights_sha256=weights_hash(model),
-                data_fingerprint=getattr(trainer.train_dataset, "_fingerprint", None),
-                processes=args.world_size,
-            ),
-            rank=rank,
-            need=_checkpoint_bytes(model) if args.save_strategy != "no" else 0,
-        )
+    Args:
+        records: the open folder.
+        args: the schedule; how often, and how many rows.
+        method: whose temperature rule drew the tokens.
+        decode: rows of token ids -> strings.
+    """
 
-    @property
-    def _step(self) -> int:
-        """The optimiser step at work, from 1."""
-        return int(self.trainer.state.global_step) + 1
-
-    @property
-    def _rollout(self) -> int:
-        """Its rollout batch, from 1."""
-        return (self._step - 1) // int(self.trainer.args.updates_per_rollout) + 1
-
-    def takes_tokens(self) -> bool:
-        """Whether the rollout batch at work is one to record."""
-        every = self.trainer.args.record_tokens_every
-        return bool(every) and (self._rollout == 1 or self._rollout % every == 0)
-
-    def add_tokens(self, inputs: dict[str, Any], batch: TokenBatch, out: LossOutput) -> None:
-        """Tokens of one pass of the step at work."""
-        args = self.trainer.args
-        rows = batch.group < max(1, args.record_tokens_rows // self.trainer.num_generations)
-        if rows.any():
-            first = 1 + (self._rollout - 1) * args.updates_per_rollout
-            self._add(self._step, first, inputs, batch, out, rows)
-
-    def write_tokens(self) -> None:
-        """At the end of the step."""
-        self.records.write_tokens(self._step)
-
-    def _add(
-        self, step: int, rollout: int, inputs: dict[str, Any], batch: TokenBatch, out: LossOutput, rows: Tensor
+    def __init__(
+        self,
+        records: RunRecords,
+        args: HAPOConfig,
+        method: Method,
+        decode: Callable[[Sequence[Any]], list[str]],
     ) -> None:
-        trainer = self.trainer
-        decode = trainer._tokenizer.batch_decode
+        self.records = records
+        self.args = args
+        self.temperature_rule = method.temperature_rule
+        self.decode = decode
+
+    def takes_tokens(self, step: int) -> bool:
+        """Whether the rollout batch of an optimiser step, from 1, is one to record."""
+        every, rollout = self.args.record_tokens_every, (step - 1) // self.args.updates_per_rollout + 1
+        return bool(every) and (rollout == 1 or rollout % every == 0)
+
+    def add_tokens(
+        self,
+        step: int,
+        inputs: dict[str, Any],
+        batch: TokenBatch,
+        out: LossOutput,
+        sampled_with: EntropyStats | None,
+    ) -> None:
+        """Tokens of one pass.
+
+        Args:
+            step: the optimiser step at work, from 1.
+            inputs: a dict of TRL's, prepared.
+            batch: its rows, with the current policy's scores.
+            out: the loss of `batch`.
+            sampled_with: the statistics that the rows were drawn with; None: at T_base.
+        """
+        rows = self._recorded(batch)
+        if not rows.any():
+            return
+        of_rollout = RolloutRows.of(inputs)
         batch = batch.rows(rows)
         ids = inputs["completion_ids"][rows]
         prompts = zip(inputs["prompt_ids"][rows], inputs["prompt_mask"][rows].bool(), strict=True)
         assert batch.old_entropy is not None
-        temperature = torch.full_like(batch.old_entropy, trainer.temperature)
-        if trainer.method.temperature_rule is not None and trainer._sampled_with is not None:
-            temperature = temperature * trainer.method.temperature_rule(batch.old_entropy, trainer._sampled_with)
+        temperature = torch.full_like(batch.old_entropy, self.args.temperature)
+        if self.temperature_rule is not None and sampled_with is not None:
+            temperature = temperature * self.temperature_rule(batch.old_entropy, sampled_with)
         self.records.add_tokens(
             step,
-            rollout,
+            self._rollout(step),
             batch,
             {name: x[rows] for name, x in out.tokens.items()},
-            mask=trainer.scored_tokens(inputs)[rows],
-            response=inputs["hapo_response"][rows],
-            responses=int(inputs["hapo_responses"]),
+            mask=scored_tokens(inputs)[rows],
+            response=of_rollout.response[rows],
+            responses=int(of_rollout.responses),
             ids=ids,
-            texts=[decode([[t] for t in row]) for row in ids.tolist()],
-            prompts=decode([row[mask] for row, mask in prompts]),
+            texts=[self.decode([[t] for t in row]) for row in ids.tolist()],
+            prompts=self.decode([row[mask] for row, mask in prompts]),
             temperature=temperature,
         )
 
+    def add_rewards(self, step: int, inputs: dict[str, Any]) -> None:
+        """Rewards of the responses of a micro-batch that have no token: no pass has them, and their groups do."""
+        of_rollout = RolloutRows.of(inputs)
+        rows = self._recorded(of_rollout.batch)
+        self.records.add_rewards(
+            self._rollout(step),
+            of_rollout.batch.rows(rows),
+            scored_tokens(inputs)[rows],
+            of_rollout.response[rows],
+            int(of_rollout.responses),
+        )
 
-def options_told(trainer: Any) -> dict[str, Any]:
-    """The options of the trainer's method, without what TRL's `beta` says."""
-    return {k: v for k, v in trainer.method.options.items() if k not in ("method", "kl_coef")}
+    def _recorded(self, batch: TokenBatch) -> Tensor:
+        """The rows (B,) of the groups that are recorded, the first ones."""
+        return batch.group < max(1, self.args.record_tokens_rows // self.args.num_generations)
+
+    def _rollout(self, step: int) -> int:
+        """First optimiser step of the rollout batch of a step."""
+        return step - (step - 1) % self.args.updates_per_rollout
+
+    def write_tokens(self, step: int) -> None:
+        """At the end of a step."""
+        self.records.write_tokens(step)
 
 
-def _told(args: Any) -> dict[str, Any]:
+def options_told(method: Method) -> dict[str, Any]:
+    """The options of a method, without what TRL's `beta` says."""
+    return {k: v for k, v in method.options.items() if k not in ("method", "kl_coef")}
+
+
+def _told(args: HAPOConfig) -> dict[str, Any]:
     """The options that differ from their defaults, as plain values: a recipe that `hapo train` reads back."""
     values = args.to_dict()
     told = {}

@@ -2,45 +2,47 @@
 
 What is overridden, and nothing else: generation of one turn (the temperature rule, and the log-probs of what was
 sampled), scoring (hapo.scoring), rewards (kept for the method), the rollout batch (dynamic sampling, prepare),
-the loss, the sampler's order (resume), checkpoints (statistics, rollout in progress) and the run records.
+the loss, the sampler's order (resume), checkpoints (statistics, rollout in progress) and the run records. The work
+is done by the other files of this folder, which are handed what they use.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers.trainer_utils import rotate_checkpoints
-from trl import GRPOTrainer
+from torch import Tensor, nn
+from trl.models.utils import disable_gradient_checkpointing
 
 import hapo
 
 from ...method import Method
 from ...parts.shaping import soft_overlong_punishment
-from ...samplers.transformers import sampling
-from ...scoring import attach_scoring, score_tokens
+from ...samplers.decoding import Draws
+from ...scoring import attach_scoring
+from ..metrics import rollout_metrics, sampler_gap
 from ..records import check_writable
-from . import vllm
-from .card import model_card
-from .checkpoint import check_checkpoint, load_state, save_state
+from . import passes
+from .auxiliary import AuxiliaryLoss, router_losses, total
+from .checkpoint import OnceAtBegin, RunState
 from .config import HAPOConfig, check_arguments, resolve_method
 from .drawn import DrawnScores
-from .metrics import MetricLog
-from .passes import of_inputs
+from .metrics import MetricLog, PhaseClock, times
+from .recorded import RecordedTrainer
 from .recorder import Recorder
-from .rollout import DynamicSampling, EpochSampler, begin_step, gather_rows
+from .rollout import DynamicSampling, check_prompts
+from .rows import RolloutRows, prepare_rows, scored_tokens, step_rows
+from .sampler import Request, Sampler, VLLMSampler
+from .scorer import Scored, Scorer, Sequences, is_reference
 
-PREPARED = ("mask", "advantage", "signal", "weight", "keep")
-"""What Method.prepare makes of a rollout batch, kept with its rows as hapo_mask, ..."""
 
-
-class HAPOTrainer(GRPOTrainer):
+class HAPOTrainer(RecordedTrainer):
     """A drop-in for `trl.GRPOTrainer` that trains with any `hapo.Method`.
 
     ```python
@@ -51,6 +53,9 @@ class HAPOTrainer(GRPOTrainer):
     Entropies and log-probs of the rollout policy are taken in one pass at T_base; group means, statistics and
     token counts over the whole rollout batch on all ranks, frozen. Each optimiser step is normalised by its
     exact token count, so the gradient does not depend on the micro-batch size, the accumulation or the ranks.
+
+    A subclass may override three methods: `make_scorer` (what gives log-probs and entropies), `make_sampler` (what
+    draws the responses) and `auxiliary_losses` (what is added to the method's loss).
 
     Args:
         method: a `Method` object, in the place of `args.method` and `args.method_options`.
@@ -87,67 +92,69 @@ class HAPOTrainer(GRPOTrainer):
         self.temperature_stats: hapo.EntropyStats | None = None
         self._sampled_with: hapo.EntropyStats | None = None
         self._rewards_per_func: Tensor | None = None
-        self._rollout_scores: list[Tensor] | None = None
-        self._scores_rollout = False
-        self._drawn = DrawnScores(self)
-        self._step_metrics = MetricLog(self)
-        self.clock = self._step_metrics.clock
+        self._turns: list[Draws | None] = []
+        self._old: Scored | None = None
+        self.clock = PhaseClock()
         """Seconds by phase; pause it around what is no training."""
-        self._records: Recorder | None = None
-        self.recipe: dict[str, Any] = {}
-        """What beside `args` the run was told (model, task); written to config.yaml."""
+        self.recipe = {}
         super().__init__(model, reward_funcs, args, *trl_args, **trl_kwargs)
-        if self.use_vllm:
-            vllm.attach(self)
         attach_scoring(self.model)
         if self.ref_model is not None:
             attach_scoring(self.accelerator.unwrap_model(self.ref_model))
-        prompts = args.generation_batch_size // args.num_generations
-        if hasattr(self.train_dataset, "__len__") and len(self.train_dataset) < prompts:
-            raise ValueError(
-                f"{len(self.train_dataset)} training prompts do not fill one rollout batch of {prompts} "
-                f"({args.generation_batch_size} responses, {args.num_generations} a prompt): lower "
-                "steps_per_generation or per_device_train_batch_size, or raise num_generations"
-            )
-        self._dynamic = None
+        self.scorer = self.make_scorer()
+        self.sampler = self.make_sampler()
+        self._step_metrics = MetricLog(self.accelerator, self._log_value)
+        self._sharded = passes.is_sharded(self.accelerator.distributed_type)
+        check_prompts(self.train_dataset, args)
+        self._dynamic: DynamicSampling | None = None
         if self.method.filter_groups and args.max_num_gen_batches > 1:
-            self._dynamic = DynamicSampling(self)
+            self._dynamic = DynamicSampling(self.train_dataset, args, self.accelerator)
 
-    # -- sampling -------------------------------------------------------------------------------------------
+    # -- what a subclass may override -----------------------------------------------------------------------
 
-    def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        if self.model.training:
-            self._sampled_with = self.temperature_stats  # None at the first step
-        with self.clock.phase("generate"):
-            return self._turn(prompt_ids, *args, **kwargs)
+    def make_scorer(self) -> Scorer:
+        """What gives log-probs and entropies of response tokens; called once, when model and accelerator exist."""
+        trl_pass = super()._get_per_token_logps_and_entropies
+        return Scorer(self.temperature, self.accelerator.autocast, DrawnScores(self.accelerator), trl_pass)
 
-    def _turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    def make_sampler(self) -> Sampler:
+        """What draws the responses; called once, when model and vLLM exist. A `rollout_func` goes before it."""
         if self.use_vllm:
-            if args and args[0] is not None:
-                vllm.check_images(self)
-            vllm.send_rule(self, self._sampled_with if self.model.training else None)
-            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        if not self.model.training:
-            turn = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+            return VLLMSampler(self.method, self.vllm_generation, self.accelerator.is_main_process)
+        return Sampler(self.method.temperature_rule)
+
+    def auxiliary_losses(self, batch: hapo.TokenBatch, scored: Scored) -> list[AuxiliaryLoss]:
+        """What is added to the method's loss on some rows of an optimiser step; each is logged under its name.
+
+        A mixture of experts has one, `aux_loss`, with the weight `router_aux_loss_coef`: keep it, and add others.
+
+        Args:
+            batch: the rows as the method's loss reads them; `totals` are of the whole step. Tokens outside `mask`,
+                dropped groups among them, are in no count.
+            scored: their log-probs and entropies (B,T) with gradients (none in an evaluation).
+        """
+        micro_batches = self.current_gradient_accumulation_steps if self.model.training else 1
+        micro_batches *= self.accelerator.num_processes
+        return router_losses(scored.router_loss, self.router_aux_loss_coef, micro_batches)
+
+    # -- rollout --------------------------------------------------------------------------------------------
+
+    def _generate_single_turn(self, prompt_ids: Any, images: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        generate = partial(super()._generate_single_turn, prompt_ids, images, *args, **kwargs)
+        net, train = self.accelerator.unwrap_model(self.model), self.model.training
+        if train:
+            self._sampled_with = self.temperature_stats  # None at the first step
+        stats = self._sampled_with if train else None
+        with self.clock.phase("generate"):
+            turn = self.sampler.draw(Request(net, prompt_ids, images, generate, train, stats))
+        if not train:
             self.model.eval()  # TRL leaves it in training mode after continuous batching
-            return turn
-        with sampling(self.accelerator.unwrap_model(self.model), self._temperature_factor()) as record:
-            completion_ids, _ = super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        self._drawn.add(record.draws)
-        return completion_ids, record.logps(completion_ids)
-
-    def _temperature_factor(self) -> Callable[[Tensor], Tensor] | None:
-        """The rule with the last rollout's statistics; None at the first step."""
-        factor, stats = self.method.temperature_rule, self._sampled_with
-        if factor is None or stats is None:
-            return None
-        return lambda entropy: factor(entropy, stats)
-
-    # -- scoring --------------------------------------------------------------------------------------------
+        self._turns.append(turn.draws)
+        return turn.completion_ids, turn.logps
 
     def _get_per_token_logps_and_entropies(
         self,
-        model: Any,
+        model: nn.Module,
         input_ids: Tensor,
         attention_mask: Tensor,
         logits_to_keep: int,
@@ -155,45 +162,15 @@ class HAPOTrainer(GRPOTrainer):
         compute_entropy: bool = False,
         compute_aux_loss: bool = False,
         **multimodal: Any,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        if compute_aux_loss or any(v is not None for v in multimodal.values()):
-            # Images and router losses: TRL's own pass, which computes the same two quantities.
-            logps, entropies, aux = super()._get_per_token_logps_and_entropies(
-                model,
-                input_ids,
-                attention_mask,
-                logits_to_keep,
-                batch_size,
-                compute_entropy=model is not self.ref_model,  # TRL's head on the reference has none
-                compute_aux_loss=compute_aux_loss,
-                **multimodal,
-            )
-        else:
-            aux = None
-            response = attention_mask[:, -logits_to_keep:].bool()
-            score = partial(self._text_scores, model, input_ids, attention_mask, response, batch_size)
-            # The first scores that a rollout asks for are those of the policy that drew it.
-            of_rollout = self._rollout_scores == [] and self._scores_rollout
-            drawn_ids = input_ids[:, -logits_to_keep:]
-            logps, entropies = self._drawn.scores(drawn_ids, response, score) if of_rollout else score()
-        if self._rollout_scores is not None and entropies is not None:
-            self._rollout_scores.append(entropies.detach())
-        return logps, entropies, aux
-
-    def _text_scores(
-        self, model: Any, input_ids: Tensor, attention_mask: Tensor, response: Tensor, batch_size: int | None
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies (B,T) of the response tokens, `batch_size` rows at a time."""
-        size = batch_size or len(input_ids)
-        parts = []
-        for ids, attention, mask in zip(
-            *(x.split(size) for x in (input_ids, attention_mask, response)), strict=True
-        ):
-            with self.accelerator.autocast():
-                parts.append(score_tokens(model, ids, attention, mask, t_base=self.temperature))
-        return torch.cat([p.logp for p in parts]), torch.cat([p.entropy for p in parts])
-
-    # -- rollout --------------------------------------------------------------------------------------------
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What TRL asks for while it makes a rollout: the policy that drew it, and the reference."""
+        images = {name: value for name, value in multimodal.items() if value is not None}
+        mask = attention_mask[:, -logits_to_keep:].bool()
+        rows = Sequences(input_ids, attention_mask, mask, images)
+        if self.beta and is_reference(model, self.accelerator.unwrap_model(model), self.ref_model):
+            return self.scorer.reference(model, rows, batch_size)
+        self._old = self.scorer.old(model, rows, batch_size, self._turns)
+        return self._old
 
     def _calculate_rewards(self, *args: Any) -> Tensor:
         with self.clock.phase("reward"):
@@ -201,35 +178,28 @@ class HAPOTrainer(GRPOTrainer):
         return self._rewards_per_func
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        with self.clock.rollout() if self.model.training else self.clock.pause():
-            if self._dynamic is not None and self.model.training:
-                rollout = self._dynamic.rollout(inputs)
+        train = self.model.training
+        with self.clock.rollout() if train else self.clock.pause():
+            if self._dynamic is not None and train:
+                rollout, metrics = self._dynamic.rollout(inputs, self._rollout)
+                self._log_values(metrics)
             else:
                 rollout = self._rollout(inputs)
-            rollout = self._prepare(rollout)
-        if self.model.training:
-            self._step_metrics.add_times()
+            self._prepare(rollout)
+        if train:
+            self._log_values(times(self.clock))
         return rollout
 
     def _rollout(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's rollout of these prompts, with rollout entropies and the verdict of each response."""
-        updates = self.args.steps_per_generation * self.num_iterations
-        # TRL scores the old policy first, unless it takes the ratio for 1.
-        self._scores_rollout = self.use_vllm or self.args.gradient_accumulation_steps % updates != 0
-        self._rollout_scores = []
-        self._drawn.begin()
+        self._turns, self._old = [], None
         output = super()._generate_and_score_completions(inputs)
-        if "old_per_token_logps" in output:
-            output["old_entropies"] = self._rollout_scores[0]
-        else:
-            with torch.no_grad():
-                logps, entropies = self._drawn.scores(
-                    output["completion_ids"],
-                    output["completion_mask"].bool(),
-                    lambda: self._score(self.model, output, self._micro_batch)[:2],
-                )
-            output["old_per_token_logps"], output["old_entropies"] = logps, entropies
-        self._rollout_scores = None
+        if self._old is None:  # TRL takes every ratio for 1, and has not asked
+            train, args = self.model.training, self.args
+            size = args.per_device_train_batch_size if train else args.per_device_eval_batch_size
+            self._old = self.scorer.old(self.model, Sequences.of(output), size, self._turns)
+        output["old_per_token_logps"], output["old_entropies"] = self._old.logp, self._old.entropy
+        self._turns, self._old = [], None
         per_func = self._rewards_per_func
         assert per_func is not None
         verdict = (per_func * self.reward_weights.to(per_func.device)).nansum(1)
@@ -238,227 +208,131 @@ class HAPOTrainer(GRPOTrainer):
         output["verdict"] = verdict[self.accelerator.process_index * rows :][:rows]
         return output
 
-    def _score(self, model: Any, inputs: dict[str, Any], batch_size: int | None = None) -> Any:
-        """Scores of the completions in `inputs`, with whatever images and tiles belong to them."""
-        names = (
-            "pixel_values",
-            "image_grid_thw",
-            "num_images",
-            "pixel_attention_mask",
-            "spatial_shapes",
-            "num_tiles",
-            "image_sizes",
-            "token_type_ids",
-            "mm_token_type_ids",
-            "image_position_ids",
+    def _prepare(self, rollout: dict[str, Any]) -> None:
+        """Method.prepare over the rollout batch of all ranks; this rank's rows go into `rollout`."""
+        train, args = self.model.training, self.args
+        punish = partial(
+            soft_overlong_punishment,
+            max_length=self.max_completion_length,
+            buffer=args.overlong_buffer,
+            factor=args.overlong_factor,
         )
-        multimodal = {name: inputs[name] for name in names if inputs.get(name) is not None}
-        aux_loss = self.aux_loss_enabled and torch.is_grad_enabled()
-        completion = inputs["completion_ids"]
-        ids = torch.cat([inputs["prompt_ids"], completion], 1)
-        attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
-        if not multimodal and not aux_loss:
-            needed = inputs.get("hapo_needed", inputs["completion_mask"].bool())
-            return *self._text_scores(model, ids, attention, needed, batch_size), None
-        return self._get_per_token_logps_and_entropies(
-            model,
-            ids,
-            attention,
-            completion.shape[1],
-            batch_size,
-            compute_entropy=True,
-            compute_aux_loss=aux_loss,
-            **multimodal,
+        prepared = prepare_rows(
+            self.method,
+            rollout,
+            self.accelerator,
+            group_size=self.num_generations if train else self.num_generations_eval,
+            punish=punish if args.overlong_buffer else None,
+            one_step=not train,
         )
-
-    @property
-    def _micro_batch(self) -> int:
-        train = self.model.training
-        return self.args.per_device_train_batch_size if train else self.args.per_device_eval_batch_size
-
-    def scored_tokens(self, rollout: dict[str, Any]) -> Tensor:
-        """Valid response tokens (B,T) of what a reward function could score; other responses are in no count."""
-        mask = rollout["completion_mask"]
-        mask = (mask if "tool_mask" not in rollout else mask * rollout["tool_mask"]).bool()
-        return mask & ~rollout["verdict"].isnan().unsqueeze(1)
-
-    def _prepare(self, rollout: dict[str, Any]) -> dict[str, Any]:
-        """Method.prepare over the rollout batch of all ranks; this rank keeps its rows."""
-        train = self.model.training
-        mask = self.scored_tokens(rollout)
-        local: dict[str, Any] = {
-            "mask": mask,
-            "old_logp": rollout["old_per_token_logps"],
-            "old_entropy": rollout["old_entropies"],
-            "verdict": rollout["verdict"],
-        }
-        if "ref_per_token_logps" in rollout:
-            local["ref_logp"] = rollout["ref_per_token_logps"]
-        if "sampling_per_token_logps" in rollout:
-            # Where vLLM has no log-prob for a token, it counts as drawn from the old policy.
-            sampler = rollout["sampling_per_token_logps"]
-            local["sampler_logp"] = torch.where(sampler.isnan(), local["old_logp"], sampler)
-        everyone: dict[str, Any] = gather_rows(self.accelerator, local)
-        n = self.num_generations if train else self.num_generations_eval
-        reward = everyone["verdict"]
-        if self.args.overlong_buffer:
-            length = everyone["mask"].sum(1)
-            reward = reward + soft_overlong_punishment(
-                length, self.max_completion_length, self.args.overlong_buffer, self.args.overlong_factor
-            )
-        group = torch.arange(len(reward), device=reward.device) // n
-        batch = self.method.prepare(hapo.TokenBatch(reward=reward, group=group, **everyone))
-        rows = slice(self.accelerator.process_index * len(mask), (self.accelerator.process_index + 1) * len(mask))
-        width = mask.shape[1]
-        for name in PREPARED:
-            x = getattr(batch, name)
-            if x is not None:
-                rollout[f"hapo_{name}"] = x[rows, :width]
-        rollout["hapo_reward"], rollout["hapo_group"] = reward[rows], group[rows]
-        rollout["hapo_response"] = torch.arange(len(reward), device=reward.device)[rows]
-        # All that count: where some have no tokens, and so no record, the records are not whole.
-        rollout["hapo_responses"] = batch.scored.sum()
-        rollout["advantages"] = rollout["hapo_advantage"]
-        if train:
-            self._step_metrics.add_rollout(batch, everyone["mask"])
-            if batch.stats is not None:  # a rollout of which every group was dropped leaves the former ones
-                self.temperature_stats = batch.stats
-        else:  # one step, of the policy that drew it
-            step = self.method.step(batch.replace(logp=batch.old_logp, entropy=batch.old_entropy))
-            rollout["hapo_totals"], rollout["hapo_stats"] = step.totals, step.stats
-            for name in ("signal", "keep"):
-                x = getattr(step, name)
-                if x is not None:
-                    rollout[f"hapo_{name}"] = x[rows, :width]
-        return rollout
+        prepared.rows.put(rollout)
+        if not train:
+            return
+        batch, rule = prepared.batch, self.method.temperature_rule
+        self._log_values(rollout_metrics(batch, prepared.scored, rule, self._sampled_with, self.temperature))
+        if not self.use_vllm:  # with vLLM, TRL logs the same
+            self._log_values(sampler_gap(batch))
+        if batch.stats is not None:  # a rollout of which every group was dropped leaves the former ones
+            self.temperature_stats = batch.stats
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         inputs = super()._prepare_inputs(generation_batch)
         if self.model.training:
-            first, per_step = self._step % self.args.steps_per_generation, self.args.gradient_accumulation_steps
+            first, per_step = self._step % len(self._buffered_inputs), self.args.gradient_accumulation_steps
             if first % per_step == 0:
-                begin_step(self, self._buffered_inputs[first : first + per_step])
+                self._begin_step(self._buffered_inputs[first : first + per_step])
         return inputs
+
+    def _begin_step(self, micro_batches: list[dict[str, Any]]) -> None:
+        """Method.step over the optimiser step of all ranks; what it makes goes into the micro-batches."""
+        rows = [RolloutRows.of(inputs) for inputs in micro_batches]
+
+        def score(i: int) -> tuple[Tensor, Tensor]:
+            with (
+                torch.no_grad(),
+                disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+            ):
+                scored = self.scorer.current(self.model, Sequences.of(micro_batches[i], rows[i].batch.mask))
+            assert scored.entropy is not None
+            return scored.logp, scored.entropy
+
+        made = step_rows(self.method, rows, self.accelerator, self.temperature_stats, score)
+        for inputs, of_step in zip(micro_batches, made, strict=True):
+            of_step.put(inputs)
 
     # -- loss -----------------------------------------------------------------------------------------------
 
-    def _batch(self, inputs: dict[str, Any], logp: Tensor | None, entropy: Tensor | None) -> hapo.TokenBatch:
-        """A micro-batch as the core reads it, with the current policy's scores."""
-        made: dict[str, Any] = {name: inputs.get(f"hapo_{name}") for name in (*PREPARED, "totals")}
-        return hapo.TokenBatch(
-            **made,
-            logp=logp,
-            entropy=entropy,
-            old_logp=inputs["old_per_token_logps"],
-            old_entropy=inputs["old_entropies"],
-            ref_logp=inputs.get("ref_per_token_logps"),
-            sampler_logp=inputs.get("sampling_per_token_logps"),
-            reward=inputs["hapo_reward"],
-            verdict=inputs["verdict"],
-            group=inputs["hapo_group"],
-            stats=inputs.get("hapo_stats", self.temperature_stats),
-        )
-
-    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """The micro-batch's share of the step's loss; all of its passes but the last have gone backward."""
-        train = self.model.training
-        recorded = self._records is not None and train and self._records.takes_tokens()
+        train, step = self.model.training, self.state.global_step + 1
+        records = self._records if self._records and train and self._records.takes_tokens(step) else None
         # Tokens of dropped groups count nowhere, but records show them.
-        mask = self.scored_tokens(inputs) if recorded else inputs["hapo_mask"]
-        *earlier, last = of_inputs(self, {**inputs, "hapo_needed": mask}, mask)
+        mask = RolloutRows.of(inputs).batch.mask if records is None else scored_tokens(inputs)
+        whole = self._sharded or self.aux_loss_enabled or "split" in self.method.breaks
+        *earlier, last = passes.split(inputs, mask, 0 if whole else self.args.tokens_per_pass)
+        if records is not None:
+            records.add_rewards(step, inputs)
         before = torch.zeros((), device=mask.device)
         for part in earlier:
             with self.accelerator.no_sync(model) if train else nullcontext():
-                loss = self._pass_loss(model, part, recorded)
+                loss = self._pass_loss(model, *part, records)
                 if train:
                     with torch.autocast(mask.device.type, enabled=False):
                         self.accelerator.backward(loss)
             before += loss.detach()
-        loss = self._pass_loss(model, last, recorded) + before
+        loss = self._pass_loss(model, *last, records) + before
         if not train or self.accelerator.gradient_state.sync_gradients:
             self._step_metrics.flush()
-            if recorded:
-                assert self._records is not None
-                self._records.write_tokens()
+            if records is not None:
+                records.write_tokens(step)
         return loss
 
-    def _pass_loss(self, model: Any, inputs: dict[str, Any], recorded: bool) -> Tensor:
-        logps, entropies, aux_loss = self._score(model, inputs)
-        batch = self._batch(inputs, logps, entropies.detach())
+    def _pass_loss(
+        self, model: nn.Module, inputs: dict[str, Any], mask: Tensor, records: Recorder | None
+    ) -> Tensor:
+        """Of some rows, scored at the tokens of `mask` (B,T)."""
+        router = self.aux_loss_enabled and torch.is_grad_enabled()
+        scored = self.scorer.current(model, Sequences.of(inputs, mask), router)
+        assert scored.entropy is not None
+        batch = RolloutRows.of(inputs).batch.replace(logp=scored.logp, entropy=scored.entropy.detach())
         out = self.method.loss(batch)
-        self._step_metrics.add(out, batch)
-        if recorded:
-            assert self._records is not None
-            self._records.add_tokens(inputs, batch, out)
-        # Data-parallel engines average gradients over ranks; the totals already count all of them.
-        loss = out.loss * self.accelerator.num_processes
-        if aux_loss is not None:
-            windows = self.current_gradient_accumulation_steps if self.model.training else 1
-            loss = loss + self.router_aux_loss_coef * aux_loss / windows
-            mode = "train" if self.model.training else "eval"
-            self._metrics[mode]["aux_loss"].append(self.accelerator.gather_for_metrics(aux_loss).mean().item())
+        auxiliary = self.auxiliary_losses(batch, scored)
+        loss = total(out.loss, auxiliary, self.accelerator.num_processes)
+        self._step_metrics.add(out, batch, auxiliary)
+        if records is not None:
+            records.add_tokens(self.state.global_step + 1, inputs, batch, out, self._sampled_with)
         return loss
 
-    # -- order, checkpoints, records ------------------------------------------------------------------------
+    # -- log and checkpoints --------------------------------------------------------------------------------
 
-    def _get_train_sampler(self, dataset: Any = None) -> EpochSampler:
-        template = super()._get_train_sampler(dataset)
-        return EpochSampler(
-            data_source=template.data_source,
-            mini_repeat_count=template.mini_repeat_count,
-            batch_size=template.batch_size,
-            repeat_count=template.repeat_count,
-            shuffle=template.shuffle,
-            seed=template.seed,
-            trainer_state=lambda: self.state,
+    def _log_value(self, name: str, value: float) -> None:
+        self._metrics["train" if self.model.training else "eval"][name].append(value)
+
+    def _log_values(self, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._log_value(name, value)
+
+    def _run_state(self) -> RunState:
+        inside = self._step % (self.args.steps_per_generation * self.num_iterations)
+        dynamic = self._dynamic
+        return RunState(
+            stats=self.temperature_stats,
+            sampled_with=self._sampled_with,
+            micro_step=self._step,
+            fresh_prompts=0 if dynamic is None else dynamic.prompts.position,
+            mixed_share=None if dynamic is None else dynamic.share,
+            metrics=self._metrics["train"],
+            loss=self._loss_sums(),
+            rollout=self._buffered_inputs if inside else None,
         )
 
-    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
-        """As in TRL. A checkpoint is checked before any work; the run folder is opened for records."""
-        checkpoint = check_checkpoint(self, resume_from_checkpoint)
-        if self.args.run_records:
-            self._records = Recorder(self, checkpoint)
-        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in TRL; the line goes to metrics.jsonl too."""
-        super().log(logs, start_time)
-        if self._records is not None:
-            self._records.records.add_metrics(self.state.log_history[-1])
-
-    def create_model_card(
-        self, model_name: Any = None, dataset_name: Any = None, tags: Any = None, weights: str | None = None
-    ) -> None:
-        """Write the card of the model as it is now to README.md of the output folder; each checkpoint does.
-
-        Args:
-            model_name, dataset_name, tags: TRL's, not read: the card knows them from the run.
-            weights: folder of the weights, seen from the output folder; the repository on the Hub, if the model
-                goes to one, or else the checkpoint of this step.
-        """
-        if not self.is_world_process_zero():
-            return
-        folder, checkpoints = Path(self.args.output_dir), Path(self._get_output_dir(None))
-        last = checkpoints.relative_to(folder) / f"checkpoint-{self.state.global_step}"
-        model_card(self, self.hub_model_id or weights or last.as_posix()).save(folder / "README.md")
-
-    def _get_output_dir(self, trial: Any) -> str:
-        folder = super()._get_output_dir(trial)
-        return str(Path(folder) / "checkpoints") if self.args.run_records else folder
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = Path(self._get_output_dir(trial))
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        save_state(self, folder / f"checkpoint-{self.state.global_step}")
-        if self.args.should_save:  # older ones go only now that this one is complete
-            best = self.state.best_model_checkpoint
-            rotate_checkpoints(str(folder), limit, best_model_checkpoint=best, use_mtime=True)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            load_state(self, Path(checkpoint))
+    def _take_up(self, state: RunState) -> None:
+        """Put the trainer where a checkpoint left it."""
+        self.temperature_stats, self._sampled_with = state.stats, state.sampled_with
+        self._step = state.micro_step
+        self._metrics["train"] = defaultdict(list, state.metrics)
+        if self._dynamic is not None:
+            self._dynamic.prompts.position, self._dynamic.share = state.fresh_prompts, state.mixed_share
+        if state.rollout is not None:
+            self._buffered_inputs = state.rollout
+        self.add_callback(OnceAtBegin(partial(self._restore_loss, state.loss)))

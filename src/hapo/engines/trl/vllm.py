@@ -23,19 +23,18 @@ def check_rule(method: Method) -> None:
     )
 
 
-def check_images(trainer: Any) -> None:
+def check_images(generation: Any, method: Method) -> None:
     """Raise a ValueError where TRL would send images without the rule: to a server, asked in another way."""
-    if trainer.vllm_generation.mode == "server" and trainer.method.temperature_rule is not None:
+    if generation.mode == "server" and method.temperature_rule is not None:
         raise ValueError(
             'TRL\'s requests with images to a vLLM server carry no temperature rule: set vllm_mode="colocate", or '
             "take a method without an adaptive temperature"
         )
 
 
-def send_rule(trainer: Any, stats: EntropyStats | None) -> None:
+def send_rule(generation: Any, method: Method, stats: EntropyStats | None) -> None:
     """Give the method's rule with these statistics to the following requests; without statistics, T_base."""
-    rule = rule_of(trainer.method, stats)
-    generation = trainer.vllm_generation
+    rule = rule_of(method, stats)
     key = "vllm_xargs" if generation.mode == "server" else "extra_args"
     others = {k: v for k, v in generation.generation_kwargs.items() if k != key}
     given = (generation.generation_kwargs.get(key) or {}).items()
@@ -44,30 +43,34 @@ def send_rule(trainer: Any, stats: EntropyStats | None) -> None:
     generation.generation_kwargs = {**others, key: args} if args else others
 
 
-def attach(trainer: Any) -> None:
+def attach(generation: Any, method: Method, is_main: bool) -> None:
     """After TRL has made its engine: check that vLLM will apply a rule; sync weights on CPUs.
+
+    Args:
+        generation: TRL's `vllm_generation`.
+        method: whose rule it is.
+        is_main: whether this process is the one that asks a server.
 
     Raises:
         ValueError: the server returns log-probs of another distribution than the one that drew the tokens.
         RuntimeError: vLLM does not run the processor of `hapo.samplers.vllm`.
     """
-    generation = trainer.vllm_generation
     if generation.mode == "server":
-        if trainer.accelerator.is_main_process:
+        if is_main:
             mode = generation.vllm_client.get_server_info()["model_config"]["logprobs_mode"]
             if mode != "processed_logprobs":
                 raise ValueError(
                     f"the vLLM server returns {mode}, not those of the distribution that drew the tokens: "
                     "start it with --logprobs-mode processed_logprobs"
                 )
-            if trainer.method.temperature_rule is not None:
+            if method.temperature_rule is not None:
                 _check_server(generation.vllm_client)
         return
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
         generation.sync_weights = lambda: _reload_weights(generation)
-    if trainer.method.temperature_rule is not None:
+    if method.temperature_rule is not None:
         _check_engine(generation.llm)
 
 

@@ -39,13 +39,16 @@ class TokenRecorder:
         if method.temperature_rule is not None and self.plan.sampled_with is not None:
             temperature = temperature * method.temperature_rule(batch.old_entropy, self.plan.sampled_with)
         decode = self.tokenizer.batch_decode
+        mask = padded["response_mask"][rows].bool() & batch.scored.unsqueeze(1)
+        response = chosen["hapo_response"][rows]
+        self.records.add_rewards(self.plan.step, batch, mask, response, self.plan.responses)
         self.records.add_tokens(
             self.step,
             self.plan.step,
             batch,
             {name: x[rows] for name, x in out.tokens.items()},
-            mask=padded["response_mask"][rows].bool() & batch.scored.unsqueeze(1),
-            response=chosen["hapo_response"][rows],
+            mask=mask,
+            response=response,
             responses=self.plan.responses,
             ids=ids,
             texts=[decode([[t] for t in row]) for row in ids.tolist()],

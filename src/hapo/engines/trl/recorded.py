@@ -1,0 +1,125 @@
+"""What a run leaves behind: the order of its data, its log lines, records, model card and checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import is_peft_model
+from transformers.trainer_utils import rotate_checkpoints
+from trl import GRPOTrainer
+
+from ...method import Method
+from .card import model_card
+from .checkpoint import RunState, check_checkpoint, layout_of, load_state, save_state
+from .config import HAPOConfig
+from .recorder import Recorder, open_records
+from .rollout import EpochSampler
+
+
+class RecordedTrainer(GRPOTrainer):
+    """TRL's trainer with run records, and with checkpoints that a resumed run continues bit for bit.
+
+    A subclass sets `method` and `recipe`, and says what of it a checkpoint holds.
+    """
+
+    args: HAPOConfig
+    method: Method
+    recipe: dict[str, Any]
+    """What beside `args` the run was told (model, task); written to config.yaml."""
+    _records: Recorder | None = None
+
+    def _run_state(self) -> RunState:
+        """What a checkpoint holds beside TRL's; called on all ranks."""
+        raise NotImplementedError
+
+    def _take_up(self, state: RunState) -> None:
+        """Go on from where a checkpoint was written."""
+        raise NotImplementedError
+
+    def _get_train_sampler(self, dataset: Any = None) -> EpochSampler:
+        return EpochSampler.like(super()._get_train_sampler(dataset), lambda: self.state)
+
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        """As in TRL. A checkpoint is checked before any work; the run folder is opened for records."""
+        folder = Path(self._get_output_dir(None))
+        checkpoint = check_checkpoint(resume_from_checkpoint, folder, self.method, self._layout())
+        if self.args.run_records:
+            net = self.accelerator.unwrap_model(self.model)
+            records = open_records(self.args, self.method, self.recipe, net, self.train_dataset, checkpoint)
+            self._records = Recorder(records, self.args, self.method, self._tokenizer.batch_decode)
+        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in TRL; the line goes to metrics.jsonl too."""
+        super().log(logs, start_time)
+        if self._records is not None:
+            self._records.records.add_metrics(self.state.log_history[-1])
+
+    def create_model_card(
+        self, model_name: Any = None, dataset_name: Any = None, tags: Any = None, weights: str | None = None
+    ) -> None:
+        """Write the card of the model as it is now to README.md of the output folder; each checkpoint does.
+
+        Args:
+            model_name, dataset_name, tags: TRL's, not read: the card knows them from the run.
+            weights: folder of the weights, seen from the output folder; the repository on the Hub, if the model
+                goes to one, or else the checkpoint of this step.
+        """
+        if not self.is_world_process_zero():
+            return
+        folder, checkpoints = Path(self.args.output_dir), Path(self._get_output_dir(None))
+        last = checkpoints.relative_to(folder) / f"checkpoint-{self.state.global_step}"
+        card = model_card(
+            self.args,
+            self.method,
+            recipe=self.recipe,
+            base=str(self.recipe.get("model_name_or_path") or self.model.config._name_or_path or ""),
+            adapter=is_peft_model(self.accelerator.unwrap_model(self.model)),
+            rewards=self.reward_func_names,
+            prompts=len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None,
+            step=self.state.global_step,
+            tags=self._tag_names,
+            hub_id=self.hub_model_id,
+            weights=self.hub_model_id or weights or last.as_posix(),
+        )
+        card.save(folder / "README.md")
+
+    def _layout(self) -> dict[str, Any]:
+        return layout_of(self.args, self.accelerator.num_processes)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder) / "checkpoints") if self.args.run_records else folder
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial))
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        checkpoint = folder / f"checkpoint-{self.state.global_step}"
+        save_state(checkpoint, self._run_state(), self.accelerator, self.method, self._layout())
+        if self.args.should_save:  # older ones go only now that this one is complete
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(folder), limit, best_model_checkpoint=best, use_mtime=True)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._take_up(load_state(Path(checkpoint), self.accelerator))
+
+    def _loss_sums(self) -> dict[str, float]:
+        """What transformers has added up of the loss."""
+        return {
+            "since_log": self.accelerator.gather(self._tr_loss.detach()).mean().item(),
+            "last_log": self._globalstep_last_logged,
+            "total": self._total_loss_scalar,
+        }
+
+    def _restore_loss(self, loss: dict[str, float]) -> None:
+        self._tr_loss.fill_(loss["since_log"])
+        self._globalstep_last_logged = loss["last_log"]
+        self._total_loss_scalar = loss["total"]
+        self._initial_global_step = 0  # the mean loss is of the whole run

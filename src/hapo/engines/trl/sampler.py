@@ -1,0 +1,93 @@
+"""One turn of generation: who draws, at which temperature, and what is known of the draws afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ...batch import EntropyStats
+from ...method import Method
+from ...samplers.decoding import Draws
+from ...samplers.transformers import sampling
+from . import vllm
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be drawn."""
+
+    net: nn.Module
+    """The policy, without wrappers."""
+    prompt_ids: list[list[int]]
+    images: list[Any] | None
+    """Of each prompt; None for text."""
+    generate: Callable[[], tuple[list[list[int]], list[list[float]] | None]]
+    """TRL's generation of this turn: completions, and log-probs where TRL knows them."""
+    train: bool
+    """False: an evaluation, which draws at T_base."""
+    stats: EntropyStats | None
+    """Of the last rollout batch; None at the first, and in an evaluation."""
+
+
+class Turn(NamedTuple):
+    """What one turn drew."""
+
+    completion_ids: list[list[int]]
+    """A row a prompt, end of sequence included, without padding."""
+    logps: list[list[float]] | None
+    """Log-probs in nats under the distribution that drew each token; None where they are not known."""
+    draws: Draws | None = None
+    """The policy's own log-probs and entropies, where generation tells them: they may save a scoring pass."""
+
+
+class Sampler:
+    """`generate()` or continuous batching of transformers, with a temperature rule.
+
+    `HAPOTrainer.make_sampler` makes one; a subclass of both takes its place.
+
+    Args:
+        factor: the temperature rule, (entropies in nats, statistics) -> factors on T_base; None: T_base.
+    """
+
+    def __init__(self, factor: Callable[[Tensor, EntropyStats], Tensor] | None) -> None:
+        self.factor = factor
+
+    def draw(self, asked: Request) -> Turn:
+        """One turn: call `asked.generate` once, or draw in another way."""
+        if not asked.train:
+            return Turn(*asked.generate())
+        factor, stats = self.factor, asked.stats
+        rule = None if factor is None or stats is None else lambda entropy: factor(entropy, stats)
+        with sampling(asked.net, rule) as record:
+            completion_ids, _ = asked.generate()
+        return Turn(completion_ids, record.logps(completion_ids), record.draws)
+
+
+class VLLMSampler(Sampler):
+    """TRL's vLLM, told the temperature rule with every request.
+
+    Args:
+        method: whose temperature rule it is.
+        generation: TRL's `vllm_generation`.
+        is_main: whether this process is the one that asks a server.
+
+    Raises:
+        ValueError: the server returns log-probs of another distribution than the one that drew the tokens; or, of
+            `draw`, TRL would send images without the rule.
+        RuntimeError: vLLM does not run the processor of `hapo.samplers.vllm`.
+    """
+
+    def __init__(self, method: Method, generation: Any, is_main: bool) -> None:
+        super().__init__(method.temperature_rule)
+        self.method, self.generation = method, generation
+        vllm.attach(generation, method, is_main)
+
+    def draw(self, asked: Request) -> Turn:
+        """One turn."""
+        if asked.images is not None:
+            vllm.check_images(self.generation, self.method)
+        vllm.send_rule(self.generation, self.method, asked.stats)
+        return Turn(*asked.generate())
