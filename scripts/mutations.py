@@ -58,7 +58,10 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("scoring.py", "cooler = 1 / factor(entropy[rows])", "cooler = factor(entropy[rows])", SCORES),
     ("scoring.py", "return parameter.full_tensor(grad_placements=[Partial(\"avg\")] * parameter.device_mesh.ndim)", "return parameter.full_tensor()", SCORES + " -k ddp"),
     # the TRL engine
-    ("engines/trl/auxiliary.py", "loss = loss * ranks\n", "", EXACT + " -k ranks"),
+    ("engines/trl/auxiliary.py", "loss = loss * ranks\n", "loss = loss * 1\n", EXACT + " -k ranks"),
+    ("engines/trl/auxiliary.py", "loss = loss + weight * value * ranks", "loss = loss + weight * value", EXACT + " -k ranks"),
+    ("engines/trl/auxiliary.py", "value / micro_batches", "value", "tests/engines/test_trl_parts.py -k router"),
+    ("engines/trl/scorer.py", 'layer.disable_adapters or "ref" in layer.active_adapters', '"ref" in layer.active_adapters', "tests/engines/test_trl_parts.py"),
     ("engines/trl/rows.py", "group = torch.arange(len(reward), device=reward.device) // group_size\n", "group = torch.arange(len(reward), device=reward.device) // 2\n", RUNS + " -k dynamic"),
     ("engines/trl/scorer.py", "parts.append(score_tokens(model, ids, attention, mask, t_base=self.t_base))", "parts.append(score_tokens(model, ids, attention, mask))", EXACT + " -k core"),
     ("engines/trl/trainer.py", "self._sampled_with = self.temperature_stats  # None at the first step", "pass", RUNS + " -k adaptive"),
