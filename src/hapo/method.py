@@ -124,8 +124,10 @@ class Method:
 
     @property
     def loss_reads_entropy(self) -> bool:
-        """loss() needs `entropy` of the current policy: a signal or a selection is made there."""
-        return "loss" in self._made_at.values()
+        """loss() needs `entropy` of the current policy: made there, or read by a `Stage`."""
+        of_loss = (self.ratio, self.bounds, self.shaping, self.surrogate, self.penalty)
+        reads = {name for stage in of_loss if isinstance(stage, Stage) for name in stage.reads}
+        return "loss" in self._made_at.values() or "entropy" in reads
 
     @property
     def _made_at(self) -> dict[str, When]:

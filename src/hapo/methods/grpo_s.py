@@ -5,13 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
-
 from ..method import Method
-from ..parts.advantage import Singleton
 from ..parts.bounds import constant_bounds
-from ..parts.entropy import mean_entropy
 from ..parts.ratio import mean_ratio
 from ..parts.reduce import sequence_mean
 from ..parts.surrogate import clipped_surrogate
@@ -62,34 +57,10 @@ class GRPOS(EntropyShaped):
         reads = ("old_entropy", "reward", "verdict", "group", "mask")
         return Method(
             **self.shared(),
-            advantage=Stage(response_share_advantage, *reads, normalisation=self.variant, **shares),
+            advantage=Stage(share_advantage, *reads, level="response", normalisation=self.variant, **shares),
             ratio=Stage(mean_ratio, "logp", "old_logp", "mask"),
             bounds=Stage(constant_bounds, "ratio", low=self.eps_low, high=self.eps_high),
             surrogate=Stage(clipped_surrogate, "ratio", "advantage", "bounds", dual_clip=self.dual_clip),
             penalty=k3_penalty(self.kl_coef),
             reduce=sequence_mean,
         )
-
-
-def response_share_advantage(
-    entropy: Float[Tensor, "B T"],
-    reward: Float[Tensor, " B"],
-    verdict: Float[Tensor, " B"],
-    group: Int[Tensor, " B"],
-    mask: Bool[Tensor, "B T"],
-    base: float = 1.0,
-    bonus: float = 0.1,
-    threshold: float = 0.5,
-    normalisation: Literal["padded", "joint", "own"] = "padded",
-    singleton: Singleton = "zero",
-) -> Float[Tensor, "B T"]:
-    """`share_advantage` of the responses' mean entropies: the same number on every token of a response.
-
-    A response without tokens has no entropy, and is not part of its group.
-    """
-    mean = mean_entropy(entropy, mask).unsqueeze(1).to(entropy.dtype)
-    rows = mask.any(-1, keepdim=True)
-    advantage = share_advantage(
-        mean, reward, verdict, group, rows, base, bonus, threshold, normalisation, singleton
-    )
-    return advantage.expand(mask.shape)

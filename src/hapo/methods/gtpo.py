@@ -13,6 +13,7 @@ from torch import Tensor
 from ..method import Method
 from ..parts.advantage import STD_EPS, Singleton, signed_advantage
 from ..parts.bounds import constant_bounds
+from ..parts.entropy import mean_entropy
 from ..parts.groups import alone
 from ..parts.reduce import token_mean
 from ..parts.shaping import entropy_shaped_reward
@@ -96,15 +97,20 @@ def share_advantage(
     threshold: float = 0.5,
     normalisation: Literal["padded", "own", "joint"] = "padded",
     singleton: Singleton = "zero",
+    level: Literal["token", "response"] = "token",
 ) -> Float[Tensor, "B T"]:
     """Advantages from rewards shaped by shares of entropy, apart for verdicts above and below the threshold.
 
-    With mean entropies and T = 1 it is GRPO-S's, a number per response.
+    `level="response"` (GRPO-S): of the responses' mean entropies, the same number on every token of a response. A
+    response without tokens has no entropy, and is not part of its group.
     """
+    dtype, shape = entropy.dtype, mask.shape
+    if level == "response":
+        entropy, mask = mean_entropy(entropy, mask).unsqueeze(1).to(dtype), mask.any(-1, keepdim=True)
     correct = verdict > threshold
     shaped = entropy_shaped_reward(entropy, correct, group, mask, base, bonus)
     advantage = signed_advantage(shaped, correct, group, mask, normalisation)
     if singleton == "reward":
         single = alone(group, mask.any(-1)).unsqueeze(1)
         advantage = torch.where(single & mask, reward.unsqueeze(1).double() / (1 + STD_EPS), advantage)
-    return advantage.to(entropy.dtype)
+    return advantage.to(dtype).expand(shape)

@@ -43,10 +43,10 @@ def group_advantage(
     """
     centred, n = _centred(reward, group)
     if not scale:
-        return _on_tokens(centred, reward, group, mask, singleton, divisor=1.0)
+        return _on_tokens(centred, reward, group, mask, singleton, 1.0)
     index, k = group_index(group)
     std = (group_sum(centred.square(), index, k)[index] / (n - 1).clamp_min(1)).sqrt()
-    return _on_tokens(centred / (std + std_eps), reward, group, mask, singleton)
+    return _on_tokens(centred / (std + std_eps), reward, group, mask, singleton, 1.0 + std_eps)
 
 
 def leave_one_out_advantage(
@@ -61,7 +61,7 @@ def leave_one_out_advantage(
     It is n / (n - 1) times the reward's distance from the group's mean.
     """
     centred, n = _centred(reward, group)
-    return _on_tokens(centred * n / (n - 1).clamp_min(1), reward, group, mask, singleton, divisor=1.0)
+    return _on_tokens(centred * n / (n - 1).clamp_min(1), reward, group, mask, singleton, 1.0)
 
 
 def token_group_advantage(
@@ -90,7 +90,7 @@ def token_group_advantage(
     std = (group_sum(length * centred.square(), index, k) / n).sqrt()
     advantage = centred / (std[index] + std_eps)
     advantage = torch.where(equal_rewards(r, group, rows), 0.0, advantage)
-    out = _on_tokens(advantage, reward, group, mask, singleton)
+    out = _on_tokens(advantage, reward, group, mask, singleton, 1.0 + std_eps)
     if fallback_threshold is not None:
         by_group = group_advantage(reward, group, mask, singleton=singleton, std_eps=std_eps)
         extreme = group_sum((advantage.abs() >= fallback_threshold).double(), index, k)
@@ -146,7 +146,7 @@ def _on_tokens(
     group: Tensor,
     mask: Tensor,
     singleton: Singleton,
-    divisor: float = 1.0 + STD_EPS,
+    divisor: float,
 ) -> Float[Tensor, "B T"]:
     """The rows' advantages on their valid tokens: exactly 0 where a group's rewards are equal."""
     counted = ~reward.isnan()
