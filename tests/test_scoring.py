@@ -196,6 +196,27 @@ def test_only_what_the_gradient_needs_is_kept_and_computed():
         assert ({"log_softmax", "exp"} <= seen.names) == needs_log_p_and_p
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_masked_vocabulary_is_one_without_these_tokens(dtype):
+    """Biases of -inf: scores, and gradients through log-prob and entropy, are those of the rows that are left."""
+    hidden, weight, bias, tokens = inputs(dtype=dtype)
+    bias = bias.detach().clone()
+    bias[3:6] = -torch.inf
+    kept = [0, 1, 2, *range(6, len(bias))]
+    taken = tokens.masked_fill((tokens >= 3) & (tokens < 6), 7)
+    results = []
+    for w, b, t in ((weight, bias, taken), (weight[kept], bias[kept], torch.where(taken > 5, taken - 3, taken))):
+        scores = score_hidden(hidden, w, t, bias=b, factor=factor, chunk_tokens=3)
+        total = scores.logp.sum() + 2 * scores.entropy.sum()
+        results.append((scores, *torch.autograd.grad(total, (hidden, weight))))
+    (masked, *gradients), (without, *expected) = results
+    for name in ("logp", "entropy", "sampler_logp"):
+        torch.testing.assert_close(getattr(masked, name), getattr(without, name), atol=1e-5, rtol=0)
+    for x, y in zip(gradients, expected, strict=True):
+        assert x.isfinite().all()
+        torch.testing.assert_close(x, y, atol=1e-5 if dtype != torch.bfloat16 else 2e-2, rtol=1e-5)
+
+
 def test_bad_arguments_are_named():
     hidden, weight, _, tokens = inputs()
     with pytest.raises(ValueError, match="t_base must be positive, got 0"):

@@ -26,6 +26,9 @@ from .kernels import use_triton
 Factor = Callable[[Tensor], Tensor]
 """Entropy (n,), nats -> positive temperature factor (n,)."""
 
+IMPOSSIBLE = -1e4
+"""Floor of a log-probability in the entropy, nats: exp of it is 0 in every dtype, and 0 times it is 0, not NaN."""
+
 # CUDA multiplies half-precision operands into a float32 result since torch 2.8.
 _MIXED_PRODUCTS = "dtype_out" in torch.ops.aten.addmm.overloads()
 
@@ -64,6 +67,9 @@ def score_hidden(
     Gradients of `logp` and `entropy` reach `hidden`, `weight` and `bias`, exactly; the entropy's work is left
     out where only `logp` gets a gradient, and nothing is kept where no gradient is needed. `sampler_logp` is
     detached, and `factor` sees entropies without a gradient, chunk by chunk.
+
+    A logit of -inf (a bias of -inf in a padded output layer) is a token of probability 0: it adds nothing to the
+    entropy and gets no gradient.
 
     Sums and outputs are float32 (float64 if an input is), for bf16 and fp16 inputs too. CUDA takes half-precision
     operands, autocast's included, as they are; there the logits' gradient is rounded to that dtype, as in a linear
@@ -314,7 +320,7 @@ class _Score(torch.autograd.Function):
                 assert spare is not None
                 log_p = torch.log_softmax(z, -1, out=spare[:n])
                 logp[rows] = log_p.gather(-1, taken[:, None]).squeeze(-1)
-                entropy[rows] = torch.exp(log_p, out=z).mul_(log_p).sum(-1).neg_()
+                entropy[rows] = torch.exp(log_p, out=z).mul_(log_p.clamp_min_(IMPOSSIBLE)).sum(-1).neg_()
             if factor is not None and sampler_logp is not None:
                 cooler = 1 / factor(entropy[rows])
                 if kernels is not None:
@@ -362,7 +368,7 @@ class _Score(torch.autograd.Function):
                 if b is None or p_buffer is None:
                     torch.softmax(z, -1, out=g).mul_(-a)
                 else:  # -p (a + b (log p + H))
-                    p = torch.exp(torch.log_softmax(z, -1, out=g), out=p_buffer[:n])
+                    p = torch.exp(torch.log_softmax(z, -1, out=g).clamp_min_(IMPOSSIBLE), out=p_buffer[:n])
                     torch.addcmul(-a - b * entropy[rows, None], g, b, value=-1.0, out=g).mul_(p)
                 g.scatter_add_(-1, tokens[rows, None], a)
             head.pull_back_(g, z)

@@ -1,6 +1,7 @@
 """Whole short runs of the TRL engine: what a user of GRPOTrainer expects to keep working, and what is refused."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -20,6 +21,9 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 import hapo
+from hapo.engines.trl.auxiliary import AuxiliaryLoss
+from hapo.engines.trl.checkpoint import complete_checkpoints
+from hapo.engines.trl.finite import NotFiniteError
 from hapo.engines.trl.rollout import EpochSampler, prompts_to_draw
 from hapo.engines.trl.rows import RolloutRows
 from hapo.engines.version import require
@@ -711,3 +715,50 @@ def test_the_callers_config_stays_as_it_is(tmp_path):
     )
     assert config.method_options is None
     assert config.beta is None
+
+
+def masked_vocabulary(dtype):
+    """A Llama whose output layer is padded: three tokens that it never gives, by a bias of -inf."""
+    net = tiny.model()
+    head = torch.nn.Linear(net.lm_head.in_features, net.lm_head.out_features)
+    with torch.no_grad():
+        head.weight.copy_(net.lm_head.weight)
+        head.bias.zero_()
+        head.bias[-3:] = -torch.inf
+    net.lm_head = head
+    return net.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["hapo", "forking_tokens"])
+def test_a_masked_vocabulary_trains(tmp_path, method, dtype):
+    net = masked_vocabulary(dtype)
+    trainer = tiny.trainer(tmp_path, net, method=method, save_strategy="steps", save_steps=4, learning_rate=1e-3)
+    before = weights(trainer)
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert all(math.isfinite(line[name]) for line in lines for name in ("loss", "grad_norm", "entropy"))
+    assert any(line["grad_norm"] > 0 for line in lines)
+    after = weights(trainer)
+    assert all(not w.isnan().any() for w in after.values())
+    assert any(not torch.equal(before[n], w) for n, w in after.items())
+
+
+def test_training_stops_before_a_number_that_is_not_finite_reaches_the_weights(tmp_path):
+    """The gradient of step 3 is NaN: its weights stay, and so does the checkpoint of step 2."""
+
+    class Poisoned(HAPOTrainer):
+        def auxiliary_losses(self, batch, scored):
+            bad = torch.nan if self.state.global_step == 2 else 0.0
+            return [AuxiliaryLoss("poison", 1.0, bad * scored.logp.sum())]
+
+    trainer = tiny.trainer(tmp_path, kind=Poisoned, save_strategy="steps", save_steps=1)
+    with pytest.raises(NotFiniteError, match=r"the loss is nan at optimiser step 3, .* last checkpoint is whole"):
+        trainer.train()
+    assert [path.name for path in complete_checkpoints(tmp_path)][-1] == "checkpoint-2"
+    assert all(w.isfinite().all() for w in weights(trainer).values())
+    with torch.no_grad():
+        trainer.model.lm_head.weight[0, 0] = torch.nan
+    with pytest.raises(NotFiniteError, match=r"lm_head.weight holds NaN or infinity after optimiser step 2"):
+        trainer.save_model(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()

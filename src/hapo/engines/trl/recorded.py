@@ -13,6 +13,7 @@ from ...method import Method
 from .card import model_card
 from .checkpoint import RunState, check_checkpoint, layout_of, load_state, save_state
 from .config import HAPOConfig
+from .finite import check, check_weights
 from .recorder import Recorder, open_records
 from .rollout import EpochSampler
 
@@ -91,6 +92,17 @@ class RecordedTrainer(GRPOTrainer):
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
         return str(Path(folder) / "checkpoints") if self.args.run_records else folder
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.accelerator.scaler is None:  # with fp16 the scaler skips steps whose gradients overflow
+            check("gradient norm", norm, self.state.global_step + 1)
+        return norm
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in TRL; weights that are not finite are refused (`hapo.engines.trl.finite`)."""
+        check_weights(self.accelerator.unwrap_model(self.model), self.state.global_step)
+        super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial))

@@ -28,7 +28,7 @@ from ...samplers.decoding import Draws
 from ...scoring import attach_scoring
 from ..metrics import rollout_metrics, sampler_gap
 from ..records import check_writable
-from . import passes
+from . import finite, passes
 from .auxiliary import AuxiliaryLoss, router_losses, total
 from .checkpoint import OnceAtBegin, RunState
 from .config import HAPOConfig, check_arguments, resolve_method
@@ -281,6 +281,8 @@ class HAPOTrainer(RecordedTrainer):
                         self.accelerator.backward(loss)
             before += loss.detach()
         loss = self._pass_loss(model, *last, records) + before
+        if train:
+            finite.check("loss", loss.detach(), step)
         if not train or self.accelerator.gradient_state.sync_gradients:
             self._step_metrics.flush()
             if records is not None:
