@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +108,48 @@ def test_config_yaml_is_a_recipe_and_an_interrupted_run_resumes_to_the_same_weig
     assert [accuracy(m) for m in evaluations(again)] == [accuracy(m) for m in evaluations(finished)]
 
 
+def hashes(folder: Path) -> dict[str, str]:
+    return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_finished_run_is_not_trained_on_and_can_be_prolonged(finished, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    before = hashes(run)
+    assert main(["train", "--resume", str(run)]) == 0
+    assert f"{run} is finished: 5 optimiser steps (max_steps). Nothing to do" in capsys.readouterr().out
+    assert hashes(run) == before
+    assert main(["train", "--resume", str(run), "--max_steps", "5"]) == 2
+    assert "the run has 5 optimiser steps: --max_steps must be above that, got 5" in capsys.readouterr().err
+    assert hashes(run) == before
+
+    assert main(["train", "--resume", str(run), "--max_steps", "7"]) == 0
+    assert main(train(tmp_path / "whole", max_steps=7)) == 0
+    assert metrics(run) == metrics(tmp_path / "whole")
+    assert (run / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+    assert yaml.safe_load((run / "config.yaml").read_text())["max_steps"] == 7
+    assert json.loads((run / "finished.json").read_text())["steps"] == 7
+
+
+@pytest.mark.parametrize("gone", [["finished.json", "model", "report.html"], ["report.html"]])
+def test_a_run_that_was_killed_after_its_last_step_gets_what_it_lacks_and_no_step_more(finished, tmp_path, gone):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    for name in gone:
+        shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink()
+    assert main(["train", "--resume", str(run)]) == 0
+    assert metrics(run) == metrics(finished)
+    assert (run / WEIGHTS).read_bytes() == (finished / WEIGHTS).read_bytes()
+    assert evaluations(run) == evaluations(finished)
+    ends = [json.loads((folder / "finished.json").read_text()) for folder in (run, finished)]
+    assert [(end["steps"], end["num_tokens"], end["why"]) for end in ends][0] == (
+        5,
+        ends[1]["num_tokens"],
+        "max_steps",
+    )
+    assert "<html" in (run / "report.html").read_text()
+
+
 def test_training_does_not_depend_on_whether_accuracy_is_measured(finished, tmp_path):
     assert main([*train(tmp_path / "run"), "--no_evaluate"]) == 0
     assert not (tmp_path / "run/evaluations.jsonl").exists()
@@ -173,7 +217,7 @@ def test_debugging_raises(tmp_path, monkeypatch):
         ({"model": "no/such/model"}, 1, "no/such/model"),
         ({"run_records": False}, 2, "run_records cannot be off"),
         ({"resume_from_checkpoint": "x"}, 2, "resume with `hapo train --resume RUN`"),
-        ({"resume": "x"}, 2, "--resume RUN goes alone"),
+        ({"resume": "x"}, 2, "--resume RUN goes alone, or with --max_steps N"),
         ({"threads": 0}, 2, "threads must be at least 1, got 0"),
     ],
 )

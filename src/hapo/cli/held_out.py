@@ -65,6 +65,17 @@ class Course(TrainerCallback):
         self._before = json.loads(file.read_text())["seconds"] if file.is_file() and not self.fresh else 0.0
         self._since = self.clock()
 
+    def is_spent(self, state: TrainerState) -> bool:
+        """Whether the token budget ended the run in this state."""
+        return self.token_budget is not None and state.num_input_tokens_seen >= self.token_budget
+
+    def take_up(self, state: TrainerState) -> None:
+        """The clock, and why the run ended, of a run that was over in this state."""
+        file = self._clock_of(state)
+        self._before = json.loads(file.read_text())["seconds"] if file.is_file() else 0.0
+        if self.is_spent(state):
+            self._why = "token_budget"
+
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Leave the clock's time in the checkpoint."""
         file = self._clock_of(state)
@@ -76,7 +87,7 @@ class Course(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop, if the budget is spent."""
-        if self.token_budget is None or state.num_input_tokens_seen < self.token_budget:
+        if not self.is_spent(state):
             return
         updates = args.steps_per_generation * args.num_iterations // args.gradient_accumulation_steps
         if state.global_step % updates == 0:

@@ -13,13 +13,15 @@ from typing import Any
 import datasets
 import torch
 import transformers
+import yaml
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..assets import tiny_model_path
-from ..engines.records import check_writable
-from ..engines.trl.checkpoint import complete_checkpoints
+from ..engines.records import check_writable, write_whole
+from ..engines.trl.checkpoint import complete_checkpoints, state_of
+from ..insight.run import Run
 from ..tasks import Task, TaskConfig, load_task
 from ..trl import HAPOConfig, HAPOTrainer
 from . import INTERRUPTED, UsageError
@@ -67,11 +69,14 @@ class TrainOptions:
 def main(argv: list[str]) -> int:
     """Train, and return the exit code."""
     argv, checkpoint = _resume(argv)
+    if checkpoint is True and _is_finished(argv):
+        return 0
     parser = RecipeParser("hapo train", DESCRIPTION, [TaskConfig, HAPOConfig, ModelConfig, TrainOptions])
     parser.add_argument(
         "--resume",
         metavar="RUN",
-        help="go on with the run in this folder, or from this checkpoint of it; goes alone",
+        help="go on with the run in this folder, or from this checkpoint of it; goes alone, or with --max_steps, "
+        "which prolongs a run",
     )
     parser.set_defaults(run_records=True)
     task_config, args, model_config, options, _ = parser.read(argv)
@@ -100,7 +105,11 @@ def main(argv: list[str]) -> int:
         )
         if checkpoint is None:
             held_out.measure(0)
-    finished = _train(trainer, checkpoint, console, [course] if held_out is None else [course, held_out])
+    if checkpoint is not None and args.process_index == 0:
+        _prolong(folder / "config.yaml", args.max_steps)
+    finished = checkpoint is not None and _take_up_last(trainer, course, checkpoint)
+    if not finished:
+        finished = _train(trainer, checkpoint, console, [course] if held_out is None else [course, held_out])
     if finished:
         trainer.save_model(str(folder / "model"))
         if held_out is not None:
@@ -195,6 +204,22 @@ def _train(
     return not interrupt.caught
 
 
+def _take_up_last(trainer: HAPOTrainer, course: Course, checkpoint: bool | str) -> bool:
+    """Take up a run that was killed between its last optimiser step and its end; False for any other."""
+    saved = complete_checkpoints(Path(trainer.args.output_dir) / "checkpoints")
+    named = [path for path in saved if checkpoint is True or path.samefile(str(checkpoint))]
+    if not named:
+        return False
+    last = named[-1]
+    state = state_of(last)
+    spent = course.is_spent(state) and state.global_step % trainer.args.updates_per_rollout == 0
+    if not (spent or trainer.is_last(last)):
+        return False
+    trainer.take_up_last(last)
+    course.take_up(state)
+    return True
+
+
 def _binary(trainer: HAPOTrainer) -> bool:
     rewards = trainer._rewards_per_func
     return rewards is not None and rewards.shape[1] == 1 and bool(((rewards == 0) | (rewards == 1)).all())
@@ -216,15 +241,55 @@ def _resume(argv: list[str]) -> tuple[list[str], bool | str | None]:
     if not any(word.partition("=")[0] == "--resume" for word in argv):
         return argv, None
     words = [part for word in argv for part in word.split("=", 1)]
-    if len(words) != 2 or words[0] != "--resume":
-        raise UsageError("--resume RUN goes alone: a resumed run keeps its own options")
-    run = Path(words[1])
+    told = dict(zip(words[::2], words[1::2], strict=False))
+    known = {"--resume"} <= told.keys() <= {"--resume", "--max_steps"}
+    if not known or len(words) != 2 * len(told):
+        raise UsageError(
+            "--resume RUN goes alone, or with --max_steps N to prolong it: a resumed run keeps its own options"
+        )
+    run = Path(told["--resume"])
     named = run.name.startswith("checkpoint-")
     folder = run.parent.parent if named else run
     if not (folder / "config.yaml").is_file():
         raise UsageError(f"{run} is no run to resume: {folder / 'config.yaml'} does not exist")
     checkpoint = str(run) if named else True
-    return ["--config", str(folder / "config.yaml"), "--output_dir", str(folder)], checkpoint
+    longer = ["--max_steps", told["--max_steps"]] if "--max_steps" in told else []
+    return ["--config", str(folder / "config.yaml"), "--output_dir", str(folder), *longer], checkpoint
+
+
+def _is_finished(argv: list[str]) -> bool:
+    """Whether the run of `_resume` had come to its end; then it says so, and writes the report if there is none.
+
+    Raises:
+        UsageError: `--max_steps` is to prolong a finished run by no step.
+    """
+    folder, longer = Path(argv[3]), argv[5:]
+    done = Run(folder).finished
+    if done is None:
+        return False
+    steps = done["steps"]
+    if longer and not longer[0].isdecimal():
+        raise UsageError(f"--max_steps must be a whole number, got {longer[0]!r}")
+    if longer and int(longer[0]) > steps:
+        return False
+    if longer:
+        raise UsageError(f"the run has {steps} optimiser steps: --max_steps must be above that, got {longer[0]}")
+    console = Console(quiet=os.environ.get("RANK", "0") != "0", highlight=False, markup=False)
+    console.print(
+        f"{folder} is finished: {steps} optimiser steps ({done['why']}). Nothing to do; to prolong it: hapo train "
+        f"--resume {folder} --max_steps {2 * steps}",
+        soft_wrap=True,
+    )
+    if not (folder / "report.html").exists() and os.environ.get("RANK", "0") == "0":
+        _report(folder, console)
+    return True
+
+
+def _prolong(config: Path, max_steps: int) -> None:
+    """Write the length of the run into its config.yaml, where it has changed."""
+    told = yaml.safe_load(config.read_text())
+    if told.get("max_steps", -1) != max_steps:
+        write_whole(config, yaml.safe_dump({**told, "max_steps": max_steps}, sort_keys=False, allow_unicode=True))
 
 
 def _check(args: HAPOConfig, model_config: ModelConfig, *, resuming: bool) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import hapo
@@ -33,6 +34,11 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     found = [p for p in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (p / STATE).is_file()]
     return sorted(found, key=lambda p: int(p.name.rsplit("-", 1)[1]))
+
+
+def state_of(checkpoint: Path | str) -> TrainerState:
+    """What transformers keeps of a run in a checkpoint: steps, tokens, log."""
+    return TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
 
 
 @dataclass

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import is_peft_model
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from trl import GRPOTrainer
 
 from ...method import Method
 from .card import model_card
-from .checkpoint import RunState, check_checkpoint, layout_of, load_state, save_state
+from .checkpoint import RunState, check_checkpoint, layout_of, load_state, save_state, state_of
 from .config import HAPOConfig
 from .finite import check, check_weights
 from .recorder import Recorder, open_records
@@ -42,14 +43,30 @@ class RecordedTrainer(GRPOTrainer):
         return EpochSampler.like(super()._get_train_sampler(dataset), lambda: self.state)
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
-        """As in TRL. A checkpoint is checked before any work; the run folder is opened for records."""
+        """As in TRL. A checkpoint is checked before any work; the run folder is opened for records.
+
+        From a checkpoint of the last step nothing is trained: its weights are loaded.
+        """
         folder = Path(self._get_output_dir(None))
         checkpoint = check_checkpoint(resume_from_checkpoint, folder, self.method, self._layout())
         if self.args.run_records:
             net = self.accelerator.unwrap_model(self.model)
             records = open_records(self.args, self.method, self.recipe, net, self.train_dataset, checkpoint)
             self._records = Recorder(records, self.args, self.method, self._tokenizer.batch_decode)
+        if checkpoint is not None and self.is_last(checkpoint):
+            return self.take_up_last(checkpoint)
         return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+
+    def is_last(self, checkpoint: str | Path) -> bool:
+        """Whether a checkpoint was written at the last optimiser step of the run."""
+        state = state_of(checkpoint)
+        return state.global_step >= (self.args.max_steps if self.args.max_steps > 0 else state.max_steps)
+
+    def take_up_last(self, checkpoint: str | Path) -> TrainOutput:
+        """Weights and state of the last checkpoint: transformers would train one step more."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = state_of(checkpoint)
+        return TrainOutput(self.state.global_step, math.nan, {})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in TRL; the line goes to metrics.jsonl too."""
