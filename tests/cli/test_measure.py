@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from datasets import Dataset
+from transformers import GenerationConfig
 
 from hapo.cli.measure import Answer, Decoding, draw_answers, estimate
+from hapo.samplers.transformers import say_what_model_asked
 from tests.engines import tiny
 
 PROBLEMS = Dataset.from_dict({"prompt": ["1+2=", "12+34=", "5+5=", "123+4="], "answer": ["3", "46", "10", "127"]})
@@ -48,6 +50,33 @@ def test_measuring_leaves_generator_and_mode_as_they_were():
     assert first == second != draw(net, temperature=1.0, seed=4)
     assert net.training
     assert torch.equal(torch.get_rng_state(), before)
+
+
+FILES = [
+    {"min_p": 0.9},
+    {"num_beams": 4},
+    {"typical_p": 0.2},
+    {"suppress_tokens": [5, 6, 7, 8]},
+    {"no_repeat_ngram_size": 1},
+    {"min_new_tokens": 8},
+    {"repetition_penalty": 3.0, "temperature": 0.1, "top_p": 0.1, "top_k": 1},
+    {"bad_words_ids": [[5]], "exponential_decay_length_penalty": [1, 3.0], "epsilon_cutoff": 0.2},
+    {"forced_eos_token_id": 1, "encoder_repetition_penalty": 2.0, "sequence_bias": [[[5], -9.0]]},
+]
+"""What a generation_config.json may hold beside token ids."""
+
+
+@pytest.mark.parametrize("asked", FILES, ids=lambda asked: "-".join(asked))
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_the_model_s_own_generation_config_asks_for_does_not_act(asked, temperature):
+    net = tiny.model()
+    plain = draw(net, temperature=temperature)
+    own = net.generation_config = GenerationConfig(eos_token_id=1, pad_token_id=0, **asked)
+    assert draw(net, temperature=temperature) == plain
+    assert net.generation_config is own
+    said = say_what_model_asked(own)
+    assert all(name in said for name in asked) and "none of it does" in said
+    assert say_what_model_asked(GenerationConfig(eos_token_id=[1, 2], pad_token_id=0, do_sample=True)) == ""
 
 
 def test_greedy_answers_do_not_depend_on_batch_or_padding():

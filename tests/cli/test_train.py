@@ -141,12 +141,8 @@ def test_a_run_that_was_killed_after_its_last_step_gets_what_it_lacks_and_no_ste
     assert metrics(run) == metrics(finished)
     assert (run / WEIGHTS).read_bytes() == (finished / WEIGHTS).read_bytes()
     assert evaluations(run) == evaluations(finished)
-    ends = [json.loads((folder / "finished.json").read_text()) for folder in (run, finished)]
-    assert [(end["steps"], end["num_tokens"], end["why"]) for end in ends][0] == (
-        5,
-        ends[1]["num_tokens"],
-        "max_steps",
-    )
+    one, other = (json.loads((folder / "finished.json").read_text()) for folder in (run, finished))
+    assert [one[name] for name in ("steps", "num_tokens", "why")] == [5, other["num_tokens"], "max_steps"]
     assert "<html" in (run / "report.html").read_text()
 
 

@@ -18,7 +18,7 @@ import torch
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import LoraConfig
-from transformers import TrainerCallback
+from transformers import GenerationConfig, TrainerCallback
 
 import hapo
 from hapo.engines.trl.auxiliary import AuxiliaryLoss
@@ -715,6 +715,25 @@ def test_the_callers_config_stays_as_it_is(tmp_path):
     )
     assert config.method_options is None
     assert config.beta is None
+
+
+@pytest.mark.parametrize("continuous", [False, True])
+def test_what_the_model_s_own_generation_config_asks_for_does_not_act(tmp_path, continuous):
+    """Rollouts are drawn from the policy; what the file asked for is said, and is in the saved model still."""
+    asked = {"typical_p": 0.2, "min_p": 0.5, "repetition_penalty": 2.0}
+    options = {"use_transformers_continuous_batching": continuous, "max_steps": 1, "method": "grpo", "beta": 0.0}
+    plain = tiny.trainer(tmp_path / "plain", **options)
+    plain.train()
+    net = tiny.model()
+    net.generation_config = GenerationConfig(eos_token_id=1, pad_token_id=0, do_sample=True, **asked)
+    with pytest.warns(UserWarning, match="asks for .*typical_p=0.2.* only what you set acts"):
+        trainer = tiny.trainer(tmp_path / "asked", net, **options)
+    trainer.train()
+    line = trainer.state.log_history[0]
+    assert line["sampler_weight/mean"] == pytest.approx(1.0, abs=1e-4)
+    assert line["loss"] == plain.state.log_history[0]["loss"]
+    trainer.save_model(tmp_path / "saved")
+    assert GenerationConfig.from_pretrained(tmp_path / "saved").typical_p == 0.2
 
 
 def masked_vocabulary(dtype):

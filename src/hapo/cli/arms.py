@@ -26,6 +26,7 @@ import hapo
 from ..engines.records import RunRecords, manifest, weights_hash, write_whole
 from ..insight.run import parse_arm
 from ..methods import options_of
+from ..samplers.transformers import ids_only
 from ..tasks import Task, TaskConfig, load_task
 from ..tasks.answers import normalise
 from ..trl import HAPOConfig
@@ -294,6 +295,7 @@ def _trl_trainer(
         peft_config=get_peft_config(model_config),
     )
     model = trainer.accelerator.unwrap_model(trainer.model)
+    model.generation_config = ids_only(model.generation_config)  # as with the other arms
     records = RunRecords.create(
         Path(config.output_dir),
         config={

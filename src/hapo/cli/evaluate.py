@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,10 +15,11 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from trl import ModelConfig
 
 from ..engines.records import manifest, write_whole
+from ..samplers.transformers import say_what_model_asked
 from ..tasks import TaskConfig, load_task
 from ..tasks.benchmarks import BENCHMARKS, ProblemSet, load_benchmark
 from ..trl import HAPOConfig
@@ -249,6 +251,8 @@ def _decoding(args: HAPOConfig, **sampling: Any) -> Decoding:
 
 def _start(args: HAPOConfig, model_config: ModelConfig, options: EvalOptions, path: str) -> Draw:
     """Load the model; what draws its answers."""
+    own: GenerationConfig
+    draw: Draw
     source = _source(args, model_config)
     tokenizer = AutoTokenizer.from_pretrained(path, **source)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -260,12 +264,15 @@ def _start(args: HAPOConfig, model_config: ModelConfig, options: EvalOptions, pa
             "seed": args.seed,
             **(options.vllm_options or {}),
         }
-        draw: Draw = VLLMAnswers(path, tokenizer, vllm_options).draw
+        engine = VLLMAnswers(path, tokenizer, vllm_options)
+        own, draw = engine.generation_config, engine.draw
     else:
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=model_config.dtype, attn_implementation=model_config.attn_implementation, **source
         ).to(args.device)
-        draw = functools.partial(draw_answers, model, tokenizer)
+        own, draw = model.generation_config, functools.partial(draw_answers, model, tokenizer)
+    if said := say_what_model_asked(own):
+        print(said, file=sys.stderr)
     return functools.partial(draw, chat_template_kwargs=args.chat_template_kwargs)
 
 

@@ -12,6 +12,7 @@ from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..engines.estimate import Estimate
+from ..samplers.transformers import only_what_is_asked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ def draw_answers(
     training, answers = model.training, []
     model.eval()
     try:
-        with torch.random.fork_rng(), torch.no_grad():
+        with torch.random.fork_rng(), torch.no_grad(), only_what_is_asked(model):
             torch.manual_seed(decoding.seed)
             for start in range(0, len(asked), decoding.batch_size):
                 part = asked[start : start + decoding.batch_size]

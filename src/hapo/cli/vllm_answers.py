@@ -32,7 +32,9 @@ class VLLMAnswers:
             raise UsageError(f"{path} is an adapter: merge it into its model first, or take --engine transformers")
         self._params = vllm.SamplingParams
         self._tokenizer = tokenizer
-        self._ends = ends_of(_generation_config(path, options), tokenizer)
+        self.generation_config = _generation_config(path, options)
+        """The model's own, of which the ends of answers alone act."""
+        self._ends = ends_of(self.generation_config, tokenizer)
         self._engine = vllm.LLM(path, **options)
 
     def draw(

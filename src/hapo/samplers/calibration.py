@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..batch import EntropyStats
 from ..parts.entropy import entropy_stats
-from .transformers import sampling
+from .transformers import only_what_is_asked, sampling
 
 
 def calibrate(
@@ -55,19 +55,15 @@ def calibrate(
     config = _generation_config(model, tokenizer, max_new_tokens, t_base)
     training, drawn = model.training, []
     model.eval()
-    own = model.generation_config
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), only_what_is_asked(model):
             torch.manual_seed(seed)
-            # transformers fills what a config leaves open from the model's own: penalties, min-p, stop strings.
-            model.generation_config = GenerationConfig()
             for start in range(0, len(prompts), batch_size):
                 batch = prompts[start : start + batch_size]
                 drawn.append(_entropies(model, _encode(tokenizer, batch).to(model.device), config))
                 advance(len(batch))
     finally:
         model.train(training)
-        model.generation_config = own
     entropy = torch.cat(drawn).unsqueeze(0)
     stats = entropy_stats(entropy, torch.ones_like(entropy, dtype=torch.bool), rho)
     assert stats is not None  # an answer has at least one token

@@ -195,6 +195,49 @@ def sampling(model: Any, rule: Factor | TemperatureRule | None = None) -> Iterat
         )
 
 
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+"""What of a model's own generation config is the model's to say."""
+
+SILENT = {*IDS, "transformers_version", "do_sample", "use_cache", "max_length", "max_new_tokens"}
+"""What of it is not worth a word; nor is what begins as in `asked_by_model`."""
+
+
+def asked_by_model(config: GenerationConfig | None) -> dict[str, Any]:
+    """What a model's own generation config (`generation_config.json`) asks for beyond its token ids."""
+    told = {} if config is None else config.to_diff_dict()
+    quiet = ("_", "output_", "return_", "cache")
+    return {k: v for k, v in told.items() if k not in SILENT and not k.startswith(quiet) and v is not None}
+
+
+def say_what_model_asked(config: GenerationConfig | None) -> str:
+    """A sentence on what of the model's own generation config does not act; empty where it asks for nothing."""
+    asked = ", ".join(f"{name}={value!r}" for name, value in asked_by_model(config).items())
+    return (
+        asked
+        and f"the model's generation_config.json asks for {asked}: only what you set acts, so none of it does"
+    )
+
+
+def ids_only(config: GenerationConfig | None) -> GenerationConfig:
+    """A model's own generation config without what changes the distribution that is drawn from."""
+    return GenerationConfig(**{name: getattr(config, name, None) for name in IDS})
+
+
+@contextmanager
+def only_what_is_asked(model: Any) -> Iterator[None]:
+    """Inside the block generation takes from the model's own generation config its token ids alone.
+
+    transformers fills what a call leaves open from there: penalties, min-p, beams, suppressed tokens, ...
+    """
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own = core.generation_config
+    core.generation_config = ids_only(own)
+    try:
+        yield
+    finally:
+        core.generation_config = own
+
+
 @contextmanager
 def _replaced(instance: Any, **methods: Any) -> Iterator[None]:
     """Shadows methods of one instance; its former state comes back also after an exception."""

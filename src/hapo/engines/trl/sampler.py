@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...batch import EntropyStats
 from ...method import Method
 from ...samplers.decoding import Draws
-from ...samplers.transformers import sampling
+from ...samplers.transformers import only_what_is_asked, sampling
 from . import vllm
 
 
@@ -57,6 +57,10 @@ class Sampler:
 
     def draw(self, asked: Request) -> Turn:
         """One turn: call `asked.generate` once, or draw in another way."""
+        with only_what_is_asked(asked.net):
+            return self._draw(asked)
+
+    def _draw(self, asked: Request) -> Turn:
         if not asked.train:
             return Turn(*asked.generate())
         factor, stats = self.factor, asked.stats

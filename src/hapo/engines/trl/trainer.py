@@ -9,6 +9,7 @@ is done by the other files of this folder, which are handed what they use.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -25,6 +26,7 @@ import hapo
 from ...method import Method
 from ...parts.shaping import soft_overlong_punishment
 from ...samplers.decoding import Draws
+from ...samplers.transformers import say_what_model_asked
 from ...scoring import attach_scoring
 from ..metrics import rollout_metrics, sampler_gap
 from ..records import check_writable
@@ -101,6 +103,8 @@ class HAPOTrainer(RecordedTrainer):
         attach_scoring(self.model)
         if self.ref_model is not None:
             attach_scoring(self.accelerator.unwrap_model(self.ref_model))
+        if said := say_what_model_asked(self.accelerator.unwrap_model(self.model).generation_config):
+            warnings.warn(f"{said}; generation_kwargs takes them", stacklevel=2)
         self.scorer = self.make_scorer()
         self.sampler = self.make_sampler()
         self._step_metrics = MetricLog(self.accelerator, self._log_value)
