@@ -45,8 +45,8 @@ LOSSES: list[tuple[str, str, str, dict[str, Any], str, dict[str, Any]]] = [
         "vanilla",
         TOKENS,
         {},
-        "grpo",
-        {**REWARD, "kl_coef": 0.0, "dual_clip": 3.0, "reduction": "token_mean"},
+        "dapo",
+        {**REWARD, "filter_groups": False, "eps_high": 0.2, "dual_clip": 3.0},
     ),
     (
         "grpo, norm_adv_by_std_in_grpo=False",
@@ -95,7 +95,7 @@ def test_methods(estimator, policy, agg, config, name, options, record):
 ADVANTAGES = {
     "grpo": ("grpo", REWARD),
     "grpo_vectorized": ("grpo", REWARD),
-    "grpo, norm_adv_by_std_in_grpo=False": ("grpo", {**REWARD, "scale": False}),
+    "grpo, norm_adv_by_std_in_grpo=False": ("dr_grpo", REWARD),
     "rloo": ("rloo", REWARD),
     "rloo_vectorized": ("rloo", {}),
 }
