@@ -15,7 +15,7 @@ from ..parts.bounds import Bounds, constant_bounds
 from ..parts.reduce import token_mean
 from ..parts.surrogate import Surrogate
 from ..stage import Stage
-from ._options import Options, Paper, k3_penalty, require
+from ._options import Options, Paper, require
 from ._registry import register
 
 
@@ -48,7 +48,7 @@ class MyMethod(Options):  # EDIT: ClippedOptions adds eps_low, eps_high, dual_cl
             advantage=Stage(group_advantage, "reward", "group", "mask", singleton=self.singleton),
             bounds=Stage(constant_bounds, "ratio", low=1.0, high=self.cap - 1.0),  # without any: no_bounds
             surrogate=Stage(capped_surrogate, "ratio", "advantage", "bounds"),
-            penalty=k3_penalty(self.kl_coef),
+            penalty=self.kl(),
             reduce=token_mean,
         )
 

@@ -10,12 +10,17 @@ from __future__ import annotations
 import inspect
 import pkgutil
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
+
+from transformers import TrainingArguments
+from trl import GRPOConfig
 
 import hapo
 import hapo.parts
 from hapo.cli.cards import differences
+from hapo.engines.trl.options import DECIDED_BY_METHOD, READ
 from hapo.methods import options_of
 
 ROOT = Path(__file__).parents[1]
@@ -110,11 +115,28 @@ def write_readme() -> None:
         file.write_text(written)
 
 
+def trl_options() -> str:
+    """Each option of TRL's GRPOConfig: who acts on it, and how."""
+    own = {f.name for f in fields(TrainingArguments)}
+    rows = []
+    for f in fields(GRPOConfig):
+        if f.name in own:
+            continue
+        who, what = "TRL's", ""
+        if f.name in DECIDED_BY_METHOD:
+            who, what = "the method", DECIDED_BY_METHOD[f.name]
+        elif f.name in READ:
+            who, what = "read", READ[f.name]
+        rows.append([f"`{f.name}`", who, what])
+    return table(["option", "", "instead, or how"], rows)
+
+
 MADE = {
     "<!-- made: the options of every method -->": api_of_methods,
     "<!-- made: every part -->": api_of_parts,
     "<!-- made: the papers -->": papers,
     "<!-- made: the stages -->": stages,
+    "<!-- made: TRL's options -->": trl_options,
 }
 """Comment on a page -> what takes its place."""
 

@@ -442,16 +442,25 @@ def test_the_default_schedule_takes_four_updates(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss_type": "grpo"}, "loss_type='grpo' cannot be honoured"),
+        ({"loss_type": "grpo"}, "loss_type='grpo' cannot be honoured: .* choose method=\"grpo\""),
+        ({"loss_type": "dapo", "method": "grpo"}, "in grpo it is 'grpo'; choose method=\"dapo\""),
+        *(
+            ({"loss_type": theirs}, f'method="{ours}"')
+            for theirs, ours in {"cispo": "cispo", "sapo": "sapo", "dr_grpo": "dr_grpo", "bnpo": "dapo"}.items()
+        ),
+        ({"loss_type": "luspo"}, 'method="gspo" is the nearest'),
+        ({"epsilon": 0.2, "method_options": {"eps_low": 0.1}}, "epsilon=0.2 .* in hapo it is 0.1"),
+        ({"sapo_temperature_pos": 1.0}, 'method="sapo"'),
+        ({"off_policy_mask_threshold": 0.5}, "sampler_cap bounds"),
+        ({"use_bias_correction_kl": True, "method_options": {"unbiased_kl": False}}, "disagree"),
         ({"epsilon": 0.3}, 'set method_options={"eps_low"'),
         ({"scale_rewards": "batch"}, "scale_rewards='batch'"),
-        ({"top_entropy_quantile": 0.2}, "top_entropy_quantile=0.2"),
+        ({"top_entropy_quantile": 0.2}, 'choose method="forking_tokens"'),
         ({"entropy_coef": 0.01}, "no method has an entropy term"),
-        ({"importance_sampling_level": "sequence"}, "choose method="),
+        ({"importance_sampling_level": "sequence"}, 'method="gspo"'),
         ({"vllm_importance_sampling_mode": "sequence_mask"}, "per token, truncated"),
         ({"vllm_importance_sampling_correction": False}, "sampler_cap"),
         ({"vllm_importance_sampling_clip_max": 5.0}, "sampler_cap"),
-        ({"cast_lm_head_to_fp32": True}, "cast_lm_head_to_fp32"),
         ({"method": "hapo2"}, "did you mean 'hapo'"),
         ({"method_options": {"eps_hihg": 0.3}}, "did you mean 'eps_high'"),
         ({"method_options": {"temperature": {"tau": 1.0}}}, "tau must be in"),
@@ -466,6 +475,59 @@ def test_the_default_schedule_takes_four_updates(tmp_path):
 def test_options_that_cannot_be_honoured_are_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         tiny.config(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "dapo", "loss_type": "dapo", "epsilon": 0.2, "epsilon_high": 0.28, "scale_rewards": "group"},
+        {"method": "grpo", "loss_type": "grpo", "importance_sampling_level": "token", "scale_rewards": True},
+        {"method": "gspo", "importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4},
+        {"method": "dr_grpo", "scale_rewards": False, "loss_type": "dr_grpo"},
+        {"method": "forking_tokens", "top_entropy_quantile": 0.2, "cast_lm_head_to_fp32": True},
+        {"method": "sapo", "sapo_temperature_neg": 1.05, "vllm_importance_sampling_clip_max": 2.0},
+    ],
+    ids=lambda options: options["method"],
+)
+def test_what_the_method_does_may_be_asked_for(tmp_path, options):
+    config = tiny.config(tmp_path, **options)
+    assert config.asked.keys() == options.keys() - {"method", "cast_lm_head_to_fp32"}
+    assert (config.filled_in().loss_type, config.filled_in().top_entropy_quantile) != (None, None)
+    assert tiny.config(tmp_path).loss_type is None
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"do_sample": False}, "is greedy, and all answers of a group are equal"),
+        ({"temperature": 0.5}, "set temperature=, which scoring reads too"),
+        ({"num_return_sequences": 2}, "set num_generations="),
+        ({"max_new_tokens": 4}, "set max_completion_length="),
+        ({"num_beams": 2}, "is beam sample, and policies are sampled"),
+        ({"prompt_lookup_num_tokens": 2}, "is assisted generation, and policies are sampled"),
+        ({"output_scores": True}, "rollouts are token ids"),
+        ({"min_pp": 0.1}, "generation_kwargs has no option 'min_pp'; did you mean 'min_p'"),
+    ],
+)
+def test_generation_that_is_no_plain_sampling_is_refused_before_any_work(tmp_path, given, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.trainer(tmp_path, generation_kwargs=given)
+
+
+def test_greedy_rollouts_are_refused_and_penalties_are_not(tmp_path):
+    with pytest.raises(ValueError, match="temperature=0.0: it must be above 0"):
+        tiny.trainer(tmp_path, temperature=0.0)
+    tiny.trainer(tmp_path, generation_kwargs={"repetition_penalty": 1.2, "min_p": 0.01}, max_steps=1).train()
+
+
+def test_the_penalty_is_weighed_by_the_ratio_where_it_is_asked_for(tmp_path):
+    tiny.model().save_pretrained(tmp_path / "model")
+    options = {"method": "grpo", "beta": 0.1, "max_steps": 1}
+    saved = str(tmp_path / "model")
+    for asked in (False, True):
+        trainer = tiny.trainer(tmp_path, saved, use_bias_correction_kl=asked, **options)
+        assert trainer.method.options["unbiased_kl"] is asked
+        assert ("unbiased" in trainer.method.stages["penalty"]) is asked
 
 
 def test_vllm_with_a_temperature_of_the_user_is_refused(tmp_path):

@@ -11,8 +11,6 @@ from torch import Tensor
 
 import hapo
 from hapo.parts.advantage import group_advantage
-from hapo.parts.penalty import k3
-from hapo.parts.ratio import token_ratio
 from hapo.parts.reduce import valid_token_mean
 from hapo.parts.select import most_uncertain
 
@@ -145,19 +143,23 @@ def test_rloo_off_policy_differs():
     assert min(differences(theirs, ours(method, prepared), prepared.logp)) > 0.1
 
 
-def test_kl_is_weighted_by_the_ratio_by_default():
+@pytest.mark.parametrize(("level", "name"), [("token", "grpo"), ("sequence", "gspo")])
+def test_kl_is_weighted_by_the_ratio_by_default(level, name, record):
     """TRL multiplies k3 by the importance ratio, gradient included, unless use_bias_correction_kl=False."""
-    method = hapo.method("grpo", kl_coef=0.04)
-    prepared = method.step(method.prepare(random_batch(0)))
-    theirs = trl_code.grpo(loss_type="grpo", beta=0.04).loss(prepared)
-    assert min(differences(theirs, ours(method, prepared), prepared.logp)) > 1e-4
+    config = {"loss_type": "grpo", "importance_sampling_level": level, "beta": 0.04}
+    options = {"kl_coef": 0.04, "eps_low": 0.2, "eps_high": 0.2}
+    plain, unbiased = (hapo.method(name, **options, unbiased_kl=on) for on in (False, True))
 
-    def corrected(logp: Tensor) -> Tensor:
-        kl = token_ratio(logp, prepared.old_logp) * k3(logp, prepared.ref_logp)
-        plain = ours(method.replace(penalty=None), prepared)(logp)
-        return plain + method.reduce(0.04 * kl, prepared.mask, prepared.totals)
+    def measure(batch: hapo.TokenBatch) -> tuple[float, float]:
+        prepared = unbiased.step(unbiased.prepare(batch))
+        return differences(trl_code.grpo(**config).loss(prepared), ours(unbiased, prepared), batch.logp)
 
-    assert max(differences(theirs, corrected, prepared.logp)) <= TOLERANCE
+    found = largest(measure)
+    record(call("GRPOConfig", config), call(name, {**options, "unbiased_kl": True}), found)
+    assert max(found) <= TOLERANCE
+    prepared = plain.step(plain.prepare(random_batch(0)))
+    theirs = trl_code.grpo(**config).loss(prepared)
+    assert min(differences(theirs, ours(plain, prepared), prepared.logp)) > 1e-4
 
 
 @pytest.mark.parametrize(("loss_type", "name"), [("grpo", "grpo"), ("dr_grpo", "dr_grpo")])

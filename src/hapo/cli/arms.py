@@ -276,11 +276,12 @@ def _trl_trainer(
 ) -> GRPOTrainer:
     """TRL's own trainer under the same recipe; what hapo alone knows does not act."""
     names = {f.name for f in fields(GRPOConfig) if f.init}
-    given = {name: value for name, value in asdict(args).items() if name in names}
+    given = {name: value for name, value in asdict(args.filled_in()).items() if name in names}
     given |= {
         "beta": args.beta or 0.0,
         "generation_batch_size": None,
         "vllm_importance_sampling_mode": _default("vllm_importance_sampling_mode"),
+        "use_bias_correction_kl": _default("use_bias_correction_kl"),
     }
     given |= {"loss_type": loss, **TRL_OPTIONS.get(loss, {})}
     given |= {name: value for name, value in flags.items() if name in names}

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..batch import EntropyStats
 from ..method import Method
 from ..parts.entropy import entropy_stats
-from ..parts.penalty import kl_penalty
+from ..parts.penalty import kl_penalty, unbiased_kl_penalty
 from ..parts.temperature import bounded_factor, zscore_factor
 from ..stage import Stage, When
 
@@ -109,6 +109,9 @@ class Options(ABC):
     """Advantage of a group of one: 0, or its reward (verl's; over 1 + 1e-6 where a deviation divides)."""
     kl_coef: float = 0.0
     """Weight of the k3 penalty towards a reference policy."""
+    unbiased_kl: bool = False
+    """Multiply k3 by the importance ratio, gradient included, so that its gradient is unbiased when the policy has
+    moved on (DeepSeek-V3.2, arXiv 2512.02556; TRL's `use_bias_correction_kl`)."""
     sampler_cap: float | None = 2.0
     """Cap of the importance weight min(exp(old - sampler), cap), used where the batch knows its sampler's
     log-probs; None switches the weight off."""
@@ -141,6 +144,14 @@ class Options(ABC):
             shared["temperature_rule"] = rule.factor if rule.acts else None
         return {**shared, **own}
 
+    def kl(self) -> Stage[Tensor] | None:
+        """The penalty of most methods: `kl_coef` times k3 on every valid token; None where the weight is 0."""
+        if not self.kl_coef:
+            return None
+        if self.unbiased_kl:
+            return Stage(unbiased_kl_penalty, "ratio", "logp", "ref_logp", "mask", coef=self.kl_coef)
+        return Stage(kl_penalty, "logp", "ref_logp", "mask", coef=self.kl_coef)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClippedOptions(Options, ABC):
@@ -159,11 +170,6 @@ class ClippedOptions(Options, ABC):
         require(0 < self.eps_low < 1, "eps_low", self.eps_low, "in (0, 1)")
         require(self.eps_high > 0, "eps_high", self.eps_high, "> 0")
         require(self.dual_clip is None or self.dual_clip > 1, "dual_clip", self.dual_clip, "> 1, or None")
-
-
-def k3_penalty(kl_coef: float) -> Stage[Tensor] | None:
-    """kl_coef times k3 towards the reference policy, on every valid token; None where the weight is 0."""
-    return Stage(kl_penalty, "logp", "ref_logp", "mask", coef=kl_coef) if kl_coef else None
 
 
 EntropySource = Literal["current", "old"]

@@ -61,6 +61,7 @@ class Archer(Options):
         require(0 <= self.rho <= 1, "rho", self.rho, "in [0, 1]")
         for name in ("eps_knowledge", "eps_reasoning"):
             require(0 < getattr(self, name) < 1, name, getattr(self, name), "in (0, 1)")
+        require(not self.unbiased_kl, "unbiased_kl", self.unbiased_kl, "False: Archer weighs its own penalty")
         require(self.kl_reasoning >= 0, "kl_reasoning", self.kl_reasoning, ">= 0")
         require(self.dual_clip is None or self.dual_clip > 1, "dual_clip", self.dual_clip, "> 1, or None")
 

@@ -12,7 +12,7 @@ from ..parts.entropy import above_quantile
 from ..parts.reduce import sequence_mean
 from ..parts.surrogate import asymmetric_ratio
 from ..stage import Stage
-from ._options import ClippedOptions, EntropySource, Paper, entropy_from, k3_penalty, one_of, require
+from ._options import ClippedOptions, EntropySource, Paper, entropy_from, one_of, require
 from ._registry import register
 
 
@@ -75,7 +75,7 @@ class ASPO(ClippedOptions):
             advantage=Stage(group_advantage, "reward", "group", "mask", singleton=self.singleton),
             bounds=Stage(constant_bounds, "ratio", low=self.eps_low, high=self.eps_high) if plain else wider,
             surrogate=Stage(asymmetric_ratio, "logp", "ratio", "advantage", "bounds", **caps),
-            penalty=k3_penalty(self.kl_coef),
+            penalty=self.kl(),
             reduce=sequence_mean,
             breaks=frozenset({"detach"}),
         )

@@ -11,7 +11,7 @@ from ..parts.bounds import constant_bounds
 from ..parts.reduce import token_mean
 from ..parts.surrogate import gradient_preserving
 from ..stage import Stage
-from ._options import ClippedOptions, Paper, k3_penalty, require
+from ._options import ClippedOptions, Paper, require
 from ._registry import register
 
 
@@ -51,7 +51,7 @@ class CEGPPO(ClippedOptions):
             advantage=Stage(group_advantage, "reward", "group", "mask", singleton=self.singleton),
             bounds=Stage(constant_bounds, "ratio", low=self.eps_low, high=self.eps_high),
             surrogate=Stage(gradient_preserving, "logp", "ratio", "advantage", "bounds", **kept),
-            penalty=k3_penalty(self.kl_coef),
+            penalty=self.kl(),
             reduce=token_mean,
             breaks=frozenset({"detach"}),
         )

@@ -12,7 +12,7 @@ from ..parts.bounds import constant_bounds
 from ..parts.reduce import token_mean
 from ..parts.surrogate import clipped_weight
 from ..stage import Stage
-from ._options import Options, Paper, k3_penalty, pair, require
+from ._options import Options, Paper, pair, require
 from ._registry import register
 
 
@@ -60,7 +60,7 @@ class CISPO(Options):
             surrogate=Stage(
                 clipped_weight, "logp", "ratio", "advantage", "bounds", trust_region=self.trust_region
             ),
-            penalty=k3_penalty(self.kl_coef),
+            penalty=self.kl(),
             reduce=token_mean,
             breaks=frozenset({"detach"}),
         )

@@ -11,7 +11,7 @@ from ..parts.bounds import constant_bounds
 from ..parts.reduce import token_mean
 from ..parts.surrogate import clipped_surrogate
 from ..stage import Stage
-from ._options import ClippedOptions, Paper, k3_penalty
+from ._options import ClippedOptions, Paper
 from ._registry import register
 
 
@@ -40,6 +40,6 @@ class DAPO(ClippedOptions):
             advantage=Stage(group_advantage, "reward", "group", "mask", singleton=self.singleton),
             bounds=Stage(constant_bounds, "ratio", low=self.eps_low, high=self.eps_high),
             surrogate=Stage(clipped_surrogate, "ratio", "advantage", "bounds", dual_clip=self.dual_clip),
-            penalty=k3_penalty(self.kl_coef),
+            penalty=self.kl(),
             reduce=token_mean,
         )

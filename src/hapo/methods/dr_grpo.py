@@ -12,7 +12,7 @@ from ..parts.bounds import constant_bounds
 from ..parts.reduce import sequence_sum
 from ..parts.surrogate import clipped_surrogate
 from ..stage import Stage
-from ._options import ClippedOptions, Paper, k3_penalty, require
+from ._options import ClippedOptions, Paper, require
 from ._registry import register
 
 
@@ -44,6 +44,6 @@ class DrGRPO(ClippedOptions):
             advantage=Stage(group_advantage, "reward", "group", "mask", singleton=self.singleton, scale=False),
             bounds=Stage(constant_bounds, "ratio", low=self.eps_low, high=self.eps_high),
             surrogate=Stage(clipped_surrogate, "ratio", "advantage", "bounds", dual_clip=self.dual_clip),
-            penalty=k3_penalty(self.kl_coef),
+            penalty=self.kl(),
             reduce=partial(sequence_sum, constant=float(self.length_limit)),
         )

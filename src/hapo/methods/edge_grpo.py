@@ -16,7 +16,7 @@ from ..parts.reduce import sequence_mean
 from ..parts.shaping import relative_entropy
 from ..parts.surrogate import clipped_surrogate
 from ..stage import Stage
-from ._options import ClippedOptions, Paper, k3_penalty, one_of, pair, require
+from ._options import ClippedOptions, Paper, one_of, pair, require
 from ._registry import register
 
 
@@ -62,7 +62,7 @@ class EDGEGRPO(ClippedOptions):
             advantage=Stage(entropy_driven_advantage, "reward", "old_entropy", "group", "mask", **options),
             bounds=Stage(constant_bounds, "ratio", low=self.eps_low, high=self.eps_high),
             surrogate=Stage(clipped_surrogate, "ratio", "advantage", "bounds", dual_clip=self.dual_clip),
-            penalty=k3_penalty(self.kl_coef),
+            penalty=self.kl(),
             reduce=sequence_mean,
         )
 

@@ -15,7 +15,7 @@ from ..parts.reduce import token_mean
 from ..parts.shaping import entropy_bonus
 from ..parts.surrogate import clipped_surrogate
 from ..stage import Stage
-from ._options import ClippedOptions, EntropySource, Paper, entropy_from, k3_penalty, one_of, require
+from ._options import ClippedOptions, EntropySource, Paper, entropy_from, one_of, require
 from ._registry import register
 
 
@@ -58,7 +58,7 @@ class EntropyAdv(ClippedOptions):
             bounds=Stage(constant_bounds, "ratio", low=self.eps_low, high=self.eps_high),
             shaping=Stage(entropy_bonus, "advantage", "signal", alpha=self.alpha, kappa=self.kappa),
             surrogate=Stage(clipped_surrogate, "ratio", "advantage", "bounds", dual_clip=self.dual_clip),
-            penalty=k3_penalty(self.kl_coef),
+            penalty=self.kl(),
             reduce=token_mean,
         )
 

@@ -12,7 +12,7 @@ from ..parts.reduce import token_mean
 from ..parts.select import most_uncertain
 from ..parts.surrogate import clipped_surrogate
 from ..stage import Stage
-from ._options import EntropySource, Paper, entropy_from, k3_penalty, one_of, require
+from ._options import EntropySource, Paper, entropy_from, one_of, require
 from ._registry import register
 from .dapo import DAPO
 
@@ -57,6 +57,6 @@ class ForkingTokens(DAPO):
             select_at=at,
             bounds=Stage(constant_bounds, "ratio", low=self.eps_low, high=self.eps_high),
             surrogate=Stage(clipped_surrogate, "ratio", "advantage", "bounds", dual_clip=self.dual_clip),
-            penalty=k3_penalty(self.kl_coef),
+            penalty=self.kl(),
             reduce=token_mean,
         )

@@ -16,7 +16,7 @@ from ..parts.bounds import Bounds, constant_bounds
 from ..parts.reduce import sequence_mean
 from ..parts.surrogate import Surrogate
 from ..stage import Stage
-from ._options import Options, Paper, k3_penalty, require
+from ._options import Options, Paper, require
 from ._registry import register
 
 
@@ -55,7 +55,7 @@ class GMPO(Options):
             advantage=Stage(group_advantage, "reward", "group", "mask", singleton=self.singleton),
             bounds=Stage(constant_bounds, "ratio", low=low, high=high),
             surrogate=Stage(geometric_surrogate, "ratio", "advantage", "bounds", "mask"),
-            penalty=k3_penalty(self.kl_coef),
+            penalty=self.kl(),
             reduce=sequence_mean,
         )
 

@@ -11,7 +11,7 @@ from ..parts.ratio import mean_ratio
 from ..parts.reduce import sequence_mean
 from ..parts.surrogate import clipped_surrogate
 from ..stage import Stage
-from ._options import k3_penalty, one_of, require
+from ._options import one_of, require
 from ._registry import register
 from .gtpo import PAPER, EntropyShaped, share_advantage
 
@@ -61,6 +61,6 @@ class GRPOS(EntropyShaped):
             ratio=Stage(mean_ratio, "logp", "old_logp", "mask"),
             bounds=Stage(constant_bounds, "ratio", low=self.eps_low, high=self.eps_high),
             surrogate=Stage(clipped_surrogate, "ratio", "advantage", "bounds", dual_clip=self.dual_clip),
-            penalty=k3_penalty(self.kl_coef),
+            penalty=self.kl(),
             reduce=sequence_mean,
         )

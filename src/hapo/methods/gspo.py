@@ -12,7 +12,7 @@ from ..parts.ratio import sequence_ratio
 from ..parts.reduce import sequence_mean
 from ..parts.surrogate import clipped_surrogate
 from ..stage import Stage
-from ._options import ClippedOptions, Paper, k3_penalty, one_of
+from ._options import ClippedOptions, Paper, one_of
 from ._registry import register
 
 
@@ -50,7 +50,7 @@ class GSPO(ClippedOptions):
             ratio=Stage(sequence_ratio, "logp", "old_logp", "mask", form=self.form),
             bounds=Stage(constant_bounds, "ratio", low=self.eps_low, high=self.eps_high),
             surrogate=Stage(clipped_surrogate, "ratio", "advantage", "bounds", dual_clip=self.dual_clip),
-            penalty=k3_penalty(self.kl_coef),
+            penalty=self.kl(),
             reduce=sequence_mean,
             breaks=frozenset({"detach"} if self.form == "token" else ()),
         )

@@ -19,7 +19,7 @@ from ..parts.reduce import token_mean
 from ..parts.shaping import entropy_shaped_reward
 from ..parts.surrogate import clipped_surrogate
 from ..stage import Stage
-from ._options import ClippedOptions, Paper, k3_penalty, one_of, require
+from ._options import ClippedOptions, Paper, one_of, require
 from ._registry import register
 
 PAPER = Paper("GTPO and GRPO-S: Token and Sequence-Level Reward Shaping with Policy Entropy", "2508.04349", 2025)
@@ -81,7 +81,7 @@ class GTPO(EntropyShaped):
             advantage=Stage(share_advantage, *reads, normalisation=self.variant, **shares),
             bounds=Stage(constant_bounds, "ratio", low=self.eps_low, high=self.eps_high),
             surrogate=Stage(clipped_surrogate, "ratio", "advantage", "bounds", dual_clip=self.dual_clip),
-            penalty=k3_penalty(self.kl_coef),
+            penalty=self.kl(),
             reduce=token_mean,
         )
 

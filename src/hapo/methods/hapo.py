@@ -19,7 +19,7 @@ from ..parts.reduce import token_mean
 from ..parts.shaping import redistribute
 from ..parts.surrogate import clipped_surrogate
 from ..stage import Stage
-from ._options import EntropySource, Paper, TemperatureOptions, entropy_from, k3_penalty, one_of, require
+from ._options import EntropySource, Paper, TemperatureOptions, entropy_from, one_of, require
 from ._registry import register
 from .dapo import DAPO
 
@@ -134,7 +134,7 @@ class HAPO(DAPO):
             ),
             shaping=zone if "C" in on else None,
             surrogate=Stage(clipped_surrogate, "ratio", "advantage", "bounds", dual_clip=self.dual_clip),
-            penalty=k3_penalty(self.kl_coef),
+            penalty=self.kl(),
             reduce=token_mean,
         )
 

@@ -46,6 +46,7 @@ class RLOO(Options):
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
+        require(not self.unbiased_kl, "unbiased_kl", self.unbiased_kl, "False: RLOO's penalty is in the reward")
         if self.clip is not None:
             clip: Any = pair("clip", self.clip, "a pair (eps_low, eps_high), or None")
             require(0 < clip[0] < 1 and clip[1] > 0, "clip", self.clip, "0 < eps_low < 1 and eps_high > 0")

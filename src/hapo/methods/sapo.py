@@ -12,7 +12,7 @@ from ..parts.bounds import no_bounds
 from ..parts.reduce import sequence_mean
 from ..parts.surrogate import soft_gate
 from ..stage import Stage
-from ._options import Options, Paper, k3_penalty, require
+from ._options import Options, Paper, require
 from ._registry import register
 
 
@@ -50,6 +50,6 @@ class SAPO(Options):
             advantage=Stage(group_advantage, "reward", "group", "mask", singleton=self.singleton),
             bounds=Stage(no_bounds, "ratio"),
             surrogate=Stage(soft_gate, "ratio", "advantage", tau_pos=self.tau_pos, tau_neg=self.tau_neg),
-            penalty=k3_penalty(self.kl_coef),
+            penalty=self.kl(),
             reduce=sequence_mean,
         )

@@ -55,6 +55,20 @@ def kl_penalty(
     return coef * estimate(*sums).expand_as(logp)
 
 
+def unbiased_kl_penalty(
+    ratio: Float[Tensor, "B T"],
+    logp: Float[Tensor, "B T"],
+    ref_logp: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    coef: float = 1.0,
+) -> Float[Tensor, "B T"]:
+    """ratio times `kl_penalty`, differentiable in both: tokens of the old policy, weighed as those of the current.
+
+    "Unbiased KL estimate" of DeepSeek-V3.2 (arXiv 2512.02556); TRL's `use_bias_correction_kl`.
+    """
+    return ratio * kl_penalty(logp, ref_logp, mask, coef)
+
+
 def gated_kl(
     logp: Float[Tensor, "B T"],
     ref_logp: Float[Tensor, "B T"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
@@ -12,43 +13,11 @@ import hapo
 
 from ...method import Method
 from ...methods import options_of
+from .options import DECIDED_BY_METHOD, LOSS_TYPES, check_generation, done_by
 from .vllm import check_rule
 
 UPDATES_PER_ROLLOUT = 4
 """Optimiser steps on one rollout batch where the user sets none; the paper takes 16."""
-
-DECIDED_BY_METHOD = {
-    "loss_type": "choose method=",
-    "epsilon": 'set method_options={"eps_low": ...}',
-    "epsilon_high": 'set method_options={"eps_high": ...}',
-    "delta": 'set method_options={"dual_clip": ...}',
-    "importance_sampling_level": "choose method=",
-    "scale_rewards": "choose method=",
-    "multi_objective_aggregation": "rewards are summed with reward_weights before the method sees them",
-    "top_entropy_quantile": "choose a method that selects tokens",
-    "off_policy_mask_threshold": "no method uses it",
-    "entropy_coef": "no method has an entropy term in its loss",
-    "use_adaptive_entropy": "no method has an entropy term in its loss",
-    "sapo_temperature_neg": 'set method_options={"tau_neg": ...} of sapo',
-    "sapo_temperature_pos": 'set method_options={"tau_pos": ...} of sapo',
-    "vespo_k_pos": "no method has them",
-    "vespo_k_neg": "no method has them",
-    "vespo_lambda_pos": "no method has them",
-    "vespo_lambda_neg": "no method has them",
-    "entropy_coef_min": "no method has an entropy term in its loss",
-    "entropy_coef_max": "no method has an entropy term in its loss",
-    "entropy_coef_delta": "no method has an entropy term in its loss",
-    "entropy_target": "no method has an entropy term in its loss",
-    "vllm_importance_sampling_cap": "set method_options={'sampler_cap': ...}",
-    "use_bias_correction_kl": "the penalty is GRPO's k3",
-    "vllm_importance_sampling_mode": "the correction is per token, truncated at method_options['sampler_cap']",
-    "vllm_importance_sampling_correction": "set method_options={'sampler_cap': null} for none",
-    "vllm_importance_sampling_clip_max": "set method_options={'sampler_cap': ...}",
-    "vllm_importance_sampling_clip_min": "the correction has no lower bound",
-    "use_liger_kernel": "log-probs come from hapo.scoring",
-    "cast_lm_head_to_fp32": "hapo.scoring sums in float32 whatever the dtype of the weights",
-}
-"""TRL options that a method decides, and what to do instead."""
 
 
 @dataclass
@@ -56,9 +25,11 @@ class HAPOConfig(GRPOConfig):
     """`GRPOConfig` plus a method. All TRL options keep their meaning, except those that the method decides
     (`loss_type`, `epsilon`, `scale_rewards`, ...), which are refused when set.
 
-    Two defaults differ from TRL: without `steps_per_generation` or `generation_batch_size`, a rollout batch is
-    used for four optimiser steps (with one, the policy never leaves the rollout policy: every ratio is 1); and
-    without `beta` the weight of the KL penalty is the method's own.
+    An option that a method decides may be set to what the method does (`epsilon=0.2` with dapo); anything else is
+    refused, with what to set instead. Three defaults differ from TRL: without `steps_per_generation` or
+    `generation_batch_size`, a rollout batch is used for four optimiser steps (with one, the policy never leaves
+    the rollout policy: every ratio is 1); without `beta` the weight of the KL penalty is the method's own; and the
+    penalty is multiplied by the ratio (`use_bias_correction_kl`) only where it is asked for.
 
     Raises:
         ValueError: unknown method or option, an option that the method decides, or a schedule in which an
@@ -128,17 +99,40 @@ class HAPOConfig(GRPOConfig):
     record_tokens_rows: int = field(
         default=128, metadata={"help": "Responses of a token record, at most: whole groups, the first ones."}
     )
-    # TRL's default masks whole sequences by their ratio, which would drop what adaptive temperature samples.
-    vllm_importance_sampling_mode: str = field(
-        default="token_truncate",
-        metadata={"help": "Kept for TRL; the correction is the method's own, per token."},
+    use_bias_correction_kl: bool = field(
+        default=False,
+        metadata={"help": "Multiply the KL penalty by the importance ratio, the method's option unbiased_kl."},
     )
+    # None where nothing is asked for: what TRL's default would mean, the method decides.
+    loss_type: str | None = field(default=None, metadata={"help": "Refused, unless it is the method's."})
+    epsilon: float | None = field(default=None, metadata={"help": "Refused, unless it is the method's eps_low."})
+    importance_sampling_level: str | None = field(
+        default=None, metadata={"help": "Refused, unless it is the method's."}
+    )
+    scale_rewards: str | None = field(default=None, metadata={"help": "Refused, unless it is the method's."})
+    top_entropy_quantile: float | None = field(
+        default=None, metadata={"help": "Refused, unless it is the method's rho."}
+    )
+    vllm_importance_sampling_correction: bool | None = field(
+        default=None, metadata={"help": "Refused, unless it is whether the method has a sampler_cap."}
+    )
+    vllm_importance_sampling_mode: str | None = field(
+        default=None, metadata={"help": "Refused, unless it is token_truncate: the correction is per token."}
+    )
+    vllm_importance_sampling_clip_max: float | None = field(
+        default=None, metadata={"help": "Refused, unless it is the method's sampler_cap."}
+    )
+    sapo_temperature_neg: float | None = field(default=None, metadata={"help": "Refused, unless it is sapo's."})
+    sapo_temperature_pos: float | None = field(default=None, metadata={"help": "Refused, unless it is sapo's."})
 
     def __post_init__(self) -> None:
         """TRL's checks, then ours."""
         if self.steps_per_generation is None and self.generation_batch_size is None:
             self.steps_per_generation = UPDATES_PER_ROLLOUT * self.gradient_accumulation_steps
-        super().__post_init__()
+        filled = self.filled_in()
+        GRPOConfig.__post_init__(filled)
+        unasked = {name for name in DECIDED_BY_METHOD if getattr(self, name) is None}
+        self.__dict__.update({name: value for name, value in vars(filled).items() if name not in unasked})
         options = self.method_options or {}
         if not isinstance(options, dict):
             raise ValueError(f"method_options must be a mapping of option names to values, got {options!r}")
@@ -146,8 +140,11 @@ class HAPOConfig(GRPOConfig):
             raise ValueError(
                 "set the weight of the KL penalty with TRL's beta, not with method_options['kl_coef']"
             )
-        hapo.method(self.method, **options)
-        self._refuse_what_the_method_decides()
+        if self.use_bias_correction_kl and options.get("unbiased_kl") is False:
+            raise ValueError(
+                "use_bias_correction_kl=True and method_options['unbiased_kl']=False disagree; set one"
+            )
+        self.refuse_what_the_method_decides(hapo.method(self.method, **options))
         self._check_schedule()
         least = {"max_num_gen_batches": 1, "overlong_buffer": 0, "record_tokens_every": 0, "record_tokens_rows": 1}
         for name, low in least.items():
@@ -172,13 +169,36 @@ class HAPOConfig(GRPOConfig):
         """Optimiser steps taken on one rollout batch."""
         return self.steps_per_generation * self.num_iterations // self.gradient_accumulation_steps
 
-    def _refuse_what_the_method_decides(self) -> None:
-        defaults = {f.name: f.default for f in fields(type(self))}
-        for name, remedy in DECIDED_BY_METHOD.items():
-            value = getattr(self, name)
-            # TRL's own post-init fills epsilon_high and normalises scale_rewards to what the default means.
-            if value != defaults[name]:
-                raise ValueError(f"{name}={value!r} cannot be honoured: the method decides it; {remedy}")
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What was asked for of the options that a method decides."""
+        values = {f.name: (getattr(self, f.name), f.default) for f in fields(self) if f.name in DECIDED_BY_METHOD}
+        return {name: value for name, (value, default) in values.items() if value != default}
+
+    def filled_in(self) -> HAPOConfig:
+        """A copy in which TRL finds its own defaults where nothing is asked for."""
+        theirs = {f.name: f.default for f in fields(GRPOConfig)}
+        # TRL's default masks whole sequences by their ratio, which would drop what a temperature rule samples.
+        theirs["vllm_importance_sampling_mode"] = "token_truncate"
+        filled = copy.copy(self)
+        for f in fields(self):
+            if f.name in DECIDED_BY_METHOD and getattr(self, f.name) is None:
+                setattr(filled, f.name, theirs[f.name])
+        return filled
+
+    def refuse_what_the_method_decides(self, method: Method) -> None:
+        """Raise a ValueError, unless all that was asked for is what the method does."""
+        done = done_by(method)
+        for name, value in self.asked.items():
+            if name == "scale_rewards" and isinstance(value, bool):
+                value = "group" if value else "none"
+            if name not in done or value != done[name]:
+                remedy = DECIDED_BY_METHOD[name]
+                if name == "loss_type":
+                    known = f'choose method="{value}"' if value in hapo.methods() else remedy
+                    remedy = LOSS_TYPES.get(str(value), known)
+                does = "" if done.get(name) is None else f", in {method.name} it is {done[name]!r}"
+                raise ValueError(f"{name}={value!r} cannot be honoured: the method decides it{does}; {remedy}")
 
     def _check_schedule(self) -> None:
         if self.steps_per_generation % self.gradient_accumulation_steps:
@@ -205,11 +225,17 @@ def resolve_method(method: Method | None, args: HAPOConfig) -> Method:
         weight = _kl_weight(method)
         if args.beta is not None and args.beta != weight:
             raise ValueError(f"beta={args.beta} and the method's kl_coef={weight} disagree; set one of them")
+        if args.use_bias_correction_kl and not method.options.get("unbiased_kl"):
+            raise ValueError(
+                "use_bias_correction_kl=True: build the method with unbiased_kl=True, or leave it out"
+            )
         args.beta = weight  # TRL loads a reference model where this is not 0
         return method
     if args.beta is None:
         args.beta = options_of(args.method).kl_coef
     options = {**(args.method_options or {}), "kl_coef": args.beta}  # type: ignore[dict-item]
+    if args.use_bias_correction_kl:
+        options["unbiased_kl"] = True
     named = hapo.method(args.method, **options)
     if named.penalty is not None and not args.beta:
         raise ValueError(
@@ -254,7 +280,8 @@ def check_arguments(method: Method, args: HAPOConfig, model: Any, others: dict[s
             f"beta={args.beta} needs a reference model, which TRL loads by the model's path, and this one has "
             "none: save it and hand over the folder, or set beta=0"
         )
-    if method.temperature_rule is not None and "temperature" in generation:
-        raise ValueError("generation_kwargs: set the base temperature with temperature=, which scoring reads too")
-    if generation.get("num_beams", 1) != 1:
-        raise ValueError("generation_kwargs: num_beams must be 1, policies are sampled, not searched")
+    if not args.temperature > 0:
+        raise ValueError(
+            f"temperature={args.temperature}: it must be above 0, or all answers of a group are equal"
+        )
+    check_generation(generation, vllm=args.use_vllm)

@@ -16,6 +16,7 @@ from ...batch import EntropyStats, TokenBatch
 from ...method import LossOutput, Method
 from ..records import RunRecords, manifest, weights_hash
 from .config import HAPOConfig
+from .options import DECIDED_BY_METHOD
 from .rows import RolloutRows, scored_tokens
 
 NOT_TOLD = {"hub_token", "accelerator_config", "debug", "gradient_checkpointing", "method", "method_options"}
@@ -165,6 +166,7 @@ def _told(args: HAPOConfig) -> dict[str, Any]:
         if (
             f.init
             and f.name not in NOT_TOLD
+            and f.name not in DECIDED_BY_METHOD  # what is asked for of these is what the method does
             and value != default
             and isinstance(value, (str, int, float, bool, list, dict))
         ):

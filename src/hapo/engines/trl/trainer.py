@@ -8,7 +8,6 @@ is done by the other files of this folder, which are handed what they use.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping
@@ -85,7 +84,7 @@ class HAPOTrainer(RecordedTrainer):
             raise TypeError(
                 f"args must be a HAPOConfig, got {type(args).__name__}; from hapo.trl import HAPOConfig"
             )
-        args = copy.copy(args)  # the caller's stays as it is
+        args = args.filled_in()  # a copy: the caller's stays as it is
         self.method = resolve_method(method, args)
         check_arguments(self.method, args, model, trl_kwargs)
         if args.run_records:
