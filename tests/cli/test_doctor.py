@@ -26,6 +26,15 @@ def test_the_demo_is_healthy_and_the_default(capsys):
     assert capsys.readouterr().out == "nothing found\n"
 
 
+def test_a_recipe_for_gpus_is_examined_on_a_machine_without_one(tmp_path, capsys):
+    recipe = tmp_path / "gpu.yaml"
+    options = {"bf16": True, "tf32": True, "use_vllm": True, "attn_implementation": "flash_attention_2"}
+    told = {"model_name_or_path": "tiny", "dataset": "addition", "max_completion_length": 32, **options}
+    recipe.write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in told.items()))
+    assert main([str(recipe), *SMALL]) == 0
+    assert capsys.readouterr().out == "nothing found\n"
+
+
 def test_a_recipe_with_flags_is_examined_and_the_ratio_is_said_once(capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

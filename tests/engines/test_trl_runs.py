@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ import hapo
 from hapo.engines.trl.auxiliary import AuxiliaryLoss
 from hapo.engines.trl.checkpoint import complete_checkpoints
 from hapo.engines.trl.finite import NotFiniteError
-from hapo.engines.trl.rollout import EpochSampler, prompts_to_draw
+from hapo.engines.trl.rollout import EpochSampler, FreshPrompts, prompts_to_draw
 from hapo.engines.trl.rows import RolloutRows
 from hapo.engines.version import require
 from hapo.insight.run import Run, recompute
@@ -245,7 +246,7 @@ def test_prompts_to_draw(groups, share, unit, expected):
     assert prompts_to_draw(groups, share, unit) == expected
 
 
-def test_dynamic_sampling_gives_up_at_its_limit_and_says_so(tmp_path):
+def test_dynamic_sampling_gives_up_at_its_limit_and_says_so(tmp_path, caplog):
     trainer = tiny.trainer(
         tmp_path, reward=lambda completions, **_: [1.0] * len(completions), max_num_gen_batches=3
     )
@@ -254,7 +255,24 @@ def test_dynamic_sampling_gives_up_at_its_limit_and_says_so(tmp_path):
     line = trainer.state.log_history[0]
     assert line["dynamic_sampling/kept"] == 0
     assert line["loss"] == 0
+    assert caplog.text.count("dynamic sampling ended after 3 rounds (max_num_gen_batches) with 0 of 8 groups") == 1
     assert all(torch.equal(before[n], w) for n, w in weights(trainer).items())
+
+
+def test_rows_that_are_equal_are_drawn_as_often_as_they_stand_in_the_data():
+    """An environment may own all prompts; without further rows the order runs dry."""
+    rows = Dataset.from_dict({"prompt": ["a"] * 5 + ["b", "c"]})
+    used = Counter({json.dumps({"prompt": "a"}): 1, json.dumps({"prompt": "b"}): 1})
+    taken = FreshPrompts(rows, seed=0).take(9, used)
+    assert [row["prompt"] for row in taken] == ["c", "a", "a", "a", "a"]
+
+
+def test_a_sampler_far_from_the_policy_is_said_once_with_its_cause(tmp_path, caplog):
+    trainer = tiny.trainer(tmp_path, top_k=1, max_steps=2, method="grpo", beta=0.0)
+    trainer.train()
+    assert trainer.state.log_history[0]["sampler_weight/mean"] < 0.5
+    assert caplog.text.count("the mean importance weight of sampled tokens is 0.") == 1
+    assert "than the trained policy (top_k=1)" in caplog.text
 
 
 def test_unscorable_and_truncated_responses_are_in_no_count(tmp_path):

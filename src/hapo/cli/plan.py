@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+import torch
 from transformers import AutoConfig, AutoTokenizer
 from trl import ModelConfig
 
@@ -34,7 +35,8 @@ def examine_recipe(argv: list[str]) -> list[Finding]:
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "One optimiser step a rollout batch")  # a finding says it
-        task_config, args, model_config, options, _ = parser.read(argv)
+        warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)  # TRL's own
+        task_config, args, model_config, options, _ = parser.read([*argv, *_elsewhere()])
     path = model_path(model_config)
     prepare_process(options)
     revision = {"revision": model_config.model_revision, "trust_remote_code": args.trust_remote_code}
@@ -49,6 +51,11 @@ def examine_recipe(argv: list[str]) -> list[Finding]:
         tokenizer=AutoTokenizer.from_pretrained(path, **revision),
         architecture=AutoConfig.from_pretrained(path, **revision, **sizes),
     )
+
+
+def _elsewhere() -> list[str]:
+    """Flags that let a recipe for GPUs be read on a machine without one: transformers asks the machine."""
+    return [] if torch.cuda.is_available() else ["--use_cpu", "true", "--tf32", "false"]
 
 
 @contextmanager

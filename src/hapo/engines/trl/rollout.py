@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +21,8 @@ from trl.trainer.utils import RepeatSampler
 from ...parts.select import mixed_groups
 from .config import HAPOConfig
 from .gather import TensorDict, concat_rows, gather_rows
+
+LOG = logging.getLogger(__name__)
 
 NEWEST = 0.2
 """Weight of the last rollout batch in the share of mixed groups: the policy moves slowly, single batches vary."""
@@ -50,19 +54,31 @@ class FreshPrompts:
         self.dataset = dataset
         self.seed = seed
         self.position = position
+        self._counted: Counter[str] | None = None
         self._order: tuple[int, list[int]] = (-1, [])
 
-    def take(self, n: int, used: set[str]) -> list[dict[str, Any]]:
-        """The next n prompts that are not in `used` (and adds them); fewer once a whole pass gave nothing."""
+    def take(self, n: int, used: Counter[str]) -> list[dict[str, Any]]:
+        """The next n prompts that are not in `used` (and adds them), then those that stand in further equal rows.
+
+        Fewer once a whole pass gave nothing: all rows are used.
+        """
         taken: list[dict[str, Any]] = []
-        for _ in range(2 * len(self.dataset)):
-            if len(taken) == n:
-                break
-            row = self.dataset[self._index()]
-            if prompt_key(row) not in used:
-                used.add(prompt_key(row))
-                taken.append(row)
+        for most in (None, self._copies):
+            for _ in range(2 * len(self.dataset)):
+                if len(taken) == n:
+                    return taken
+                row = self.dataset[self._index()]
+                key = prompt_key(row)
+                if used[key] < (1 if most is None else most()[key]):
+                    used[key] += 1
+                    taken.append(row)
         return taken
+
+    def _copies(self) -> Counter[str]:
+        """How many rows of the data set are equal to each: an environment may own all prompts."""
+        if self._counted is None:
+            self._counted = Counter(map(prompt_key, self.dataset))
+        return self._counted
 
     def _index(self) -> int:
         epoch, offset = divmod(self.position, len(self.dataset))
@@ -120,6 +136,7 @@ class DynamicSampling:
         self.most_rounds = args.max_num_gen_batches
         self.draw_ahead = args.draw_ahead
         self.prompts = FreshPrompts(dataset, args.seed + 1)
+        self._said = False
         self.share: float | None = None
         """Mixed groups among all that the last rollout batches drew, an exponential average."""
 
@@ -132,7 +149,8 @@ class DynamicSampling:
         first, in the order drawn; what is missing is filled with groups that prepare() drops.
         """
         size, world, rank = self.group_size, self.accelerator.num_processes, self.accelerator.process_index
-        used = set(gather_object([prompt_key(row) for row in inputs]))
+        rows_of = Counter(gather_object([prompt_key(row) for row in inputs]))
+        used = Counter({key: rows // size for key, rows in rows_of.items()})
         most = len(inputs) * world // size
         further = 0
         if self.draw_ahead and self.share is not None and len(inputs) % size == 0:  # no group on two ranks
@@ -156,13 +174,20 @@ class DynamicSampling:
         order = torch.argsort((~mixed).int(), stable=True)[:most]
         index = (order.unsqueeze(1) * size + torch.arange(size, device=order.device)).flatten()
         index = index[rank * len(inputs) :][: len(inputs)]
+        if have < most and not self._said:
+            self._said = True
+            why = "max_num_gen_batches" if len(pool) == self.most_rounds else "all prompts were drawn"
+            LOG.warning(
+                f"dynamic sampling ended after {len(pool)} rounds ({why}) with {have} of {most} groups to learn "
+                "from: the others have equal verdicts and are dropped. Said once; see dynamic_sampling/kept"
+            )
         metrics: dict[str, float] = {}
         metrics["dynamic_sampling/rounds"] = len(pool)
         metrics["dynamic_sampling/drawn"] = len(mixed) / most
         metrics["dynamic_sampling/kept"] = min(have, most) / most
         return {**rollout, **{name: x[index] for name, x in everything.items()}}, metrics
 
-    def _rows(self, prompts: int, unit: int, used: set[str]) -> list[dict[str, Any]]:
+    def _rows(self, prompts: int, unit: int, used: Counter[str]) -> list[dict[str, Any]]:
         """This rank's rows of so many fresh prompts, or of the whole units of them that are left."""
         taken = self.prompts.take(prompts, used)
         taken = taken[: len(taken) // unit * unit]

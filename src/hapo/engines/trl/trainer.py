@@ -8,6 +8,7 @@ is done by the other files of this folder, which are handed what they use.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping
@@ -41,6 +42,11 @@ from .rollout import DynamicSampling, check_prompts
 from .rows import RolloutRows, prepare_rows, scored_tokens, step_rows
 from .sampler import Request, Sampler, VLLMSampler
 from .scorer import Scored, Scorer, Sequences, is_reference
+
+LOG = logging.getLogger(__name__)
+
+LEAST_WEIGHT = 0.5
+"""Mean importance weight of the sampler below which a word is due."""
 
 
 class HAPOTrainer(RecordedTrainer):
@@ -107,6 +113,7 @@ class HAPOTrainer(RecordedTrainer):
         self.scorer = self.make_scorer()
         self.sampler = self.make_sampler()
         self._step_metrics = MetricLog(self.accelerator, self._log_value)
+        self._said_far = False
         self._sharded = passes.is_sharded(self.accelerator.distributed_type)
         check_prompts(self.train_dataset, args)
         self._dynamic: DynamicSampling | None = None
@@ -288,6 +295,7 @@ class HAPOTrainer(RecordedTrainer):
             finite.check("loss", loss.detach(), step)
         if not train or self.accelerator.gradient_state.sync_gradients:
             self._step_metrics.flush()
+            self._say_if_far_from_policy()
             if records is not None:
                 records.write_tokens(step)
         return loss
@@ -307,6 +315,24 @@ class HAPOTrainer(RecordedTrainer):
         if records is not None:
             records.add_tokens(self.state.global_step + 1, inputs, batch, out, self._sampled_with)
         return loss
+
+    def _say_if_far_from_policy(self) -> None:
+        weights = self._metrics["train"].get("sampler_weight/mean")
+        if self._said_far or not weights or weights[-1] >= LEAST_WEIGHT:
+            return
+        self._said_far = True
+        plain = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
+        given = {name: getattr(self.args, name) for name in plain}
+        causes = [f"{name}={value}" for name, value in given.items() if value != plain[name]]
+        causes += [f"generation_kwargs={self.args.generation_kwargs}"] if self.args.generation_kwargs else []
+        causes += ["the temperature rule"] if self._sampled_with is not None else []
+        causes += ["vLLM, whose weights or precision differ"] if self.use_vllm else []
+        LOG.warning(
+            f"the mean importance weight of sampled tokens is {weights[-1]:.2f} at optimiser step "
+            f"{self.state.global_step + 1}: they are drawn from another distribution than the trained policy "
+            f"({', '.join(causes) or 'by what is not known'}). Below {LEAST_WEIGHT} little of the gradient is "
+            "left. Said once; see sampler_weight/mean"
+        )
 
     # -- log and checkpoints --------------------------------------------------------------------------------
 
