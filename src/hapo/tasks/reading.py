@@ -100,7 +100,7 @@ MORE_LABELS = re.compile(r"(?:,|;|\band\b|\n)\s*(?:\(\s*([A-J])\s*\)|([A-J])\s*[
 RUN = re.compile(r"[A-J]{2,8}")
 WORDS = re.compile(r"[^\W\d_][^\W\d_]+(?:[\s'.,-]+[^\W\d_]+)*\.?")
 DATE = re.compile(r"\d{1,4}\s*([-/.])\s*\d{1,2}\s*\1\s*\d{1,4}")
-RANGE = re.compile(r"\d+(?:\.\d+)?\s*-\s*\d+(?:\.\d+)?(?:\s*[A-Za-z]+)?")
+RANGE = re.compile(r"\d+(?:\.\d+)?\s*-\s*\d+(?:\.\d+)?(?:\s*[A-Za-z]{2,})?")
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def read(answer: str) -> Reading:
         return Reading(name + value, _mathematics(wrapped), percent and not name, unit, letters, time)
     words = WORDS.fullmatch(flat) is not None and re.search(r"[^\W\d_]{3}", flat) is not None
     words = words and not FUNCTIONS.fullmatch(flat)
-    if words and wrapped != flat:
+    if words and FONT.search(answer) is not None:
         latex = rf"\text{{{flat.rstrip('.')}}}"
         return Reading(latex, latex, letters=letters)
     latex = _mathematics(wrapped)
@@ -265,7 +265,7 @@ def _tidy(text: str) -> str:
     text = re.sub(r"√", r"\\sqrt ", text)
     text = re.sub(r"\\sqrt (\d+|[a-z])", r"\\sqrt{\1}", text)
     text = re.sub(r"\\sqrt \s*\(([^()]*)\)", r"\\sqrt{\1}", text)
-    text = text.replace("\\!", "").replace("{,}", ",").replace(r"\{,\}", ",")
+    text = text.replace("\\!", "").replace("{,}", ",").replace("{:}", ":").replace(r"\{,\}", ",")
     text = SPACING.sub(lambda m: "" if m[0].startswith((r"\left", r"\right")) else " ", text)
     text = re.sub(r"\\\(|\\\)|\\\[|\\\]|`", "", text)
     text = re.sub(r"(?<!\\)\$(?!\s?\d)|(?<!\\)(?<![A-Z])\$(?=\s?[^$]*\$)", " ", text)
