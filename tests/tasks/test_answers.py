@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from hapo.tasks import exact_reward, extract_answer, math_verify_reward
+from hapo.tasks.reading import LONGEST, letters_of, read
 
 from .answer_cases import BOTH, MATHS, REFUSED
 
@@ -67,6 +68,7 @@ def test_text_without_end_is_searched_in_time(piece):
     started = time.process_time()
     for text in (piece * (100_000 // len(piece)), f"answer: {piece * (100_000 // len(piece))}x"):
         exact_reward([""], [text], answer=["5"])
+        read(text), read(text[:LONGEST]), letters_of(text)
     assert time.process_time() - started < 5
 
 

@@ -6,7 +6,7 @@ import functools
 import re
 from typing import Any
 
-from .reading import Reading, gold_fault, gold_text, letters_of, read, same_time, time_of
+from .reading import Reading, gold_fault, gold_text, letter_said, letters_of, read, same_time, time_of
 from .stated import extract_answer, stated_answer, unwrap, visible
 from .verifier import Judge, Unchecked, VerifiedReward
 
@@ -32,21 +32,23 @@ class MathReward(VerifiedReward):
         text = visible(text).strip()
         last = text.rpartition("\n")[2].strip()
         if gold.letters:
-            return gold.letters in (letters_of(unwrap(text)), letters_of(unwrap(last)))
+            alone = letters_of(unwrap(text)) or letters_of(unwrap(last))
+            return gold.letters == (alone or letter_said(text))
         if gold.time is not None:
             times = SOME_TIME.findall(text)
             found = time_of(times[-1]) if times else time_of(last)
             return found is not None and same_time(gold.time, found)
-        alone = read(text)
-        if alone.plain:
-            return self._same(gold, alone)
+        answer = read(text)
+        if answer.plain:
+            return self._same(gold, answer)
         # behind the dollars, a percent sign is read by every version of math-verify's parser
         text = PERCENT_IN_DOLLARS.sub(r"\1 %", text)
         return self.judge.ask(gold.latex, text) or (gold.percent and self.judge.ask(_hundredth(gold), text))
 
     def _same(self, gold: Reading, answer: Reading) -> bool:
         if gold.letters:
-            return gold.letters == answer.letters
+            small = re.fullmatch("[a-j]", answer.latex)  # a choice here, though elsewhere a variable
+            return gold.letters == (answer.letters or frozenset(small[0].upper() if small else ""))
         if gold.time is not None or (answer.time is not None and answer.latex == answer.whole):
             return gold.time is not None and answer.time is not None and same_time(gold.time, answer.time)
         if gold.unit and answer.unit and gold.unit != answer.unit:

@@ -81,21 +81,92 @@ UNITS = {
 }  # fmt: skip
 """Names of units, each with the name that stands for it."""
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-MONTHS = "january february march april may june july august september october november december".split()
+MONTHS = [
+    "january",
+    "february",
+    "march",
+    "april",
+    "may",
+    "june",
+    "july",
+    "august",
+    "september",
+    "october",
+    "november",
+    "december",
+]
 NO_UNITS = frozenset(
-    [*MONTHS, *(month[:3] for month in MONTHS), *SCALES, "or", "and", "to", "times", "plus", "minus", "divided", "over"]
-    + "mod if for sin cos tan cot log ln exp sqrt frac pi not but am pm is are with either when where than".split()
-    + "remainder base half quarter third thirds halves quarters fourths infinity sum".split()
+    [
+        *MONTHS,
+        *(month[:3] for month in MONTHS),
+        *SCALES,
+        "or",
+        "and",
+        "to",
+        "times",
+        "plus",
+        "minus",
+        "divided",
+        "over",
+    ]
+    + [
+        "mod",
+        "if",
+        "for",
+        "sin",
+        "cos",
+        "tan",
+        "cot",
+        "log",
+        "ln",
+        "exp",
+        "sqrt",
+        "frac",
+        "pi",
+        "not",
+        "but",
+        "am",
+        "pm",
+        "is",
+        "are",
+        "with",
+        "either",
+        "when",
+        "where",
+        "than",
+    ]
+    + [
+        "remainder",
+        "base",
+        "half",
+        "quarter",
+        "third",
+        "thirds",
+        "halves",
+        "quarters",
+        "fourths",
+        "infinity",
+        "sum",
+    ]
 )
 """Words behind a number that change it, so that they are no unit."""
 
+BEHIND = re.compile(r"(?<=[\d})a-z])\s+((?:[A-Za-z]{2,}\.?(?:\^\{?\d\}?)?(?:[\s/]+|$)){1,7})$")
+"""Words behind mathematics that may be its unit."""
+
 LETTER = r"(?:\(\s*[A-J]\s*\)|\[[A-J]\]|[A-J]\b(?:[.)](?!\w))?)"
-CHOICE_WORDS = r"(?:(?:both|only|the|correct|options?|choices?|answers?|letters?|statements?|is|are)\b[\s:]*)*"
-CHOICES = re.compile(
-    rf"{CHOICE_WORDS}({LETTER}(?:\s*(?:,\s*and|,|;|&|/|\band\b|\bor\b|\s)\s*{LETTER})*)\.?"
-    r"(?:\s+(?:only|(?:is|are)\s+(?:the\s+)?(?:correct|right|best|true)?\s*(?:answers?|options?|choices?)?))?[.!]?",
+CHOICE_WORDS = re.compile(
+    r"(?:(?:both|only|the|correct|options?|choices?|answers?|letters?|is|are)\b[\s:]*)+", re.IGNORECASE
 )
-LABEL = re.compile(rf"{CHOICE_WORDS}(?:\(\s*([A-J])\s*\)|\[([A-J])\]|([A-J])\s*[.):])\s*\S", re.DOTALL)
+CHOICES = re.compile(
+    rf"({LETTER}(?:\s*(?:,\s*and|,|;|&|/|\band\b|\bor\b|\s)\s*{LETTER})*)\.?"
+    r"(?:\s+(?:only|(?:is|are)\s+(?:the\s+)?(?:correct|right|best|true)?\s*(?:answers?|options?|choices?)?))?[.!]?"
+)
+LABEL = re.compile(r"(?:\(\s*([A-J])\s*\)|\[([A-J])\]|([A-J])\s*[.):])\s*\S", re.DOTALL)
+SAID = re.compile(
+    r"(?<![A-Za-z])\(?([A-J])\)?\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b"
+    r"|\b(?:choose|pick|select)\s+(?:the\s+)?(?:option\s+|answer\s+)?\(?([A-J])\)?(?![A-Za-z])"
+)
 MORE_LABELS = re.compile(r"(?:,|;|\band\b|\n)\s*(?:\(\s*([A-J])\s*\)|([A-J])\s*[.):])\s*\S")
 RUN = re.compile(r"[A-J]{2,8}")
 WORDS = re.compile(r"[^\W\d_][^\W\d_]+(?:[\s'.,-]+[^\W\d_]+)*\.?")
@@ -156,19 +227,27 @@ def read(answer: str) -> Reading:
 def letters_of(text: str) -> frozenset[str]:
     """The letters of choices that a text names: "B", "(B)", "B) 12", "Option B", "A and C"; else none."""
     text = re.sub(r"\s+", " ", text.replace("\\", " ")).strip()
-    if re.fullmatch(r"\(?[a-j]\)|\(?[a-j]\) .*", text):  # small letters need their bracket
+    words = CHOICE_WORDS.match(text)
+    text = text if words is None else text[words.end() :]
+    small = r"\(?[a-j](?![a-z])" if words is not None else r"\(?[a-j]\)"  # else it may be a variable
+    if re.match(small, text):
         text = text.replace(text.strip("(")[0], text.strip("(")[0].upper(), 1)
-    named = re.compile(CHOICES.pattern, re.IGNORECASE) if re.match(r"(?:options?|choices?|both)\b", text, re.I) else CHOICES
-    listed = named.fullmatch(text)
-    if listed is None and RUN.fullmatch(text) and len(set(text)) == len(text):
-        return frozenset(text)
+    listed = CHOICES.fullmatch(text)
     if listed is not None:
-        return frozenset(re.findall(r"(?<![A-Za-z])[A-Ja-j](?![A-Za-z])", listed[1].upper()))
-    label = LABEL.match(text) or re.compile(LABEL.pattern, re.IGNORECASE).match(text if "(" == text[:1] else "")
+        return frozenset(re.findall(r"(?<![A-Za-z])[A-J](?![A-Za-z])", listed[1]))
+    if RUN.fullmatch(text) and len(set(text)) == len(text):
+        return frozenset(text)
+    label = LABEL.match(text)
     if label is None:
         return frozenset()
     more = [a or b for a, b in MORE_LABELS.findall(text)]
-    return frozenset(letter.upper() for letter in [*label.groups(), *more] if letter)
+    return frozenset(letter for letter in [*label.groups(), *more] if letter)
+
+
+def letter_said(text: str) -> frozenset[str]:
+    """The letter that a text last calls right or chooses: "(B) is correct", "I choose B"; else none."""
+    said = SAID.findall(text)
+    return frozenset(said[-1][0] or said[-1][1]) if said else frozenset()
 
 
 def time_of(text: str) -> tuple[int, int, int, str] | None:
@@ -346,7 +425,9 @@ def _value(number: re.Match[str]) -> Fraction | str | None:
 
 def _repeating(before: str, fixed: str, repeated: str) -> Fraction:
     shift = 10 ** len(fixed)
-    return Fraction(int((before or "0") + fixed), shift) + Fraction(int(repeated), shift * (10 ** len(repeated) - 1))
+    return Fraction(int((before or "0") + fixed), shift) + Fraction(
+        int(repeated), shift * (10 ** len(repeated) - 1)
+    )
 
 
 def _latex(value: Any) -> str:
@@ -359,7 +440,11 @@ def _latex(value: Any) -> str:
         while rest % prime == 0:
             rest //= prime
     if rest == 1 and abs(value) >= Fraction(1, 100) and down < 10**30:
-        return format((Decimal(up) / Decimal(down)).normalize(), "f") if len(str(up)) < 20 else rf"\frac{{{up}}}{{{down}}}"
+        return (
+            format((Decimal(up) / Decimal(down)).normalize(), "f")
+            if len(str(up)) < 20
+            else rf"\frac{{{up}}}{{{down}}}"
+        )
     return rf"{'-' if up < 0 else ''}\frac{{{abs(up)}}}{{{down}}}"
 
 
@@ -402,12 +487,14 @@ def _mathematics(text: str) -> str:
     text = re.sub(r"(?<=[\w)])\*\*(?=[\w(])", "^", text)
     text = ROOT.sub(lambda m: rf"\sqrt{{{m[1] or m[2]}}}", text)
     text = FUNCTIONS.sub(r"\\\1 ", text)
-    text = re.sub(r"\s*(?:,\s*)?(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])\s*|\s*\\text\{\s*,?\s*(?:and|or)\s*\}\s*", ", ", text)
+    text = re.sub(
+        r"\s*(?:,\s*)?(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])\s*|\s*\\text\{\s*,?\s*(?:and|or)\s*\}\s*", ", ", text
+    )
     parts = text.split(",")
     if len(parts) > 1 and all(re.search(r"\\?%\W*$", part) for part in parts):
         text = re.sub(r"\\?%", "", text)
     text = re.sub(r"(\d+(?:\.\d+)?)\s*\\?%", r"\\frac{\1}{100}", text)
-    bare = re.fullmatch(r"(.*[\d})a-z])\s+((?:[A-Za-z]{2,}\.?(?:\^\{?\d\}?)?[\s/]*)+)", text)
-    if bare is not None and unit_of(bare[2]):
-        text = bare[1]
+    bare = BEHIND.search(text)
+    if bare is not None and unit_of(bare[1]):
+        text = text[: bare.start(1)]
     return text.strip(" .;")

@@ -44,7 +44,7 @@ STATEMENT = re.compile(
     re.IGNORECASE | re.VERBOSE | re.MULTILINE,
 )
 LEAD = re.compile(
-    r"[\s*_:：,=]*(?:(?:therefore|thus|then|hence|so|simply|just|indeed|clearly|also|as\s+follows|"
+    r"[\s*_:：,=}]*(?:(?:therefore|thus|then|hence|so|simply|just|indeed|clearly|also|as\s+follows|"
     r"given\s+(?:by|as)|equal\s+to|found\s+to\s+be|now)\b[\s*_:：,]*)*",
     re.IGNORECASE,
 )
@@ -57,10 +57,27 @@ REMARK = re.compile(
     re.IGNORECASE,
 )
 """How a sentence goes on that speaks of an answer, or a heading that is none."""
-SENTENCE_END = re.compile(r"(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bProf)[.!?。][\"'*_`$)\]]*\s+(?=[*_\"'(]*[A-Z])")
-REASON = re.compile(r",?\s+(?:because|since|which|as\s+(?:required|desired|shown|needed|expected))\b", re.IGNORECASE)
+SENTENCE_END = re.compile(
+    r"(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bProf)[.!?。][\"'*_`$)\]]*\s+(?=[*_\"'(]*[A-Z])"
+)
+REASON = re.compile(
+    r",?\s+(?:because|since|which|as\s+(?:required|desired|shown|needed|expected))\b", re.IGNORECASE
+)
 DISPLAYS = ((r"\[", r"\]"), ("$$", "$$"), ("```", "```"))
-PAIRS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("__", "__"), ("*", "*"), ("`", "`"))
+PAIRS = (
+    ("$$", "$$"),
+    ("$", "$"),
+    (r"\(", r"\)"),
+    (r"\[", r"\]"),
+    ("**", "**"),
+    ("__", "__"),
+    ("*", "*"),
+    ("`", "`"),
+    ("<b>", "</b>"),
+    ("<strong>", "</strong>"),
+)
+COLOUR = re.compile(r"\\(?:text)?color\s*\{\w+\}\s*\{(.*)\}", re.DOTALL)
+QUOTED = re.compile(r"[\"“]([^\"“”]+)[\"”]")
 FONT = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|sf|tt|it|normal)|mbox|hbox|underline|displaystyle|bf|rm|bm|"
     r"boldsymbol)\s*\{"
@@ -183,7 +200,10 @@ def _content(text: str, mark: re.Match[str]) -> str:
                 break
             kept.append(line)
     content = "\n".join(kept)
-    content = SENTENCE_END.split(content, maxsplit=1)[0]
+    end_of = SENTENCE_END.search(content)
+    if "?" in (content.rstrip()[-1:] if end_of is None else end_of[0]):
+        return ""  # it asks
+    content = content if end_of is None else content[: end_of.start()]
     content = REASON.split(content, maxsplit=1)[0]
     return unwrap(content.strip(), prose=True)
 
@@ -194,7 +214,7 @@ def unwrap(text: str, *, prose: bool = False) -> str:
     A full stop or comma goes too, in prose always, elsewhere behind a single word or number.
     """
     text = text.strip()
-    while True:
+    for _ in range(16):  # enough for what is meant, and no work without end for what is not
         before = text
         for left, right in PAIRS:
             inner = text[len(left) : -len(right)]
@@ -206,10 +226,20 @@ def unwrap(text: str, *, prose: bool = False) -> str:
             if inner.strip() and font.end() + len(inner) + 1 == len(text):
                 text = inner.strip()
         if prose:  # **The answer is 5.** leaves the stars of its end
-            for sign in ("**", "__", "`", "$"):
+            for sign in ("**", "__", "*", "`", "$"):
                 if text.endswith(sign) and text.count(sign) % 2:
                     text = text.removesuffix(sign).strip()
-        if text.endswith((".", ",", ";", "。")) and not text.endswith("..") and (prose or not re.search(r"\s", text)):
+            quoted = QUOTED.fullmatch(text)
+            text = (text if quoted is None else quoted[1]).rstrip("# ") or text
+        coloured = COLOUR.fullmatch(text)
+        text = text if coloured is None else coloured[1].strip()
+        text = text.removesuffix("\\\\").rstrip() or text
+        if (
+            text.endswith((".", ",", ";", "。"))
+            and not text.endswith("..")
+            and (prose or not re.search(r"\s", text))
+        ):
             text = text[:-1].strip() or text
         if text == before:
-            return text
+            break
+    return text
