@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from hapo.tasks import exact_reward, extract_answer, math_verify_reward
-from hapo.tasks.reading import LONGEST, letters_of, read
+from hapo.tasks.choices import letters_of
+from hapo.tasks.reading import LONGEST, read
 
 from .answer_cases import BOTH, MATHS, REFUSED
 

@@ -205,8 +205,8 @@ def check_content(name: str, rows: list[Row], source: str) -> None:
 def content_hash(rows: list[Row]) -> str:
     """SHA-256 of questions and answers, in any order.
 
-    White space does not count. Of an answer only what stands in a box or behind ``####`` counts, and a number only by
-    its value: 70,000 is 70000 and 27.0 is 27.
+    White space does not count. Of an answer only what stands in a box or behind ``####`` counts, and a number
+    only by its value: 70,000 is 70000 and 27.0 is 27.
     """
     lines = sorted(json.dumps([_squeeze(row["question"]), _canonical(row["answer"])]) for row in rows)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

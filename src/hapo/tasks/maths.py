@@ -6,7 +6,8 @@ import functools
 import re
 from typing import Any
 
-from .reading import Reading, gold_fault, gold_text, letter_said, letters_of, read, same_time, time_of
+from .choices import letter_said, letters_of
+from .reading import Reading, gold_fault, gold_text, read, same_time, time_of
 from .stated import extract_answer, stated_answer, unwrap, visible
 from .verifier import Judge, Unchecked, VerifiedReward
 
@@ -69,7 +70,7 @@ class MathReward(VerifiedReward):
         return gold == answer or self.judge.ask(gold, rf"\boxed{{{answer}}}")
 
     def fault(self, key: Any) -> str | None:
-        """Why the gold answer `key` is of no use: it cannot be read, or does not accept itself; None if it is sound."""
+        """Why the gold answer `key` is of no use: unreadable, or not equal to itself; None for a sound one."""
         text = extract_answer(gold_text(key))
         gold = _gold(gold_text(key))
         fault = gold_fault(gold, text)

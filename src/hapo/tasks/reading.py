@@ -12,7 +12,9 @@ from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from typing import Any
 
+from .choices import letters_of
 from .stated import FONT, braced, unwrap
+from .units import SCALES, UNITS, unit_of
 
 LONGEST = 2000
 """Characters of an answer that are read here; a longer one goes to math-verify as it stands."""
@@ -37,7 +39,8 @@ NUMBER = re.compile(
     (?P<sign>[-+]?)\s*(?:
       (?P<whole>\d+)[\s+]*\\[dt]?frac\s*(?:\{{\s*(?P<up>\d+)\s*\}}\s*\{{\s*(?P<down>\d+)\s*\}}|(?P<u>\d)\s*(?P<d>\d))
     | (?P<whole2>\d+)\s+(?P<up2>\d+)\s*/\s*(?P<down2>\d+)
-    | (?P<before>\d*)\.(?P<fixed>\d*)(?:\\overline\s*\{{(?P<over>\d+)\}}|\\bar\s*\{{?(?P<bar>\d+)\}}?|\((?P<round>\d+)\)
+    | (?P<before>\d*)\.(?P<fixed>\d*)(?:\\overline\s*\{{(?P<over>\d+)\}}
+        |\\bar\s*\{{?(?P<bar>\d+)\}}?|\((?P<round>\d+)\)
         |\\dot\s*\{{?(?P<dot>\d)\}}?(?P<between>\d*)(?:\\dot\s*\{{?(?P<dot2>\d)\}}?)?|(?P<line>(?:\d\u0305)+))
     | (?P<before2>\d*)\.(?P<digits>\d+)\s*(?:\.\.\.|…|\\l?dots|\\cdots)
     | (?P<mantissa>{PLAIN})(?:[eE](?P<exp>[-+]?\d{{1,6}})(?![\d.])
@@ -65,110 +68,9 @@ TIME = re.compile(
     re.IGNORECASE,
 )
 
-UNITS = {
-    name: names.split()[0]
-    for names in (
-        "second s sec secs", "minute min mins", "hour h hr hrs", "day", "week", "month", "year yr yrs",
-        "millimetre mm millimeter", "centimetre cm centimeter", "metre m meter", "kilometre km kilometer",
-        "inch in inche", "foot ft feet", "yard yd yds", "mile mi", "milligram mg", "gram g", "kilogram kg kilo kgs",
-        "pound lb lbs £ gbp \\pounds", "ounce oz", "ton tonne", "millilitre ml milliliter", "litre l liter",
-        "gallon gal", "dollar $ usd us$ buck \\$ us\\$", "cent ¢", "euro € eur \\euro", "yen ¥ yuan \\yen",
-        "rupee ₹ rs inr", "joule j", "newton n", "watt w", "kilowatt kw", "volt v", "square sq", "cubic cu", "acre",
-        "mile/hour mph", "kilometre/hour kmh kph kmph", "degree deg degs", "radian rad", "celsius °c", "fahrenheit °f",
-        "hz hertz", "pa pascal", "mol mole", "k kelvin",
-    )
-    for name in names.split()
-}  # fmt: skip
-"""Names of units, each with the name that stands for it."""
-SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-MONTHS = [
-    "january",
-    "february",
-    "march",
-    "april",
-    "may",
-    "june",
-    "july",
-    "august",
-    "september",
-    "october",
-    "november",
-    "december",
-]
-NO_UNITS = frozenset(
-    [
-        *MONTHS,
-        *(month[:3] for month in MONTHS),
-        *SCALES,
-        "or",
-        "and",
-        "to",
-        "times",
-        "plus",
-        "minus",
-        "divided",
-        "over",
-    ]
-    + [
-        "mod",
-        "if",
-        "for",
-        "sin",
-        "cos",
-        "tan",
-        "cot",
-        "log",
-        "ln",
-        "exp",
-        "sqrt",
-        "frac",
-        "pi",
-        "not",
-        "but",
-        "am",
-        "pm",
-        "is",
-        "are",
-        "with",
-        "either",
-        "when",
-        "where",
-        "than",
-    ]
-    + [
-        "remainder",
-        "base",
-        "half",
-        "quarter",
-        "third",
-        "thirds",
-        "halves",
-        "quarters",
-        "fourths",
-        "infinity",
-        "sum",
-    ]
-)
-"""Words behind a number that change it, so that they are no unit."""
-
 BEHIND = re.compile(r"(?<=[\d})a-z])\s+((?:[A-Za-z]{2,}\.?(?:\^\{?\d\}?)?(?:[\s/]+|$)){1,7})$")
 """Words behind mathematics that may be its unit."""
 
-LETTER = r"(?:\(\s*[A-J]\s*\)|\[[A-J]\]|[A-J]\b(?:[.)](?!\w))?)"
-CHOICE_WORDS = re.compile(
-    r"(?:(?:both|only|the|correct|options?|choices?|answers?|letters?|is|are)\b[\s:]*)+", re.IGNORECASE
-)
-CHOICES = re.compile(
-    rf"({LETTER}(?:\s*(?:,\s*and|,|;|&|/|\band\b|\bor\b|\s)\s*{LETTER})*)\.?"
-    r"(?:\s+(?:only|(?:is|are)\s+(?:the\s+)?(?:correct|right|best|true)?\s*(?:answers?|options?|choices?)?))?[.!]?"
-)
-LABEL = re.compile(r"(?:\(\s*([A-J])\s*\)|\[([A-J])\]|([A-J])\s*[.):])\s*\S", re.DOTALL)
-SAID = re.compile(
-    r"(?<![A-Za-z])\(?([A-J])\)?\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b"
-    r"|\b(?:choose|pick|select)\s+(?:the\s+)?(?:option\s+|answer\s+)?\(?([A-J])\)?(?![A-Za-z])"
-)
-MORE_LABELS = re.compile(r"(?:,|;|\band\b|\n)\s*(?:\(\s*([A-J])\s*\)|([A-J])\s*[.):])\s*\S")
-RUN = re.compile(r"[A-J]{2,8}")
 WORDS = re.compile(r"[^\W\d_][^\W\d_]+(?:[\s'.,-]+[^\W\d_]+)*\.?")
 DATE = re.compile(r"\d{1,4}\s*([-/.])\s*\d{1,2}\s*\1\s*\d{1,4}")
 RANGE = re.compile(r"\d+(?:\.\d+)?\s*-\s*\d+(?:\.\d+)?(?:\s*[A-Za-z]{2,})?")
@@ -224,32 +126,6 @@ def read(answer: str) -> Reading:
     return Reading(latex, latex, letters=letters, time=time, words=words)
 
 
-def letters_of(text: str) -> frozenset[str]:
-    """The letters of choices that a text names: "B", "(B)", "B) 12", "Option B", "A and C"; else none."""
-    text = re.sub(r"\s+", " ", text.replace("\\", " ")).strip()
-    words = CHOICE_WORDS.match(text)
-    text = text if words is None else text[words.end() :]
-    small = r"\(?[a-j](?![a-z])" if words is not None else r"\(?[a-j]\)"  # else it may be a variable
-    if re.match(small, text):
-        text = text.replace(text.strip("(")[0], text.strip("(")[0].upper(), 1)
-    listed = CHOICES.fullmatch(text)
-    if listed is not None:
-        return frozenset(re.findall(r"(?<![A-Za-z])[A-J](?![A-Za-z])", listed[1]))
-    if RUN.fullmatch(text) and len(set(text)) == len(text):
-        return frozenset(text)
-    label = LABEL.match(text)
-    if label is None:
-        return frozenset()
-    more = [a or b for a, b in MORE_LABELS.findall(text)]
-    return frozenset(letter for letter in [*label.groups(), *more] if letter)
-
-
-def letter_said(text: str) -> frozenset[str]:
-    """The letter that a text last calls right or chooses: "(B) is correct", "I choose B"; else none."""
-    said = SAID.findall(text)
-    return frozenset(said[-1][0] or said[-1][1]) if said else frozenset()
-
-
 def time_of(text: str) -> tuple[int, int, int, str] | None:
     """The time of the day that is all of a text: 12:00, 3 pm, 3:30 p.m."""
     match = TIME.fullmatch(text.strip())
@@ -271,7 +147,7 @@ def same_time(one: tuple[int, int, int, str], other: tuple[int, int, int, str]) 
 
 
 def canonical_number(text: str) -> str | None:
-    """A plain number by its value, digits only: 5.0, "1,234" and 3e-05 are "5", "1234" and "0.00003"; else None."""
+    """A plain number by its value, in digits: 5.0, "1,234", 3e-05 are "5", "1234", "0.00003"; None for others."""
     text = text.strip().replace("−", "-")
     if not re.fullmatch(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d*)(?:\.\d*)?(?:[eE][-+]?\d{1,3})?", text):
         return None
@@ -307,7 +183,9 @@ def gold_fault(gold: Reading, text: str) -> str | None:
     if DATE.fullmatch(flat):
         return "it looks like a date, which is read as a calculation; choose the reward exact for dates"
     if RANGE.fullmatch(flat):
-        return "it is read as a subtraction; for a range write an interval, such as [5, 6], or choose the reward exact"
+        return (
+            "it is read as a subtraction; write a range as an interval, such as [5, 6], or choose the reward exact"
+        )
     if re.search(r"(?:\.\.\.|…|\\l?dots|\\cdots)", flat) and not gold.plain:
         return r"where it goes on is not said; write a repeating decimal as 0.\overline{3} or as a fraction"
     if gold.words or re.search(r"(?<![\\A-Za-z])[A-Za-z]{3,}", _mathematics_alone(gold.latex)):
@@ -431,7 +309,7 @@ def _repeating(before: str, fixed: str, repeated: str) -> Fraction:
 
 
 def _latex(value: Any) -> str:
-    """A number as math-verify compares it: decimals by six places, the small ones, which six places lose, exactly."""
+    """A number for math-verify, which compares decimals by six places: exactly, where these are too few."""
     up, down = value.numerator, value.denominator
     if down == 1:
         return str(up)
@@ -446,40 +324,6 @@ def _latex(value: Any) -> str:
             else rf"\frac{{{up}}}{{{down}}}"
         )
     return rf"{'-' if up < 0 else ''}\frac{{{abs(up)}}}{{{down}}}"
-
-
-def unit_of(text: str, glued: bool = False) -> str | None:
-    """The one name of a unit, "" for words that may be one; None for what is none. `glued` to its number: 5km."""
-    degree = re.match(r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\(?:degree|circ)\b", text)
-    if degree is not None:
-        rest = text[degree.end() :].strip()
-        return {"": "", "C": "celsius", "F": "fahrenheit"}.get(rest)
-    text = re.sub(r"\bper\b", "/", text.strip().lower()).replace("\\cdot", " ").replace("\\mathrm", " ")
-    tokens = re.findall(r"/|\^\s*\{?\s*-?\d\s*\}?|\\?[^\W\d_]+\.?|[€£¥₹¢]|\\?\$|\S", text)
-    names: list[str] = []
-    known, first = True, True
-    for token in tokens:
-        token = token.rstrip(".")
-        if token == "/":
-            names.append("/")
-        elif token.startswith("^"):
-            names.append("^" + re.sub(r"[^-\d]", "", token))
-        elif token in UNITS or token.removesuffix("s") in UNITS:
-            if glued and first and len(token) == 1:
-                return None  # 5m may be 5 times m
-            names.append(UNITS.get(token) or UNITS[token.removesuffix("s")])
-        elif not token.isalpha() or token in NO_UNITS or (first and len(token) < 3) or (glued and first):
-            return None
-        else:
-            known = False
-        first = False
-    if not tokens or len(tokens) > 7:
-        return None
-    if not known:
-        return ""
-    name = "".join(n if n in "/" or n.startswith("^") else f" {n}" for n in names).replace("/ ", "/").strip()
-    area = re.fullmatch(r"(square|cubic) (\S+)|(\S+) (squared|cubed)", name)
-    return f"{area[2]}^{2 if area[1] == 'square' else 3}" if area and area[1] else name
 
 
 def _mathematics(text: str) -> str:
