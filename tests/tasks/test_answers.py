@@ -1,4 +1,5 @@
 import json
+import re
 import time
 from pathlib import Path
 
@@ -49,8 +50,7 @@ def test_shared_cases_have_the_scores_that_they_deserve(math_verify):
 
 @pytest.mark.parametrize(("gold", "message"), REFUSED)
 def test_golds_that_no_answer_could_match_are_refused_with_a_remedy(math_verify, gold, message):
-    with pytest.raises(ValueError, match=message):
-        raise ValueError(math_verify.fault(gold))
+    assert re.search(message, math_verify.fault(gold) or "no fault")
 
 
 def test_golds_of_the_table_accept_themselves(math_verify):
