@@ -1,4 +1,5 @@
 import json
+from decimal import Decimal
 
 import datasets
 import pyarrow
@@ -73,3 +74,23 @@ def test_anything_else_is_a_hub_id_with_configuration_and_splits(monkeypatch):
     assert asked == [("org/name-v1.5", "main", "train"), ("org/name-v1.5", "main", "test")]
     assert task.train["answer"] == ["1", "2"]
     assert task.eval["answer"] == ["3", "4"]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+@pytest.mark.parametrize("reward", ["exact", "math_verify"])
+def test_numbers_stay_numbers(tmp_path, suffix, reward):
+    numbers = [0.00003, 5.0, 1e22, 12, -2.5, 0.1]
+    file = write(tmp_path / f"data.{suffix}", [{"question": f"{i}?", "answer": n} for i, n in enumerate(numbers)])
+    evaluation = write(tmp_path / f"other.{suffix}", [{"question": "q", "answer": 1.0}])
+    task = load_task(TaskConfig(dataset=file, eval_file=evaluation, rewards=[reward]), seed=0)
+    written = ["0.00003", "5", "10000000000000000000000", "12", "-2.5", "0.1"]
+    if suffix != "csv":  # whose numbers are text
+        assert task.train["answer"] == written
+    (score,) = task.reward_funcs
+    assert score([""] * 6, [rf"\boxed{{{n}}}" for n in written], answer=task.train["answer"]) == [1.0] * 6
+
+
+def test_decimals_of_parquet_are_numbers(tmp_path):
+    rows = [{"question": f"{i}?", "answer": Decimal(n)} for i, n in enumerate(["5.00", "0.30", "1200.50"])]
+    task = load_task(TaskConfig(dataset=write(tmp_path / "a.parquet", rows), eval_size=1), seed=0)
+    assert sorted([*task.train["answer"], *task.eval["answer"]]) == ["0.3", "1200.5", "5"]

@@ -5,6 +5,8 @@ import reasoning_gym
 
 from hapo.tasks import TaskConfig, load_task
 
+from .answer_cases import BOTH
+
 
 def load(name, seed=0, **options):
     sizes = {"train_size": 40, "eval_size": 10} | options
@@ -29,6 +31,24 @@ def test_partial_credit_for_containing_the_answer_counts_as_wrong():
         1.0,
         1.0,
     ]
+
+
+def test_a_score_above_one_is_no_right_answer():
+    """spell_backward gives 1.0000000000000002 for the right word of 9 or 11 letters with text behind it."""
+    task = load("spell_backward", train_size=2, eval_size=8, task_options={"min_word_len": 9, "max_word_len": 11})
+    for row in range(8):
+        gold = task.eval[row]["answer"]
+        assert score(task, [gold, f"{gold} and so on"], row) == [1.0, 0.0]
+
+
+def test_the_stated_answer_is_the_one_that_other_rewards_find():
+    task = load("chain_sum")
+    gold, other = task.eval[0]["answer"], str(int(task.eval[0]["answer"]) + 1)
+    for kind in ("tags", "statement"):
+        for stated, completion, right in BOTH[kind]:
+            if stated == "5" and right is not None:
+                text = completion.replace("6", other).replace("5", gold)
+                assert score(task, [text]) == [right], completion
 
 
 @pytest.mark.parametrize("name", ["rearc", "prime_factorization", "word_ladder"])

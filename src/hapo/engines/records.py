@@ -44,6 +44,8 @@ PACKAGES = (
     "verl",
     "vllm",
     "math-verify",
+    "latex2sympy2_extended",
+    "antlr4-python3-runtime",  # math-verify answers differently with 4.9 and 4.13
 )
 RESERVE = 64 * 2**20
 """Bytes that a run may need beside its checkpoints."""

@@ -14,6 +14,7 @@ from ..tasks.addition import solution
 from ..tasks.answers import normalise
 from ..tasks.config import REASONING_GYM
 from ..tasks.files import is_local, read_file, read_hub
+from ..tasks.reading import gold_text
 from .checks_config import Plan
 from .finding import Finding, percent
 
@@ -50,10 +51,11 @@ def unusable_golds(plan: Plan) -> Finding | None:
         total += len(rows)
         for number, row in enumerate(rows, 1):
             gold = row.get(config.answer_column)
-            if not isinstance(gold, (str, int, float)) or gold != gold:
-                fault: str | None = "no text and no number"
-            else:
-                fault = fault_of(str(gold)) if str(gold).strip() else "empty"
+            try:
+                text = gold_text(gold)
+                fault = fault_of(text) if text.strip() else "empty"
+            except ValueError:
+                fault = "no text and no number"
             if fault is not None:
                 bad.append(f"{source} row {number}: {gold!r:.60} ({fault})")
     if not bad:

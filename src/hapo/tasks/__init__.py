@@ -5,10 +5,10 @@
 >>> task.reward_funcs[0](prompts=[...], completions=[...], **columns)   # TRL's signature
 """
 
-from .answers import extract_answer
 from .config import TaskConfig
 from .data import Task, load_task
 from .rewards import GuardedReward, RewardError, exact_reward, load_rewards, math_verify_reward
+from .stated import extract_answer
 from .verifier import VerifiedReward
 
 __all__ = [

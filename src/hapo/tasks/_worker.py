@@ -77,9 +77,12 @@ class ReasoningGym:
         return {"question": entry["question"], "answer": entry["answer"]}
 
     def judge(self, key: str, text: str) -> bool:
-        """Whether the task's own scorer gives the answer `text` full score."""
+        """Whether the task's own scorer gives the answer `text` full score, no less and no more.
+
+        Above 1 is spell_backward's word with other text behind it.
+        """
         dataset, entry = self._entry(key)
-        return bool(dataset.score_answer(text, entry) >= 1.0)
+        return bool(dataset.score_answer(text, entry) == 1.0)
 
 
 KINDS: dict[str, Callable[..., Any]] = {"math_verify": MathVerify, "reasoning_gym": ReasoningGym}

@@ -11,10 +11,12 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .answers import extract_answer, normalise
+from .answers import normalise
 from .config import REASONING_GYM, TaskConfig
 from .files import Row, is_local, read_file, read_hub
+from .reading import gold_text
 from .rewards import RewardFunction, exact_reward, load_rewards, math_verify_reward
+from .stated import extract_answer
 from .verifier import VerifiedReward
 
 if TYPE_CHECKING:
@@ -177,6 +179,8 @@ def _with_usable_gold(
     rows: list[Row], rewards: list[RewardFunction], config: TaskConfig, source: str
 ) -> list[Row]:
     """The rows with their gold answers as text; the first unusable one raises, or all of them are dropped."""
+    from tqdm.auto import tqdm
+
     verifiers = [r for r in rewards if isinstance(r, VerifiedReward) and r.column == "answer"]
     needed = bool(verifiers) or exact_reward in rewards or not config.dataset.startswith(REASONING_GYM)
 
@@ -190,18 +194,20 @@ def _with_usable_gold(
 
     usable: list[Row] = []
     bad: list[str] = []
-    for number, row in enumerate(rows, 1):
-        gold = row["answer"]
-        if not isinstance(gold, (str, int, float)) or gold != gold:
-            fault: str | None = "it is no text and no number"
-        elif not str(gold).strip():
-            fault = "it is empty" if needed else None
-        else:
-            fault = fault_of(str(gold))
+    # the first seconds show nothing, for most sets are read by then
+    progress = tqdm(rows, desc=f"gold answers, {source}", unit="row", delay=3, leave=False, disable=not verifiers)
+    for number, row in enumerate(progress, 1):
+        fault, text = None, ""
+        try:
+            text = gold_text(row["answer"])
+        except ValueError as error:
+            fault = str(error)
         if fault is None:
-            usable.append(row | {"answer": str(gold)})
+            fault = fault_of(text) if text.strip() else "it is empty" if needed else None
+        if fault is None:
+            usable.append(row | {"answer": text})
         else:
-            bad.append(f"row {number}: {gold!r} ({fault})")
+            bad.append(f"row {number}: {row['answer']!r} ({fault})")
     if bad and config.on_bad_gold == "raise":
         raise ValueError(
             f"{config.dataset}, {source}: {len(bad)} of {len(rows)} gold answers cannot be used; the first is "

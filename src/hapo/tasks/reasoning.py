@@ -11,8 +11,9 @@ import json
 import random
 from typing import Any
 
-from .answers import extract_answer, normalise
+from .answers import normalise
 from .files import Row
+from .stated import extract_answer
 from .verifier import Judge, Unchecked, VerifiedReward
 
 EVAL_SEED = 0

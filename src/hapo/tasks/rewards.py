@@ -18,8 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .answers import Completion, extract_answer, normalise, text_of
-from .verifier import Judge, VerifiedReward
+from .answers import Completion, normalise, text_of
+from .maths import MathReward
+from .reading import canonical_number, gold_text
+from .stated import extract_answer, unwrap
+from .verifier import Judge
 
 logger = logging.getLogger(__name__)
 
@@ -37,23 +40,29 @@ def exact_reward(
 ) -> list[float]:
     """1.0 where completion and gold have the same final answer, else 0.0.
 
-    Both go through `extract_answer`; white space and case do not count, everything else does.
+    Both go through `extract_answer`. White space and case do not count, nor does how a number is written (5.0,
+    1,234 and 3e-05 are 5, 1234 and 0.00003); everything else does.
     """
     return [
-        float(normalise(extract_answer(text_of(completion))) == normalise(extract_answer(gold)))
+        float(_content(text_of(completion)) == _content(gold_text(gold)))
         for completion, gold in zip(completions, answer, strict=True)
     ]
 
 
-def math_verify_reward(timeout: float) -> VerifiedReward:
+def _content(text: str) -> str:
+    answer = unwrap(extract_answer(text))
+    return canonical_number(answer) or normalise(answer)
+
+
+def math_verify_reward(timeout: float) -> MathReward:
     r"""Reward by math-verify: 1.0 where the completion's answer equals the gold answer as mathematics.
 
-    The whole completion goes to math-verify, which prefers ``\boxed{...}`` and otherwise takes the last
-    expression. The gold answer is cut out of its column by `extract_answer`. `timeout` is in seconds an
-    answer; see VerifiedReward for answers that exceed it.
+    Gold answer and completion go through `extract_answer`; of a completion that states no answer math-verify
+    takes the last expression. Numbers are compared with their units, percentages, clock times and letters of
+    choices as what they are (see MathReward), all else by math-verify. `timeout` is in seconds an answer; see
+    VerifiedReward for answers that exceed it.
     """
-    judge = Judge("math_verify", timeout)
-    return VerifiedReward("math_verify", judge, column="answer", extract_key=extract_answer)
+    return MathReward(Judge("math_verify", timeout))
 
 
 class GuardedReward:

@@ -143,7 +143,7 @@ class VerifiedReward:
         rewards, faults = [], []
         for key, completion in zip(columns[self.column], completions, strict=True):
             try:
-                right = self.judge.ask(self._extract_key(key), self._extract(text_of(completion)))
+                right = self.verdict(key, text_of(completion))
             except Unchecked as error:
                 right = False
                 faults.append(str(error))
@@ -156,6 +156,10 @@ class VerifiedReward:
         if log_metric is not None and rewards:
             log_metric(f"{self.__name__}/unchecked", len(faults) / len(rewards))
         return rewards
+
+    def verdict(self, key: Any, text: str) -> bool:
+        """Whether a completion answers the problem `key`; raises Unchecked where that cannot be told."""
+        return self.judge.ask(self._extract_key(key), self._extract(text))
 
     def fault(self, key: str) -> str | None:
         """Why no answer to the problem `key` could ever be checked; None for a sound problem."""
