@@ -78,6 +78,7 @@ def example(
         old_entropy=entropies,
         entropy=entropies,
         reward=torch.tensor(reward, dtype=dtype),
+        rewards=torch.tensor(reward, dtype=dtype).unsqueeze(1).expand(-1, 2),
         group=torch.zeros(len(mask), dtype=torch.long) if group is None else torch.tensor(group),
     )
 

@@ -37,6 +37,7 @@ def prepared(method: hapo.Method) -> hapo.TokenBatch:
     batch = hapo.TokenBatch(
         mask=mask,
         reward=torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=torch.float64),
+        rewards=torch.tensor([[1.0, 3], [0, 2], [0, 2], [1, 0]], dtype=torch.float64),
         group=torch.zeros(ROWS, dtype=torch.long),
         **{name: x.masked_fill(~mask, torch.nan) for name, x in fields.items()},
     )

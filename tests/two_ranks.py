@@ -15,28 +15,35 @@ from safetensors.torch import save_file
 
 from hapo.cli import main
 from hapo.engines.trl.rows import RolloutRows
-from hapo.trl import AuxiliaryLoss, HAPOTrainer
 from tests.cli import small
 from tests.engines import fixed_rollout, tiny
 from tests.test_scoring import check_gradients_over_two_ranks
 
 
-class WithEntropy(HAPOTrainer):
-    """With a bonus on the mean entropy of the step."""
-
-    WEIGHT = -0.3
-
-    def auxiliary_losses(self, batch, scored):
-        mean = scored.entropy[batch.mask].sum() / max(batch.totals.tokens, 1)
-        return [*super().auxiliary_losses(batch, scored), AuxiliaryLoss("entropy_bonus", self.WEIGHT, mean)]
+def some_digits(completions: list[str], **_) -> list[float | None]:
+    """Another reward, which has nothing to say of completions that begin with a letter."""
+    return [None if text[:1].isalpha() else float(sum(c.isdigit() for c in text)) for text in completions]
 
 
 SPLIT = {
     "hapo": {"method": "hapo"},
     "forking_tokens": {"method": "forking_tokens", "method_options": {"rho": 0.7}},
-    "auxiliary": {"method": "dapo", "kind": WithEntropy},
+    "several": {
+        "method": "dapo",
+        "method_options": {
+            "filter_groups": False,
+            "multi_objective_aggregation": "normalize_then_sum",
+            "off_policy_mask_threshold": 0.5,
+        },
+        "reward": [tiny.count_digits, some_digits],
+        "reward_weights": [1.0, 0.5],
+        "use_adaptive_entropy": True,
+        "entropy_coef": 0.3,
+        "entropy_target": 10.0,
+    },
 }
-"""Statistics of the rollout batch; a choice of tokens by the current policy in each optimiser step; a loss beside."""
+"""Statistics of the rollout batch; a choice of tokens by the current policy in each optimiser step; several rewards,
+each normalised, with the entropy term and the off-policy mask."""
 
 
 def run(folder: Path, checkpoint: Path | None):

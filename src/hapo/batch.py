@@ -97,6 +97,8 @@ class TokenBatch:
     """Full-vocabulary entropy of the current policy, nats."""
     verdict: Float[Tensor, " B"] | None = None
     """The verifier's verdict before any shaping; group filtering acts on it. `reward` where absent."""
+    rewards: Float[Tensor, "B K"] | None = None
+    """The reward of each of K functions, before weights and sum, NaN where one does not apply; GDPO reads them."""
     advantage: Float[Tensor, "B T"] | None = None
     """What the token earned relative to its group."""
     signal: Float[Tensor, "B T"] | None = None
@@ -122,7 +124,9 @@ class TokenBatch:
             value = getattr(self, f.name)
             if not isinstance(value, Tensor) or f.name == "mask":
                 continue
-            expected = (b, t) if f.name in TOKEN_FIELDS or f.name == "keep" else (b,)
+            expected: tuple[int, ...] = (b, t) if f.name in TOKEN_FIELDS or f.name == "keep" else (b,)
+            if f.name == "rewards":
+                expected = (b, *value.shape[1:2]) if value.ndim == 2 else (b, 1)
             if tuple(value.shape) != expected:
                 raise ValueError(f"{f.name} has shape {tuple(value.shape)}, expected {expected} as mask says")
             if value.device != self.mask.device:

@@ -71,6 +71,8 @@ class Method:
     """Loss. Clip bounds."""
     shaping: Callable[[Record], Float[Tensor, "B T"]] | None = None
     """Loss. The advantage as the surrogate uses it."""
+    trusted: Callable[[Record], Bool[Tensor, "B T"]] | None = None
+    """Loss. Where it is False the surrogate's loss is 0, and the tokens stay in every count."""
     surrogate: Callable[[Record], Surrogate] = Stage(clipped_surrogate, "ratio", "advantage", "bounds")
     """Loss. Loss per token; the sampler's weight multiplies it."""
     penalty: Callable[[Record], Float[Tensor, "B T"]] | None = None
@@ -106,6 +108,7 @@ class Method:
             "ratio": self.ratio,
             "bounds": None if part_of(self.bounds) is no_bounds else self.bounds,
             "shaping": self.shaping,
+            "trusted": self.trusted,
             "surrogate": self.surrogate,
             "penalty": self.penalty,
             "reduce": self.reduce,
@@ -125,7 +128,7 @@ class Method:
     @property
     def loss_reads_entropy(self) -> bool:
         """loss() needs `entropy` of the current policy: made there, or read by a `Stage`."""
-        of_loss = (self.ratio, self.bounds, self.shaping, self.surrogate, self.penalty)
+        of_loss = (self.ratio, self.bounds, self.shaping, self.trusted, self.surrogate, self.penalty)
         reads = {name for stage in of_loss if isinstance(stage, Stage) for name in stage.reads}
         return "loss" in self._made_at.values() or "entropy" in reads
 
@@ -151,8 +154,11 @@ class Method:
         used = scored = batch.scored
         if self.filter_groups:
             used = mixed_groups(batch.reward if batch.verdict is None else batch.verdict, batch.group, scored)
+        rewards = batch.rewards
         batch = batch.replace(
-            mask=batch.mask & used.unsqueeze(1), reward=batch.reward.masked_fill(~scored, torch.nan)
+            mask=batch.mask & used.unsqueeze(1),
+            reward=batch.reward.masked_fill(~scored, torch.nan),
+            rewards=None if rewards is None else rewards.masked_fill(~scored.unsqueeze(1), torch.nan),
         )
         record = Record(self.name, batch)
         made: dict[str, Any] = {}
@@ -219,10 +225,11 @@ class Method:
             record.bounds = bounds = Bounds(*(bound.detach() for bound in self.bounds(record)))
             if self.shaping is not None:
                 record.advantage = masked(self.shaping(record).detach(), mask)
+            trusted = None if self.trusted is None else self.trusted(record).detach()
         surrogate = self.surrogate(record)
         loss = surrogate.loss if batch.weight is None else surrogate.loss * record.weight
         kept = mask if keep is None else mask & keep
-        total = self.reduce(masked(loss, kept), kept, totals)
+        total = self.reduce(masked(loss, kept if trusted is None else kept & trusted), kept, totals)
         if self.penalty is not None:
             # On every valid token, also on those that `select` takes out of the surrogate.
             everywhere = replace(totals, kept=totals.tokens)
@@ -233,7 +240,7 @@ class Method:
             "low": bounds.low,
             "high": bounds.high,
             "clipped": surrogate.clipped_low | surrogate.clipped_high,
-            "kept": kept,
+            "kept": kept if trusted is None else kept & trusted,
         }
         if "signal" in record:
             tokens["signal"] = record.signal
@@ -248,6 +255,8 @@ class Method:
                 metrics["sampler_weight"] = record.weight
             if keep is not None:
                 metrics["kept"] = kept
+            if trusted is not None:
+                metrics["trusted"] = trusted
             if self.shaping is not None:
                 metrics["reshaped"] = record.advantage != prepared
             if batch.ref_logp is not None:

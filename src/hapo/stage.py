@@ -27,6 +27,7 @@ MISSING = {
     "logp": "the log-prob of each token under the current policy",
     "ref_logp": "the log-prob of each token under the reference policy; give it, or kl_coef=0 for no penalty",
     "sampler_logp": "the log-prob of each token under the distribution that drew it",
+    "rewards": "the reward of each function (B,K), before they are weighted and added up",
     "old_entropy": "the policy's entropy at rollout, nats, taken in the same pass as old_logp",
     "entropy": "the current policy's entropy, nats, taken in the same pass as logp",
     "signal": "the stage `signal` makes it, at prepare(), step() or loss() as `signal_at` says",
@@ -49,7 +50,8 @@ class Record:
     """What a stage reads: the fields of a `TokenBatch`, and what the stages before it have made, by name.
 
     Tensors per token are float32 (float64 stays) and 0 outside the mask, whatever stood there. `logp` alone has a
-    gradient, and none outside the mask. `verdict` is the reward where no verdict was given. `ratio` and `bounds`
+    gradient, and none outside the mask. `verdict` is the reward where no verdict was given; `drawn_logp` is
+    `sampler_logp` where it is known, else `old_logp`. `ratio` and `bounds`
     exist in loss(), the ratio with its gradient. `stats` is None where no token is valid.
 
     Raises:
@@ -64,7 +66,9 @@ class Record:
         sampler_logp: Float[Tensor, "B T"]
         old_entropy: Float[Tensor, "B T"]
         entropy: Float[Tensor, "B T"]
+        drawn_logp: Float[Tensor, "B T"]
         reward: Float[Tensor, " B"]
+        rewards: Float[Tensor, "B K"]
         verdict: Float[Tensor, " B"]
         group: Int[Tensor, " B"]
         advantage: Float[Tensor, "B T"]
@@ -91,7 +95,7 @@ class Record:
             raise MissingFieldError(
                 f"method {self._method!r} reads TokenBatch.{name}, and it is missing: {MISSING[name]}"
             )
-        if name in TOKEN_FIELDS:
+        if name in TOKEN_FIELDS or name == "drawn_logp":
             value = masked(value if name == "logp" else value.detach(), self.mask)
         elif name in ("reward", "verdict"):
             value = value.to(working_dtype(value))
@@ -102,11 +106,13 @@ class Record:
         return name in vars(self) or self._given(name) is not None
 
     def _given(self, name: str) -> Any:
+        if name == "drawn_logp":
+            return self._batch.old_logp if self._batch.sampler_logp is None else self._batch.sampler_logp
         value = getattr(self._batch, name, None)
         return self._batch.reward if value is None and name == "verdict" else value
 
 
-FIELDS = frozenset({"mask", "reward", "verdict", "group", *MISSING, "old_logp"})
+FIELDS = frozenset({"mask", "reward", "verdict", "group", *MISSING, "old_logp", "drawn_logp"})
 """What a stage can read."""
 
 Out = TypeVar("Out")

@@ -19,6 +19,7 @@ import hapo
 from hapo.engines.records import RunRecords
 from hapo.engines.trl import auxiliary, checkpoint, passes
 from hapo.engines.trl.drawn import DrawnScores
+from hapo.engines.trl.entropy_term import EntropyTerm
 from hapo.engines.trl.metrics import MetricLog
 from hapo.engines.trl.recorder import Recorder
 from hapo.engines.trl.rollout import DynamicSampling
@@ -29,7 +30,6 @@ from hapo.samplers.decoding import Draws
 from hapo.scoring import attach_scoring
 from hapo.trl import AuxiliaryLoss, HAPOConfig, HAPOTrainer, Sampler
 from tests.engines import fixed_rollout, tiny
-from tests.two_ranks import WithEntropy
 
 GRPO = hapo.method("grpo", kl_coef=0.0)
 LENGTHS = torch.tensor([3, 1, 4, 2, 4, 3, 1, 2])
@@ -336,13 +336,23 @@ def test_a_checkpoint_gives_back_the_state(alone, args, tmp_path):
     for row, part in zip(rows, parts, strict=True):
         row.put(part)
     stats = hapo.EntropyStats(pivot=-0.1, sigma=1.5, h_max=0.8, h_min=-4.5)
-    state = checkpoint.RunState(stats, None, 5, 7, 0.5, {"a": [1.0]}, {"total": 2.0}, parts)
+    term = {"coef": 0.2, "last": 1.5}
+    state = checkpoint.RunState(stats, None, 5, 7, 0.5, {"a": [1.0]}, {"total": 2.0}, term, parts)
     layout = checkpoint.layout_of(args, 1)
     folder = tmp_path / "checkpoint-5"
     folder.mkdir()
     checkpoint.save_state(folder, state, alone, GRPO, layout)
     read = checkpoint.load_state(folder, alone)
-    for name in ("stats", "sampled_with", "micro_step", "fresh_prompts", "mixed_share", "metrics", "loss"):
+    for name in (
+        "stats",
+        "sampled_with",
+        "micro_step",
+        "fresh_prompts",
+        "mixed_share",
+        "metrics",
+        "loss",
+        "entropy_term",
+    ):
         assert getattr(read, name) == getattr(state, name)
     for part, back in zip(parts, read.rollout, strict=True):
         assert back.keys() == without_step(part).keys()
@@ -365,6 +375,16 @@ def logged(trainer, name: str) -> list[float]:
     return [line[name] for line in trainer.state.log_history if name in line]
 
 
+class WithEntropy(HAPOTrainer):
+    """With a bonus on the mean entropy of the step."""
+
+    WEIGHT = -0.3
+
+    def auxiliary_losses(self, batch, scored):
+        mean = scored.entropy[batch.mask].sum() / max(batch.totals.tokens, 1)
+        return [*super().auxiliary_losses(batch, scored), AuxiliaryLoss("entropy_bonus", self.WEIGHT, mean)]
+
+
 def test_an_auxiliary_loss_is_logged_under_its_name_and_moves_the_gradient():
     """That passes, micro-batches and ranks do not change the gradient is tested with those of the methods."""
     plain, without = fixed_rollout.run(16, 1, 2, 1)
@@ -375,6 +395,38 @@ def test_an_auxiliary_loss_is_logged_under_its_name_and_moves_the_gradient():
     bonus = WithEntropy.WEIGHT * entropies[0]
     assert logged(trainer, "loss")[0] == pytest.approx(logged(without, "loss")[0] + bonus, abs=1e-5)
     assert any((pulled.steps[0][n] - g).abs().max() > 1e-3 for n, g in plain.steps[0].items())
+
+
+def test_the_entropy_term_is_the_mean_entropy_and_its_weight_follows_it():
+    """H starts near 2.6 nats: below the target from the first step on, so the weight acts from the second."""
+    adaptive = {
+        "use_adaptive_entropy": True,
+        "entropy_coef": 0.3,
+        "entropy_coef_delta": 0.1,
+        "entropy_coef_max": 0.45,
+    }
+    _, trainer = fixed_rollout.run(4, 4, 8, 1, **adaptive, entropy_target=10.0, max_steps=3)
+    _, without = fixed_rollout.run(4, 4, 8, 1, max_steps=3)
+    entropies = logged(trainer, "entropy")
+    assert logged(trainer, "entropy_term") == pytest.approx(entropies, abs=1e-5)
+    assert logged(trainer, "entropy_coef") == pytest.approx([0.4, 0.45, 0.45])
+    losses, plain = logged(trainer, "loss"), logged(without, "loss")
+    assert losses[0] == pytest.approx(plain[0], abs=1e-6)
+    assert losses[1] == pytest.approx(plain[1] - 0.4 * entropies[1], abs=1e-5)  # step 1 left the same weights
+    _, trainer = fixed_rollout.run(4, 4, 8, 1, **adaptive, entropy_target=0.1, max_steps=3)
+    assert logged(trainer, "entropy_coef") == pytest.approx([0.2, 0.1, 0.0], abs=1e-12)
+    assert logged(trainer, "loss") == pytest.approx(plain, abs=1e-6)
+
+
+def test_the_entropy_term_is_of_the_tokens_that_learn():
+    entropy, keep = torch.tensor([[1.0, 3.0, 9.0]], requires_grad=True), torch.tensor([[True, False, True]])
+    mask, zeros = torch.tensor([[True, True, False]]), torch.zeros(1, 3)
+    batch = hapo.TokenBatch(mask=mask, old_logp=zeros, reward=torch.zeros(1), group=torch.tensor([0]), keep=keep)
+    args = SimpleNamespace(entropy_coef=0.5, use_adaptive_entropy=False)
+    name, weight, value = EntropyTerm(args).share(batch.replace(totals=batch.count()), entropy, train=False)
+    assert (name, weight, value.item()) == ("entropy_term", -0.5, 1.0)
+    value.backward()
+    assert entropy.grad.tolist() == [[1.0, 0.0, 0.0]]
 
 
 def experts() -> MixtralForCausalLM:

@@ -96,8 +96,20 @@ def kill(folder: Path, options: dict) -> None:
             "raised",
         ),
         ({"save_steps": 5, "max_steps": 11, "generation_batch_size": 224, "logging_steps": 1}, "raised"),
+        (
+            {
+                "save_steps": 3,
+                "method": "dapo",
+                "method_options": {"multi_objective_aggregation": "normalize_then_sum"},
+                "reward_weights": [1.0, 0.5],
+                "use_adaptive_entropy": True,
+                "entropy_target": 10.0,
+                "steps_per_generation": 4,
+            },
+            "raised",
+        ),
     ],
-    ids=["dynamic-sampling", "inside-a-rollout", "second-epoch"],
+    ids=["dynamic-sampling", "inside-a-rollout", "second-epoch", "several-rewards"],
 )
 def test_kill_and_resume_equals_the_uninterrupted_run_bit_for_bit(tmp_path, options, how):
     options = {"max_steps": 9, "save_strategy": "steps", "run_records": True, "record_tokens_every": 2, **options}
@@ -107,6 +119,8 @@ def test_kill_and_resume_equals_the_uninterrupted_run_bit_for_bit(tmp_path, opti
     if how == "killed":
         kill(tmp_path / "b", {**options, "reward": reward})
     options["reward"] = getattr(tiny, reward)
+    if "reward_weights" in options:
+        options["reward"] = [tiny.count_digits, tiny.half_mixed]
     if how == "raised":
         dying = tiny.trainer(tmp_path / "b", **options)
         dying.add_callback(Dies())
@@ -466,15 +480,16 @@ def test_the_default_schedule_takes_four_updates(tmp_path):
             ({"loss_type": theirs}, f'method="{ours}"')
             for theirs, ours in {"cispo": "cispo", "sapo": "sapo", "dr_grpo": "dr_grpo", "bnpo": "dapo"}.items()
         ),
-        ({"loss_type": "luspo"}, 'method="gspo" is the nearest'),
+        ({"loss_type": "luspo"}, 'method="luspo"'),
+        ({"vespo_k_pos": 1.0}, 'choose method="vespo", method_options'),
+        ({"multi_objective_aggregation": "normalize_then_sum"}, "multi_objective_aggregation"),
         ({"epsilon": 0.2, "method_options": {"eps_low": 0.1}}, "epsilon=0.2 .* in hapo it is 0.1"),
         ({"sapo_temperature_pos": 1.0}, 'method="sapo"'),
-        ({"off_policy_mask_threshold": 0.5}, "sampler_cap bounds"),
+        ({"off_policy_mask_threshold": 0.5}, 'set method_options={"off_policy_mask_threshold"'),
         ({"use_bias_correction_kl": True, "method_options": {"unbiased_kl": False}}, "disagree"),
         ({"epsilon": 0.3}, 'set method_options={"eps_low"'),
         ({"scale_rewards": "batch"}, "scale_rewards='batch'"),
         ({"top_entropy_quantile": 0.2}, 'choose method="forking_tokens"'),
-        ({"entropy_coef": 0.01}, "no method has an entropy term"),
         ({"importance_sampling_level": "sequence"}, 'method="gspo"'),
         ({"vllm_importance_sampling_mode": "sequence_mask"}, "per token, truncated"),
         ({"vllm_importance_sampling_correction": False}, "sampler_cap"),

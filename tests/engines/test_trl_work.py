@@ -27,9 +27,7 @@ def sizes(trainer) -> list[int]:
     return seen
 
 
-@pytest.mark.parametrize(
-    "options", [{"method": "hapo"}, {"method": "gspo"}, {"method": "grpo"}, SPLIT["auxiliary"]]
-)
+@pytest.mark.parametrize("options", [{"method": "hapo"}, {"method": "gspo"}, {"method": "grpo"}, SPLIT["several"]])
 def test_passes_add_up_to_the_micro_batch(options):
     whole, in_one = fixed_rollout.run(16, 1, 2, 1, tokens_per_pass=0, **options)
     parts, trainer = fixed_rollout.run(16, 1, 2, 1, tokens_per_pass=40, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 import hapo
-from hapo.parts.advantage import group_advantage
+from hapo.engines.trl.entropy_term import EntropyTerm
+from hapo.parts.advantage import decoupled_advantage, group_advantage
 from hapo.parts.reduce import valid_token_mean
 from hapo.parts.select import most_uncertain
 
@@ -20,6 +22,8 @@ from .compare import TOLERANCE, call, differences, gradient, largest, ours, rand
 KL = {"beta": 0.04, "use_bias_correction_kl": False}
 DAPO = {"loss_type": "dapo", "epsilon_high": 0.28}
 SEQUENCE = {"loss_type": "grpo", "importance_sampling_level": "sequence"}
+LUSPO = {"loss_type": "luspo", "importance_sampling_level": "sequence"}
+MASK = {"off_policy_mask_threshold": 0.1}
 TOP = {**DAPO, "top_entropy_quantile": 0.2}
 TRUNCATE = {
     "use_vllm": True,
@@ -49,7 +53,15 @@ LOSSES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({"loss_type": "sapo"}, "sapo", {}),
     (SEQUENCE, "gspo", WIDE),
     ({**SEQUENCE, **KL}, "gspo", {**WIDE, "kl_coef": 0.04}),
+    ({**LUSPO}, "luspo", WIDE),
+    ({**LUSPO, **KL, "delta": 3.0}, "luspo", {**WIDE, "kl_coef": 0.04, "dual_clip": 3.0}),
+    ({"loss_type": "vespo"}, "vespo", {}),
+    ({"loss_type": "vespo", "vespo_k_pos": 1.0, **KL}, "vespo", {"k_pos": 1.0, "kl_coef": 0.04}),
+    ({"loss_type": "grpo", **MASK}, "grpo", {"kl_coef": 0.0, **MASK}),
+    ({**SEQUENCE, **MASK, **KL}, "gspo", {**WIDE, **MASK, "kl_coef": 0.04}),
+    ({**DAPO, **MASK, **TRUNCATE}, "dapo", {**ALL, **MASK, "sampler_cap": 2.0}),
     (TOP, "forking_tokens", ALL),
+    ({**TOP, **MASK}, "forking_tokens", {**ALL, **MASK}),
     ({**TOP, **KL}, "forking_tokens", {**ALL, "kl_coef": 0.04}),
 ]
 
@@ -69,7 +81,8 @@ def test_losses(config, name, options, record):
             batch = batch.replace(sampler_logp=batch.ref_logp)  # any other log-probs will do
         prepared = method.step(method.prepare(batch))
         weight = trainer.rollout(prepared).get("importance_sampling_ratio")
-        theirs = trainer.loss(prepared, importance_sampling_ratio=weight)
+        drawn = {} if prepared.sampler_logp is None else {"sampling_per_token_logps": prepared.sampler_logp}
+        theirs = trainer.loss(prepared, importance_sampling_ratio=weight, **drawn)
         return differences(theirs, ours(method, prepared), batch.logp)
 
     found = largest(measure)
@@ -114,6 +127,74 @@ def test_advantages_with_their_constant(record):
     )
     assert max(found) <= TOLERANCE
     assert max(largest(partial(measure, std_eps=1e-6), "even")) > 1e-4
+
+
+WEIGHTS = [1.0, 0.5]
+SEVERAL = {"multi_objective_aggregation": "normalize_then_sum", "reward_weights": WEIGHTS}
+WITH_THEIR_CONSTANT: list[tuple[dict[str, Any], Any]] = [
+    (
+        {"scale_rewards": "batch"},
+        lambda b, eps: group_advantage(b.reward, b.group, b.mask, scale="batch", std_eps=eps),
+    ),
+    (SEVERAL, lambda b, eps: decoupled_advantage(b.rewards, b.group, b.mask, weights=WEIGHTS, std_eps=eps)),
+]
+
+
+@pytest.mark.parametrize(("config", "function"), WITH_THEIR_CONSTANT)
+def test_advantages_over_the_batch(config, function, record):
+    """TRL's scale_rewards="batch" and its sum of normalised rewards (GDPO), with its constant in our functions."""
+    trl = trl_code.grpo(**config)
+
+    def measure(batch: hapo.TokenBatch, std_eps: float) -> tuple[float]:
+        batch = with_rewards(batch) if config is SEVERAL else batch
+        theirs = trl.rollout(batch)["advantages"].unsqueeze(1) * batch.mask
+        return ((theirs - function(batch, std_eps)).abs().max().item(),)
+
+    found = largest(partial(measure, std_eps=1e-4), "even")
+    our = 'group_advantage(scale="batch"' if config is not SEVERAL else "decoupled_advantage(weights=(1.0, 0.5)"
+    record(call("GRPOConfig", config) + ", advantages", f"`{our}, std_eps=1e-4)`", found)
+    assert max(found) <= TOLERANCE
+    assert max(largest(partial(measure, std_eps=1e-6), "even")) > 1e-5
+
+
+def with_rewards(batch: hapo.TokenBatch) -> hapo.TokenBatch:
+    """Two rewards a row: the first function has nothing to say of some rows, and neither of one of them."""
+    g = torch.Generator().manual_seed(int(batch.mask.sum()))
+    rewards = torch.rand(len(batch), 2, generator=g, dtype=torch.float64).round(decimals=1)
+    rewards[torch.rand(len(batch), generator=g) < 0.2, 0] = torch.nan
+    rewards[int(torch.randint(len(batch), (), generator=g))] = torch.nan
+    return batch.replace(rewards=rewards.to(batch.reward.dtype))
+
+
+ADAPTIVE = {"use_adaptive_entropy": True, "entropy_target": 1.7, "entropy_coef_delta": 0.05}
+
+
+@pytest.mark.parametrize("config", [{"entropy_coef": 0.1}, {"entropy_coef": 0.1, **ADAPTIVE}])
+def test_entropy_term(config, record):
+    """TRL's entropy bonus and the control of its weight, step after step, each of one micro-batch."""
+    trainer, method = trl_code.grpo(loss_type="grpo", **config), hapo.method("grpo", kl_coef=0.0)
+    term, weights = EntropyTerm(trainer.args), []
+
+    def measure(batch: hapo.TokenBatch) -> tuple[float, float]:
+        batch = method.step(method.prepare(batch))
+        weights.append(term.weight)
+
+        def loss(logp: Tensor) -> Tensor:
+            share = term.share(batch, trl_code.entropy_of(batch, logp), train=False)
+            return ours(method, batch)(logp) + share.weight * share.value
+
+        held = copy(trainer.__dict__)  # TRL's weight moves with every call
+        term.share(batch, batch.entropy, train=True)
+        found = differences(lambda x: trainer.__dict__.update(held) or trainer.loss(batch)(x), loss, batch.logp)
+        term.end_of_step(lambda x: x)
+        assert term.coef == pytest.approx(trainer.entropy_coef)
+        return found
+
+    found = largest(measure)
+    if trainer.args.use_adaptive_entropy:
+        assert min(weights) == 0.0 and len(set(weights)) > 3
+    record(call("GRPOConfig", {"loss_type": "grpo", **config}), "`grpo(kl_coef=0.0)` and `EntropyTerm`", found)
+    assert max(found) <= TOLERANCE
 
 
 def test_rloo_on_policy(record):

@@ -17,6 +17,11 @@ from hapo import TokenBatch
 from .compare import Loss
 
 
+def entropy_of(batch: TokenBatch, logp: Tensor) -> Tensor:
+    """The batch's entropies, with a gradient that reaches the log-probs."""
+    return batch.entropy * (logp - logp.detach() + 1)
+
+
 class _Offline:
     """A trainer that was given its log-probs instead of a model; mixed in before TRL's class."""
 
@@ -28,10 +33,15 @@ class _Offline:
         self.model = SimpleNamespace(training=True, is_gradient_checkpointing=False)
         self.ref_model = object()
         self.current_gradient_accumulation_steps = args.gradient_accumulation_steps
-        self.aux_loss_enabled = self._entropy_bonus_enabled = self._is_vlm = False
+        self.aux_loss_enabled = self._is_vlm = False
+        self.entropy_coef = getattr(args, "entropy_coef", 0.0)
+        self._entropy_bonus_enabled = self.entropy_coef != 0 or getattr(args, "use_adaptive_entropy", False)
+        self._last_world_entropy, self._entropy_window_stats = float("inf"), None
         self.environment_factories = self.environments = self.tools = None
         self.eos_token_ids, self._tokenizer = [1], SimpleNamespace(pad_token_id=0)
-        self.reward_funcs, self.reward_func_names, self.reward_weights = [None], ["reward"], torch.ones(1)
+        weights = getattr(args, "reward_weights", None) or [1.0]
+        self.reward_weights = torch.tensor(weights)
+        self.reward_funcs, self.reward_func_names = [None] * len(weights), [f"r{i}" for i in range(len(weights))]
         self._metrics = {"train": defaultdict(list)}
         self._logs = {name: [] for name in ("prompt", "completion", "advantages")}
         self._logs |= {"rewards": defaultdict(list), "extra": {}}
@@ -42,10 +52,12 @@ class _Offline:
         return getattr(self.__dict__["args"], name)
 
     def _get_per_token_logps_and_entropies(self, model: Any, *_: Any, **__: Any) -> tuple[Tensor, Tensor, None]:
-        return self.batch.ref_logp if model is self.ref_model else self.logps, self.batch.entropy, None
+        if model is self.ref_model:
+            return self.batch.ref_logp, self.batch.entropy, None
+        return self.logps, entropy_of(self.batch, self.logps), None
 
     def _calculate_rewards(self, *_: Any) -> Tensor:
-        return self.batch.reward.unsqueeze(1)
+        return self.batch.reward.unsqueeze(1) if self.batch.rewards is None else self.batch.rewards
 
     def rollout(self, batch: TokenBatch) -> dict[str, Tensor]:
         """What TRL makes of a rollout batch: advantages, importance weights."""

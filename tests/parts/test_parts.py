@@ -8,6 +8,7 @@ import torch
 
 from hapo.batch import StepTotals
 from hapo.parts.advantage import (
+    decoupled_advantage,
     group_advantage,
     leave_one_out_advantage,
     signed_advantage,
@@ -18,7 +19,7 @@ from hapo.parts.entropy import entropy_from_logits, entropy_signal, entropy_stat
 from hapo.parts.penalty import k3
 from hapo.parts.ratio import mean_ratio, sequence_ratio, token_ratio, truncated_correction
 from hapo.parts.reduce import sequence_mean, sequence_sum, token_mean, valid_token_mean
-from hapo.parts.select import mixed_groups, most_uncertain, not_spurious
+from hapo.parts.select import mixed_groups, most_uncertain, not_spurious, on_policy
 from hapo.parts.shaping import (
     entropy_shaped_reward,
     redistribute,
@@ -246,7 +247,7 @@ def test_mean_entropy_of_a_response_without_tokens_is_zero():
     ("advantage", "expected"),
     [
         (leave_one_out_advantage, [1.0, -1.0, 0.0]),
-        (partial(group_advantage, scale=False), [0.5, -0.5, 0.0]),
+        (partial(group_advantage, scale="none"), [0.5, -0.5, 0.0]),
         (partial(group_advantage, std_eps=0.0), [math.sqrt(0.5), -math.sqrt(0.5), 0.0]),
         (partial(token_group_advantage, std_eps=0.0), [1.0, -1.0, 0.0]),
     ],
@@ -378,11 +379,39 @@ MASKED = {
 def test_the_reward_of_a_masked_row_counts_in_its_group():
     """0.5 from the mean, over the deviation sqrt(1/3): TRL and verl give the same."""
     close(group_advantage(**MASKED), [[0.866024, 0.866024], [0.866024, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
-    close(group_advantage(**MASKED, scale=False)[:2], [[0.5, 0.5], [0.5, 0.0]])
+    close(group_advantage(**MASKED, scale="none")[:2], [[0.5, 0.5], [0.5, 0.0]])
     close(leave_one_out_advantage(**MASKED)[:2], [[2 / 3, 2 / 3], [2 / 3, 0.0]])
     assert (token_group_advantage(**MASKED) == 0).all()  # of all tokens of the group, none is a wrong answer's
     rows = mixed_groups(MASKED["reward"], MASKED["group"], torch.ones(5, dtype=torch.bool))
     assert rows.tolist() == [True] * 4 + [False]
+
+
+def test_the_deviation_of_the_batch():
+    """Over sd(1, 1, 0, 0, 5) = 2.073644: the lone answer's distance from its group is 0."""
+    close(group_advantage(**MASKED, scale="batch")[:2], [[0.241121, 0.241121], [0.241121, 0.0]])
+    assert (group_advantage(**MASKED, scale="batch")[4] == 0).all()
+
+
+def test_rewards_normalised_apart_then_added_up():
+    """First -+0.707106, second 1.154699 and -0.577350 twice of three; x over its own deviation of the batch."""
+    rewards = T([[0.0, 4.0], [1.0, 1.0], [math.nan, 1.0], [math.nan, math.nan]])
+    group, mask = T([3, 3, 3, 3]), torch.ones(4, 1, dtype=torch.bool)
+    x = torch.tensor([-0.707106 + 2 * 1.154699, 0.707106 - 2 * 0.577349, -2 * 0.577349])
+    expected = ((x - x.mean()) / (x.std() + 1e-6)).tolist()
+    found = decoupled_advantage(rewards, group, mask, weights=(1.0, 2.0))[:, 0].tolist()
+    assert found == pytest.approx([*expected, 0.0], abs=2e-6)
+    with pytest.raises(ValueError, match="reward_weights has 3 numbers for 2 rewards"):
+        decoupled_advantage(rewards, group, mask, weights=(1.0, 1.0, 1.0))
+
+
+def test_the_off_policy_mask_drops_wrong_responses_that_the_policy_has_left():
+    """Mean losses of log-prob 0.3, 0.3 and 0.1 at a threshold of 0.2; what stands at padding has no part."""
+    drawn, logp = T([[-1.0, -1.0], [-1.0, -1.0], [-1.0, 50.0]]), T([[-1.5, -1.1], [-1.5, -1.1], [-1.1, 0.0]])
+    advantage = T([[-1.0, -1.0], [1.0, 0.0], [-1.0, 0.0]])
+    mask = T([[True, True], [True, True], [True, False]])
+    kept = on_policy(logp, drawn, advantage, mask, 0.2)
+    assert kept.tolist() == [[False, False], [True, True], [True, True]]
+    assert on_policy(logp, drawn, advantage, mask, 0.3 + 1e-6).all()
 
 
 def test_a_row_without_a_reward_is_in_no_group():

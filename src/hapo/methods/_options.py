@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -14,8 +14,10 @@ from torch import Tensor
 
 from ..batch import EntropyStats
 from ..method import Method
+from ..parts.advantage import Scale, decoupled_advantage, group_advantage
 from ..parts.entropy import entropy_stats
 from ..parts.penalty import kl_penalty, unbiased_kl_penalty
+from ..parts.select import on_policy
 from ..parts.temperature import bounded_factor, zscore_factor
 from ..stage import Stage, When
 
@@ -115,6 +117,9 @@ class Options(ABC):
     sampler_cap: float | None = 2.0
     """Cap of the importance weight min(exp(old - sampler), cap), used where the batch knows its sampler's
     log-probs; None switches the weight off."""
+    off_policy_mask_threshold: float | None = None
+    """Responses of negative advantage whose tokens have lost more than this in log-prob since they were drawn,
+    nats on average, add nothing (off-policy sequence mask of DeepSeek-V3.2, arXiv 2512.02556); None: all add."""
     temperature: TemperatureOptions | Mapping[str, Any] | None = None
     """HAPO's adaptive sampling temperature, e.g. {"tau": 0.1}; its keys: tau, rule, rho, t_min, t_max, variant."""
 
@@ -124,6 +129,8 @@ class Options(ABC):
         require(self.kl_coef >= 0, "kl_coef", self.kl_coef, ">= 0")
         require(self.sampler_cap is None or self.sampler_cap > 0, "sampler_cap", self.sampler_cap, "> 0, or None")
         one_of("singleton", self.singleton, ("zero", "reward"))
+        threshold = self.off_policy_mask_threshold
+        require(threshold is None or threshold >= 0, "off_policy_mask_threshold", threshold, ">= 0, or None")
         if self.temperature is not None:
             object.__setattr__(self, "temperature", TemperatureOptions.of(self.temperature))
 
@@ -132,13 +139,17 @@ class Options(ABC):
         """The method with these options."""
 
     def shared(self, **own: Any) -> dict[str, Any]:
-        """What every `build` hands to `Method`: name, filter, sampler's weight, temperature; `own` goes before."""
+        """What every `build` hands to `Method`: name, filter, sampler's weight, off-policy mask, temperature."""
         rule = self.temperature
         shared: dict[str, Any] = {
             "name": self.name,
             "filter_groups": self.filter_groups,
             "sampler_cap": self.sampler_cap,
         }
+        if self.off_policy_mask_threshold is not None:
+            limit = self.off_policy_mask_threshold
+            reads = ("logp", "drawn_logp", "advantage", "mask")
+            shared["trusted"] = Stage(on_policy, *reads, threshold=limit)
         if isinstance(rule, TemperatureOptions):
             shared["stats"] = Stage(entropy_stats, "old_entropy", "mask", rho=rule.rho)
             shared["temperature_rule"] = rule.factor if rule.acts else None
@@ -170,6 +181,46 @@ class ClippedOptions(Options, ABC):
         require(0 < self.eps_low < 1, "eps_low", self.eps_low, "in (0, 1)")
         require(self.eps_high > 0, "eps_high", self.eps_high, "> 0")
         require(self.dual_clip is None or self.dual_clip > 1, "dual_clip", self.dual_clip, "> 1, or None")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupOptions(Options, ABC):
+    """Options of the methods whose advantage is the reward relative to its group."""
+
+    scale_rewards: Scale = "group"
+    """What the distance from the group's mean is divided by: the deviation of the group, of the whole rollout
+    batch, or nothing (TRL's option of this name)."""
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    """Several rewards: normalise their weighted sum, or each of them in its group and then the sum over the
+    rollout batch (GDPO, arXiv 2601.05242), which reads `TokenBatch.rewards` in the place of `reward`."""
+    reward_weights: Sequence[float] | None = None
+    """Weights of the rewards where each is normalised; None: 1 each. With TRL, from its `reward_weights`."""
+
+    def __post_init__(self) -> None:
+        """Check the choices."""
+        super().__post_init__()
+        one_of("scale_rewards", self.scale_rewards, ("group", "batch", "none"))
+        ways = ("sum_then_normalize", "normalize_then_sum")
+        one_of("multi_objective_aggregation", self.multi_objective_aggregation, ways)
+        if self.multi_objective_aggregation == "normalize_then_sum":
+            fixed = "at its default: normalize_then_sum divides by both deviations, and a group of one gets 0"
+            for name in ("scale_rewards", "singleton"):
+                value = getattr(self, name)
+                require(value == getattr(type(self), name), name, value, fixed)
+        else:
+            alone = 'None: with "sum_then_normalize" the reward is a sum already'
+            require(self.reward_weights is None, "reward_weights", self.reward_weights, alone)
+        if self.reward_weights is not None:
+            for weight in self.reward_weights:
+                check_number("reward_weights", weight)
+            object.__setattr__(self, "reward_weights", tuple(float(weight) for weight in self.reward_weights))
+
+    def group_advantage(self) -> Stage[Tensor]:
+        """The stage `advantage` of these options."""
+        if self.multi_objective_aggregation == "normalize_then_sum":
+            return Stage(decoupled_advantage, "rewards", "group", "mask", weights=self.reward_weights)
+        rows = ("reward", "group", "mask")
+        return Stage(group_advantage, *rows, singleton=self.singleton, scale=self.scale_rewards)
 
 
 EntropySource = Literal["current", "old"]

@@ -6,20 +6,19 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ..method import Method
-from ..parts.advantage import group_advantage
 from ..parts.bounds import gated_bounds
 from ..parts.entropy import above_quantile
 from ..parts.penalty import gated_kl
 from ..parts.reduce import token_mean
 from ..parts.surrogate import clipped_surrogate
 from ..stage import Stage
-from ._options import EntropySource, Options, Paper, entropy_from, one_of, require
+from ._options import EntropySource, GroupOptions, Paper, entropy_from, one_of, require
 from ._registry import register
 
 
 @register("archer")
 @dataclass(frozen=True, kw_only=True)
-class Archer(Options):
+class Archer(GroupOptions):
     """Archer: uncertain tokens of a response get a wide clip and no KL, the others a normal clip and a KL penalty.
 
     L = (1/N) sum_it [ -min(r A, clip(r, 1 - e, 1 + e) A) + b D ], eq. 5: e = eps_reasoning, b = kl_reasoning
@@ -75,7 +74,7 @@ class Archer(Options):
             **self.shared(),
             signal=Stage(above_quantile, entropy, "mask", level=self.rho, strict=release),
             signal_at=at,
-            advantage=Stage(group_advantage, "reward", "group", "mask", singleton=self.singleton),
+            advantage=self.group_advantage(),
             bounds=Stage(gated_bounds, "signal", inside=self.eps_reasoning, outside=self.eps_knowledge),
             surrogate=Stage(clipped_surrogate, "ratio", "advantage", "bounds", dual_clip=self.dual_clip),
             penalty=kl if penalised else None,

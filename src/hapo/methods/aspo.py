@@ -6,19 +6,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..method import Method
-from ..parts.advantage import group_advantage
 from ..parts.bounds import constant_bounds, gated_bounds
 from ..parts.entropy import above_quantile
 from ..parts.reduce import sequence_mean
 from ..parts.surrogate import asymmetric_ratio
 from ..stage import Stage
-from ._options import ClippedOptions, EntropySource, Paper, entropy_from, one_of, require
+from ._options import ClippedOptions, EntropySource, GroupOptions, Paper, entropy_from, one_of, require
 from ._registry import register
 
 
 @register("aspo")
 @dataclass(frozen=True, kw_only=True)
-class ASPO(ClippedOptions):
+class ASPO(GroupOptions, ClippedOptions):
     """ASPO: GRPO's clip decides which tokens learn; those of positive advantage weigh 1/r instead of r.
 
     d loss / d logp, before the mean of means: -A r inside the clip where A < 0, -A / r where A > 0, at most
@@ -72,7 +71,7 @@ class ASPO(ClippedOptions):
             **self.shared(),
             signal=None if plain else uncertain,
             signal_at=at,
-            advantage=Stage(group_advantage, "reward", "group", "mask", singleton=self.singleton),
+            advantage=self.group_advantage(),
             bounds=Stage(constant_bounds, "ratio", low=self.eps_low, high=self.eps_high) if plain else wider,
             surrogate=Stage(asymmetric_ratio, "logp", "ratio", "advantage", "bounds", **caps),
             penalty=self.kl(),

@@ -6,18 +6,17 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..method import Method
-from ..parts.advantage import group_advantage
 from ..parts.bounds import constant_bounds
 from ..parts.reduce import token_mean
 from ..parts.surrogate import gradient_preserving
 from ..stage import Stage
-from ._options import ClippedOptions, Paper, require
+from ._options import ClippedOptions, GroupOptions, Paper, require
 from ._registry import register
 
 
 @register("ce_gppo")
 @dataclass(frozen=True, kw_only=True)
-class CEGPPO(ClippedOptions):
+class CEGPPO(GroupOptions, ClippedOptions):
     """CE-GPPO: tokens that PPO would clip keep the gradient of the bound, times a coefficient.
 
     L = (1/N) sum_it -F A, with d/dlogp = -F A too, eq. 8: F = beta1 (1 - eps_low) where r is below and A < 0,
@@ -48,7 +47,7 @@ class CEGPPO(ClippedOptions):
         kept = {"beta1": self.beta1, "beta2": self.beta2, "dual_clip": self.dual_clip}
         return Method(
             **self.shared(),
-            advantage=Stage(group_advantage, "reward", "group", "mask", singleton=self.singleton),
+            advantage=self.group_advantage(),
             bounds=Stage(constant_bounds, "ratio", low=self.eps_low, high=self.eps_high),
             surrogate=Stage(gradient_preserving, "logp", "ratio", "advantage", "bounds", **kept),
             penalty=self.kl(),

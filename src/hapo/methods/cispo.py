@@ -7,18 +7,17 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..method import Method
-from ..parts.advantage import group_advantage
 from ..parts.bounds import constant_bounds
 from ..parts.reduce import token_mean
 from ..parts.surrogate import clipped_weight
 from ..stage import Stage
-from ._options import Options, Paper, pair, require
+from ._options import GroupOptions, Paper, pair, require
 from ._registry import register
 
 
 @register("cispo")
 @dataclass(frozen=True, kw_only=True)
-class CISPO(Options):
+class CISPO(GroupOptions):
     """CISPO: the importance weight is clipped, not the update, so every token keeps a bounded gradient.
 
     L = (1/N) sum_it -sg(w) A logp, w = clip(r, is_weight_floor, is_weight_cap). Constant for autograd:
@@ -55,7 +54,7 @@ class CISPO(Options):
         low, high = 1.0 - self.is_weight_floor, self.is_weight_cap - 1.0
         return Method(
             **self.shared(),
-            advantage=Stage(group_advantage, "reward", "group", "mask", singleton=self.singleton),
+            advantage=self.group_advantage(),
             bounds=Stage(constant_bounds, "ratio", low=low, high=high),
             surrogate=Stage(
                 clipped_weight, "logp", "ratio", "advantage", "bounds", trust_region=self.trust_region

@@ -6,18 +6,17 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..method import Method
-from ..parts.advantage import group_advantage
 from ..parts.bounds import constant_bounds
 from ..parts.reduce import token_mean
 from ..parts.surrogate import clipped_surrogate
 from ..stage import Stage
-from ._options import ClippedOptions, Paper
+from ._options import ClippedOptions, GroupOptions, Paper
 from ._registry import register
 
 
 @register("dapo")
 @dataclass(frozen=True, kw_only=True)
-class DAPO(ClippedOptions):
+class DAPO(GroupOptions, ClippedOptions):
     """DAPO: GRPO with a wider upper bound, one mean over all tokens, only mixed groups, and no KL.
 
     L = (1/N) sum_it -min(r A, clip(r, 1 - eps_low, 1 + eps_high) A), eq. 8. Constant for autograd: advantages.
@@ -37,7 +36,7 @@ class DAPO(ClippedOptions):
         """The method with these options."""
         return Method(
             **self.shared(),
-            advantage=Stage(group_advantage, "reward", "group", "mask", singleton=self.singleton),
+            advantage=self.group_advantage(),
             bounds=Stage(constant_bounds, "ratio", low=self.eps_low, high=self.eps_high),
             surrogate=Stage(clipped_surrogate, "ratio", "advantage", "bounds", dual_clip=self.dual_clip),
             penalty=self.kl(),

@@ -9,19 +9,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..method import Method
-from ..parts.advantage import group_advantage
 from ..parts.bounds import constant_bounds
 from ..parts.reduce import token_mean
 from ..parts.shaping import entropy_bonus
 from ..parts.surrogate import clipped_surrogate
 from ..stage import Stage
-from ._options import ClippedOptions, EntropySource, Paper, entropy_from, one_of, require
+from ._options import ClippedOptions, EntropySource, GroupOptions, Paper, entropy_from, one_of, require
 from ._registry import register
 
 
 @register("entropy_adv")
 @dataclass(frozen=True, kw_only=True)
-class EntropyAdv(ClippedOptions):
+class EntropyAdv(GroupOptions, ClippedOptions):
     """Entropy-Adv: a token's advantage gains a bonus that grows with its entropy and never flips the sign.
 
     A' = A + min(alpha H, |A| / kappa), then DAPO's loss without its filter. It is no entropy regulariser:
@@ -54,7 +53,7 @@ class EntropyAdv(ClippedOptions):
             **self.shared(),
             signal=Stage(itself, entropy),
             signal_at=at,
-            advantage=Stage(group_advantage, "reward", "group", "mask", singleton=self.singleton),
+            advantage=self.group_advantage(),
             bounds=Stage(constant_bounds, "ratio", low=self.eps_low, high=self.eps_high),
             shaping=Stage(entropy_bonus, "advantage", "signal", alpha=self.alpha, kappa=self.kappa),
             surrogate=Stage(clipped_surrogate, "ratio", "advantage", "bounds", dual_clip=self.dual_clip),

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..method import Method
-from ..parts.advantage import group_advantage
 from ..parts.bounds import constant_bounds
 from ..parts.reduce import token_mean
 from ..parts.select import most_uncertain
@@ -52,7 +51,7 @@ class ForkingTokens(DAPO):
         entropy, at = entropy_from(self.entropy_source, "step")
         return Method(
             **self.shared(),
-            advantage=Stage(group_advantage, "reward", "group", "mask", singleton=self.singleton),
+            advantage=self.group_advantage(),
             select=Stage(most_uncertain, entropy, "mask", rho=self.rho),
             select_at=at,
             bounds=Stage(constant_bounds, "ratio", low=self.eps_low, high=self.eps_high),

@@ -11,18 +11,17 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..method import Method
-from ..parts.advantage import group_advantage
 from ..parts.bounds import Bounds, constant_bounds
 from ..parts.reduce import sequence_mean
 from ..parts.surrogate import Surrogate
 from ..stage import Stage
-from ._options import Options, Paper, require
+from ._options import GroupOptions, Paper, require
 from ._registry import register
 
 
 @register("gmpo")
 @dataclass(frozen=True, kw_only=True)
-class GMPO(Options):
+class GMPO(GroupOptions):
     """GMPO: the geometric mean of a response's token ratios, each clipped first, is its weight.
 
     L = -(1/S) sum_i exp((1/n_i) sum_t c_it) A_i with the log-ratio d = logp - old_logp held to
@@ -52,7 +51,7 @@ class GMPO(Options):
         low, high = -math.expm1(-self.eps_low), math.expm1(self.eps_high)
         return Method(
             **self.shared(),
-            advantage=Stage(group_advantage, "reward", "group", "mask", singleton=self.singleton),
+            advantage=self.group_advantage(),
             bounds=Stage(constant_bounds, "ratio", low=low, high=high),
             surrogate=Stage(geometric_surrogate, "ratio", "advantage", "bounds", "mask"),
             penalty=self.kl(),

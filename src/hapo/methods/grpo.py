@@ -6,18 +6,17 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..method import Method
-from ..parts.advantage import group_advantage
 from ..parts.bounds import constant_bounds
 from ..parts.reduce import sequence_mean
 from ..parts.surrogate import clipped_surrogate
 from ..stage import Stage
-from ._options import ClippedOptions, Paper
+from ._options import ClippedOptions, GroupOptions, Paper
 from ._registry import register
 
 
 @register("grpo")
 @dataclass(frozen=True, kw_only=True)
-class GRPO(ClippedOptions):
+class GRPO(GroupOptions, ClippedOptions):
     """GRPO: the reward's z-score in its group, the clipped surrogate, a mean of means, and a KL penalty.
 
     L = (1/S) sum_i (1/n_i) sum_t [ -min(r A, clip(r, 1 - eps, 1 + eps) A) + beta D ], eq. 3, with the k3
@@ -36,7 +35,7 @@ class GRPO(ClippedOptions):
         """The method with these options."""
         return Method(
             **self.shared(),
-            advantage=Stage(group_advantage, "reward", "group", "mask", singleton=self.singleton),
+            advantage=self.group_advantage(),
             bounds=Stage(constant_bounds, "ratio", low=self.eps_low, high=self.eps_high),
             surrogate=Stage(clipped_surrogate, "ratio", "advantage", "bounds", dual_clip=self.dual_clip),
             penalty=self.kl(),

@@ -6,19 +6,18 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ..method import Method
-from ..parts.advantage import group_advantage
 from ..parts.bounds import constant_bounds
 from ..parts.ratio import sequence_ratio
 from ..parts.reduce import sequence_mean
 from ..parts.surrogate import clipped_surrogate
 from ..stage import Stage
-from ._options import ClippedOptions, Paper, one_of
+from ._options import ClippedOptions, GroupOptions, Paper, one_of
 from ._registry import register
 
 
 @register("gspo")
 @dataclass(frozen=True, kw_only=True)
-class GSPO(ClippedOptions):
+class GSPO(GroupOptions, ClippedOptions):
     """GSPO: one importance ratio a response, the geometric mean of its token ratios, clipped as a whole.
 
     L = (1/S) sum_i -min(s_i A_i, clip(s_i, 1 - eps_low, 1 + eps_high) A_i), eq. 5, with
@@ -46,7 +45,7 @@ class GSPO(ClippedOptions):
         """The method with these options."""
         return Method(
             **self.shared(),
-            advantage=Stage(group_advantage, "reward", "group", "mask", singleton=self.singleton),
+            advantage=self.group_advantage(),
             ratio=Stage(sequence_ratio, "logp", "old_logp", "mask", form=self.form),
             bounds=Stage(constant_bounds, "ratio", low=self.eps_low, high=self.eps_high),
             surrogate=Stage(clipped_surrogate, "ratio", "advantage", "bounds", dual_clip=self.dual_clip),

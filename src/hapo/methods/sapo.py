@@ -7,18 +7,17 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..method import Method
-from ..parts.advantage import group_advantage
 from ..parts.bounds import no_bounds
 from ..parts.reduce import sequence_mean
 from ..parts.surrogate import soft_gate
 from ..stage import Stage
-from ._options import Options, Paper, require
+from ._options import GroupOptions, Paper, require
 from ._registry import register
 
 
 @register("sapo")
 @dataclass(frozen=True, kw_only=True)
-class SAPO(Options):
+class SAPO(GroupOptions):
     """SAPO: a smooth gate in the place of the clipped ratio, steeper where the advantage is negative.
 
     L = (1/S) sum_i (1/n_i) sum_t -f(r) A, f(r) = (4 / tau) sigmoid(tau (r - 1)), tau = tau_pos where A > 0,
@@ -47,7 +46,7 @@ class SAPO(Options):
         """The method with these options."""
         return Method(
             **self.shared(),
-            advantage=Stage(group_advantage, "reward", "group", "mask", singleton=self.singleton),
+            advantage=self.group_advantage(),
             bounds=Stage(no_bounds, "ratio"),
             surrogate=Stage(soft_gate, "ratio", "advantage", tau_pos=self.tau_pos, tau_neg=self.tau_neg),
             penalty=self.kl(),

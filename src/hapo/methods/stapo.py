@@ -6,19 +6,18 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ..method import Method
-from ..parts.advantage import group_advantage
 from ..parts.bounds import constant_bounds
 from ..parts.reduce import token_mean
 from ..parts.select import not_spurious
 from ..parts.surrogate import clipped_surrogate
 from ..stage import Stage
-from ._options import ClippedOptions, EntropySource, Paper, entropy_from, one_of, require
+from ._options import ClippedOptions, EntropySource, GroupOptions, Paper, entropy_from, one_of, require
 from ._registry import register
 
 
 @register("stapo")
 @dataclass(frozen=True, kw_only=True)
-class STAPO(ClippedOptions):
+class STAPO(GroupOptions, ClippedOptions):
     """STAPO: rare tokens that a confident policy took in a right answer do not learn.
 
     L = sum_it I L_it / sum_it I: I = 0 where A > 0, exp(logp) < tau_p, and H is below the q-quantile (linear)
@@ -57,7 +56,7 @@ class STAPO(ClippedOptions):
         rare = {"tau_p": self.tau_p, "q": self.q, "scope": self.quantile_scope}
         return Method(
             **self.shared(),
-            advantage=Stage(group_advantage, "reward", "group", "mask", singleton=self.singleton),
+            advantage=self.group_advantage(),
             select=Stage(not_spurious, logp, entropy, "advantage", "mask", **rare),
             select_at=at,
             bounds=Stage(constant_bounds, "ratio", low=self.eps_low, high=self.eps_high),

@@ -9,6 +9,7 @@ advantage 0. `singleton` says what a group of one gets: 0, or its reward, over 1
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -25,6 +26,7 @@ LEAST_STD = 1e-5
 """A set of shaped rewards that spreads less than this is constant up to rounding (our guard)."""
 
 Singleton = Literal["zero", "reward"]
+Scale = Literal["group", "batch", "none"]
 
 
 def group_advantage(
@@ -34,19 +36,51 @@ def group_advantage(
     *,
     singleton: Singleton = "zero",
     std_eps: float = STD_EPS,
-    scale: bool = True,
+    scale: Scale = "group",
 ) -> Float[Tensor, "B T"]:
     """A_i = (R_i - mean_k) / (std_k + 1e-6), on every valid token (GRPO, arXiv 2402.03300, section 4.1).
 
-    std has the divisor n - 1; `scale=False` leaves it out (Dr. GRPO, arXiv 2503.20783). A group whose rewards
-    are all equal has advantage 0 exactly.
+    std has the divisor n - 1; `scale="none"` leaves it out (Dr. GRPO, arXiv 2503.20783), `"batch"` takes that of
+    all rewards of the rollout batch about their own mean (REINFORCE++; PPO lite, arXiv 2508.08221; TRL's
+    `scale_rewards`). A group whose rewards are all equal has advantage 0 exactly.
     """
-    centred, n = _centred(reward, group)
-    if not scale:
+    centred, _ = _centred(reward, group)
+    if scale == "none":
         return _on_tokens(centred, reward, group, mask, singleton, 1.0)
-    index, k = group_index(group)
-    std = (group_sum(centred.square(), index, k)[index] / (n - 1).clamp_min(1)).sqrt()
+    std = _normalised(reward, torch.zeros_like(group) if scale == "batch" else group)[1]
     return _on_tokens(centred / (std + std_eps), reward, group, mask, singleton, 1.0 + std_eps)
+
+
+def decoupled_advantage(
+    rewards: Float[Tensor, "B K"],
+    group: Int[Tensor, " B"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    weights: Sequence[float] | None = None,
+    std_eps: float = STD_EPS,
+) -> Float[Tensor, "B T"]:
+    """Each reward is normalised in its group, then they are added up (GDPO, arXiv 2601.05242).
+
+    a_ij = (R_ij - mean_k) / (std_k + 1e-6) for each reward j, x_i = sum_j w_j a_ij, and A_i = (x_i - mean) /
+    (std + 1e-6) over the rollout batch, on every valid token. std has the divisor n - 1. A reward that is NaN adds
+    nothing and is in no count, nor is a row of which all are; its advantage is 0. A group of one has a_ij = 0.
+
+    Raises:
+        ValueError: the number of weights is not that of the rewards.
+    """
+    r = rewards.double()
+    if weights is None:
+        weights = [1.0] * r.shape[1]
+    if len(weights) != r.shape[1]:
+        raise ValueError(f"reward_weights has {len(weights)} numbers for {r.shape[1]} rewards; give one for each")
+    total = torch.zeros_like(r[:, 0])
+    for weight, column in zip(weights, r.unbind(1), strict=True):
+        centred, std = _normalised(column, group)
+        total = total + weight * (centred / (std + std_eps)).nan_to_num(nan=0.0)
+    total = total.masked_fill(r.isnan().all(1), torch.nan)
+    centred, std = _normalised(total, torch.zeros_like(group))
+    advantage = (centred / (std + std_eps)).nan_to_num(nan=0.0)
+    return masked(advantage.to(working_dtype(rewards)).unsqueeze(1), mask)
 
 
 def leave_one_out_advantage(
@@ -128,6 +162,15 @@ def signed_advantage(
         advantage = (values - mean) / (std + std_eps)
         out = torch.where(own & (std >= LEAST_STD), advantage, out)
     return out
+
+
+def _normalised(reward: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> tuple[Tensor, Tensor]:
+    """Distance from the group's mean, NaN where the reward is, and the group's deviation (divisor n - 1)."""
+    counted = ~reward.isnan()
+    centred, n = _centred(reward, group)
+    index, k = group_index(group)
+    std = (group_sum(centred.square(), index, k)[index] / (n - 1).clamp_min(1)).sqrt()
+    return centred.masked_fill(~counted, torch.nan), std
 
 
 def _centred(reward: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> tuple[Tensor, Tensor]:

@@ -37,6 +37,23 @@ def most_uncertain(entropy: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], rho
     return mask & (h >= h.flatten().topk(k).values[-1])
 
 
+def on_policy(
+    logp: Float[Tensor, "B T"],
+    drawn_logp: Float[Tensor, "B T"],
+    advantage: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    threshold: float,
+) -> Bool[Tensor, "B T"]:
+    """False where A < 0 in a response that the policy has left: (1/n_i) sum_t m (drawn_logp - logp) > threshold.
+
+    The off-policy sequence mask of DeepSeek-V3.2 (arXiv 2512.02556, section 3.1); threshold in nats per token. A
+    constant for autograd.
+    """
+    away = torch.where(mask, drawn_logp - logp.detach(), 0.0).sum(-1, keepdim=True)
+    away = away / mask.sum(-1, keepdim=True).clamp_min(1)
+    return (advantage >= 0) | (away <= threshold)
+
+
 def not_spurious(
     logp: Float[Tensor, "B T"],
     entropy: Float[Tensor, "B T"],

@@ -59,6 +59,8 @@ class RunState:
     """Logged since the last line."""
     loss: dict[str, float]
     """Sums of transformers: since_log, last_log, total."""
+    entropy_term: dict[str, float]
+    """Of `EntropyTerm`."""
     rollout: list[dict[str, Any]] | None
     """Micro-batches of the rollout batch in progress, prepared; None between two."""
 
@@ -134,6 +136,7 @@ def save_state(
         "mixed_share": state.mixed_share,
         "metrics": state.metrics,
         "loss": state.loss,
+        "entropy_term": state.entropy_term,
         "rollout": rest,
     }
     partial = folder / f"{STATE}.partial"
@@ -148,7 +151,8 @@ def load_state(folder: Path, accelerator: Accelerator) -> RunState:
     if rollout is not None:
         file = folder / f"hapo_rollout-{accelerator.process_index}.safetensors"
         rollout = _unpack({k: v.to(accelerator.device) for k, v in load_file(file).items()}, rollout)
-    plain = {name: read[name] for name in ("micro_step", "fresh_prompts", "mixed_share", "metrics", "loss")}
+    names = ("micro_step", "fresh_prompts", "mixed_share", "metrics", "loss", "entropy_term")
+    plain = {name: read[name] for name in names}
     return RunState(_from_json(read["stats"]), _from_json(read["sampled_with"]), rollout=rollout, **plain)
 
 

@@ -236,6 +236,8 @@ def resolve_method(method: Method | None, args: HAPOConfig) -> Method:
     options = {**(args.method_options or {}), "kl_coef": args.beta}  # type: ignore[dict-item]
     if args.use_bias_correction_kl:
         options["unbiased_kl"] = True
+    if options.get("multi_objective_aggregation") == "normalize_then_sum":
+        options.setdefault("reward_weights", args.reward_weights)
     named = hapo.method(args.method, **options)
     if named.penalty is not None and not args.beta:
         raise ValueError(
@@ -267,6 +269,17 @@ def check_arguments(method: Method, args: HAPOConfig, model: Any, others: dict[s
         ValueError: which argument, why, and what to set.
     """
     generation = args.generation_kwargs or {}
+    if method.options.get("multi_objective_aggregation") == "normalize_then_sum":
+        weights = method.options.get("reward_weights")
+        if args.reward_weights is not None and list(weights or ()) != list(args.reward_weights):
+            raise ValueError(
+                f"reward_weights={args.reward_weights} and those of the method, {weights}, disagree; set one"
+            )
+        if args.overlong_buffer:
+            raise ValueError(
+                f"overlong_buffer={args.overlong_buffer} changes the sum of the rewards, and normalize_then_sum "
+                "reads each reward alone: set it to 0, and add a reward function for the length"
+            )
     if args.use_vllm:
         check_rule(method)
     if others.get("rollout_func") is not None and method.temperature_rule is not None:

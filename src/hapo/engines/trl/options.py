@@ -19,22 +19,19 @@ DECIDED_BY_METHOD = {
     "epsilon_high": 'set method_options={"eps_high": ...}',
     "delta": 'set method_options={"dual_clip": ...}',
     "importance_sampling_level": 'method="gspo" has one ratio a response, the others one a token',
-    "scale_rewards": 'method="dr_grpo" does not divide by a deviation, the others by the group\'s',
-    "multi_objective_aggregation": "rewards are summed with reward_weights before the method sees them",
+    "scale_rewards": 'set method_options={"scale_rewards": ...}, where `hapo methods NAME` lists it',
+    "multi_objective_aggregation": (
+        'set method_options={"multi_objective_aggregation": "normalize_then_sum"}, where `hapo methods NAME` '
+        "lists it"
+    ),
     "top_entropy_quantile": 'choose method="forking_tokens", method_options={"rho": ...}',
-    "off_policy_mask_threshold": "no method masks by it; sampler_cap bounds the weight of what others drew",
-    "entropy_coef": "no method has an entropy term in its loss; HAPOTrainer.auxiliary_losses takes one",
-    "use_adaptive_entropy": "no method has an entropy term in its loss; HAPOTrainer.auxiliary_losses takes one",
-    "entropy_coef_min": "it goes with use_adaptive_entropy, which no method has",
-    "entropy_coef_max": "it goes with use_adaptive_entropy, which no method has",
-    "entropy_coef_delta": "it goes with use_adaptive_entropy, which no method has",
-    "entropy_target": "it goes with use_adaptive_entropy, which no method has",
+    "off_policy_mask_threshold": 'set method_options={"off_policy_mask_threshold": ...}',
     "sapo_temperature_neg": 'choose method="sapo", method_options={"tau_neg": ...}',
     "sapo_temperature_pos": 'choose method="sapo", method_options={"tau_pos": ...}',
-    "vespo_k_pos": "no method is VESPO; sapo is the nearest",
-    "vespo_k_neg": "no method is VESPO; sapo is the nearest",
-    "vespo_lambda_pos": "no method is VESPO; sapo is the nearest",
-    "vespo_lambda_neg": "no method is VESPO; sapo is the nearest",
+    "vespo_k_pos": 'choose method="vespo", method_options={"k_pos": ...}',
+    "vespo_k_neg": 'choose method="vespo", method_options={"k_neg": ...}',
+    "vespo_lambda_pos": 'choose method="vespo", method_options={"lambda_pos": ...}',
+    "vespo_lambda_neg": 'choose method="vespo", method_options={"lambda_neg": ...}',
     "vllm_importance_sampling_correction": 'set method_options={"sampler_cap": null} for none, or a cap',
     "vllm_importance_sampling_mode": "the correction is per token, truncated at method_options['sampler_cap']",
     "vllm_importance_sampling_clip_max": 'set method_options={"sampler_cap": ...}',
@@ -54,7 +51,13 @@ READ = {
     "num_generations": "the size of a group",
     "max_completion_length": "as in TRL; `overlong_buffer` counts back from it",
     "mask_truncated_completions": "cut-off responses learn nothing, but count in their group",
-    "reward_weights": "weights of the rewards in the verdict",
+    "reward_weights": "weights of the rewards in the verdict, and in the method's normalize_then_sum",
+    "entropy_coef": "weight of the mean entropy of the step's kept tokens, whatever the micro-batches",
+    "use_adaptive_entropy": "as in TRL, by the entropy of the whole step",
+    "entropy_coef_min": "with `use_adaptive_entropy`",
+    "entropy_coef_max": "with `use_adaptive_entropy`",
+    "entropy_coef_delta": "with `use_adaptive_entropy`",
+    "entropy_target": "with `use_adaptive_entropy`, nats",
     "generation_kwargs": "as in TRL, for plain sampling; what has an option of its own is refused here",
     "top_p": "sampling alone: the method's weight corrects for it",
     "top_k": "sampling alone: the method's weight corrects for it",
@@ -69,8 +72,6 @@ READ = {
 
 LOSS_TYPES = {
     "bnpo": 'method="dapo", method_options={"eps_high": 0.2, "filter_groups": false}',
-    "luspo": 'method="gspo" is the nearest',
-    "vespo": 'method="sapo" is the nearest',
 }
 """Loss types of TRL without a method of that name -> what to take."""
 
@@ -78,22 +79,23 @@ LOSS_TYPES = {
 def done_by(method: Method) -> dict[str, Any]:
     """What a method does, as TRL's options say it; an option that it has no value of is left out."""
     options = method.options
-    ratio, advantage = part_of(method.ratio), method.advantage
+    ratio = part_of(method.ratio)
     done: dict[str, Any] = {
         "loss_type": method.name,
         "importance_sampling_level": {token_ratio: "token", sequence_ratio: "sequence"}.get(ratio),
-        "multi_objective_aggregation": "sum_then_normalize",
+        "multi_objective_aggregation": options.get("multi_objective_aggregation", "sum_then_normalize"),
+        "off_policy_mask_threshold": options.get("off_policy_mask_threshold"),
         "top_entropy_quantile": 1.0 if method.select is None else options.get("rho"),
         "vllm_importance_sampling_correction": method.sampler_cap is not None,
         "vllm_importance_sampling_mode": "token_truncate",
         "vllm_importance_sampling_clip_max": method.sampler_cap,
         "vllm_importance_sampling_cap": method.sampler_cap,
     }
-    if part_of(advantage) is group_advantage:
-        divided = getattr(advantage, "options", {}).get("scale", True)
-        done["scale_rewards"] = "group" if divided else "none"
+    if part_of(method.advantage) is group_advantage:
+        done["scale_rewards"] = getattr(method.advantage, "options", {}).get("scale", "group")
     names = {"epsilon": "eps_low", "epsilon_high": "eps_high", "delta": "dual_clip"}
     names |= {"sapo_temperature_neg": "tau_neg", "sapo_temperature_pos": "tau_pos"}
+    names |= {f"vespo_{name}": name for name in ("k_pos", "k_neg", "lambda_pos", "lambda_neg")}
     return done | {theirs: options[ours] for theirs, ours in names.items() if ours in options}
 
 

@@ -24,6 +24,7 @@ TRLS = {
     "ref_logp": "ref_per_token_logps",
     "sampler_logp": "sampling_per_token_logps",
     "verdict": "verdict",
+    "rewards": "rewards_per_func",
 }
 """Fields that a rollout has before it is prepared, and their keys in it."""
 

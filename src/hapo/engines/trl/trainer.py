@@ -35,6 +35,7 @@ from .auxiliary import AuxiliaryLoss, router_losses, total
 from .checkpoint import OnceAtBegin, RunState
 from .config import HAPOConfig, check_arguments, resolve_method
 from .drawn import DrawnScores
+from .entropy_term import EntropyTerm
 from .metrics import MetricLog, PhaseClock, times
 from .recorded import RecordedTrainer
 from .recorder import Recorder
@@ -114,6 +115,7 @@ class HAPOTrainer(RecordedTrainer):
         self.sampler = self.make_sampler()
         self._step_metrics = MetricLog(self.accelerator, self._log_value)
         self._said_far = False
+        self._entropy_term = EntropyTerm(args)
         self._sharded = passes.is_sharded(self.accelerator.distributed_type)
         check_prompts(self.train_dataset, args)
         self._dynamic: DynamicSampling | None = None
@@ -136,7 +138,8 @@ class HAPOTrainer(RecordedTrainer):
     def auxiliary_losses(self, batch: hapo.TokenBatch, scored: Scored) -> list[AuxiliaryLoss]:
         """What is added to the method's loss on some rows of an optimiser step; each is logged under its name.
 
-        A mixture of experts has one, `aux_loss`, with the weight `router_aux_loss_coef`: keep it, and add others.
+        A mixture of experts has one, `aux_loss`, with the weight `router_aux_loss_coef`, and TRL's entropy term is
+        one, `entropy_term`: keep them, and add others.
 
         Args:
             batch: the rows as the method's loss reads them; `totals` are of the whole step. Tokens outside `mask`,
@@ -145,7 +148,11 @@ class HAPOTrainer(RecordedTrainer):
         """
         micro_batches = self.current_gradient_accumulation_steps if self.model.training else 1
         micro_batches *= self.accelerator.num_processes
-        return router_losses(scored.router_loss, self.router_aux_loss_coef, micro_batches)
+        losses = router_losses(scored.router_loss, self.router_aux_loss_coef, micro_batches)
+        if self._entropy_term.acts:
+            assert scored.entropy is not None
+            losses.append(self._entropy_term.share(batch, scored.entropy, train=self.model.training))
+        return losses
 
     # -- rollout --------------------------------------------------------------------------------------------
 
@@ -215,7 +222,8 @@ class HAPOTrainer(RecordedTrainer):
         verdict = (per_func * self.reward_weights.to(per_func.device)).nansum(1)
         verdict[per_func.isnan().all(1)] = torch.nan
         rows = len(inputs)
-        output["verdict"] = verdict[self.accelerator.process_index * rows :][:rows]
+        mine = slice(self.accelerator.process_index * rows, (self.accelerator.process_index + 1) * rows)
+        output["verdict"], output["rewards_per_func"] = verdict[mine], per_func[mine]
         return output
 
     def _prepare(self, rollout: dict[str, Any]) -> None:
@@ -295,6 +303,9 @@ class HAPOTrainer(RecordedTrainer):
             finite.check("loss", loss.detach(), step)
         if not train or self.accelerator.gradient_state.sync_gradients:
             self._step_metrics.flush()
+            if train and self._entropy_term.acts:
+                self._entropy_term.end_of_step(partial(self.accelerator.reduce, reduction="sum"))
+                self._log_value("entropy_coef", self._entropy_term.coef)
             self._say_if_far_from_policy()
             if records is not None:
                 records.write_tokens(step)
@@ -354,6 +365,7 @@ class HAPOTrainer(RecordedTrainer):
             mixed_share=None if dynamic is None else dynamic.share,
             metrics=self._metrics["train"],
             loss=self._loss_sums(),
+            entropy_term=self._entropy_term.state(),
             rollout=self._buffered_inputs if inside else None,
         )
 
@@ -362,6 +374,7 @@ class HAPOTrainer(RecordedTrainer):
         self.temperature_stats, self._sampled_with = state.stats, state.sampled_with
         self._step = state.micro_step
         self._metrics["train"] = defaultdict(list, state.metrics)
+        self._entropy_term.take_up(state.entropy_term)
         if self._dynamic is not None:
             self._dynamic.prompts.position, self._dynamic.share = state.fresh_prompts, state.mixed_share
         if state.rollout is not None:
