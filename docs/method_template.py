@@ -10,18 +10,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..method import Method
-from ..parts.advantage import group_advantage
 from ..parts.bounds import Bounds, constant_bounds
 from ..parts.reduce import token_mean
 from ..parts.surrogate import Surrogate
 from ..stage import Stage
-from ._options import Options, Paper, require
+from ._options import GroupOptions, Paper, require
 from ._registry import register
 
 
 @register("my_method")  # EDIT: the name of this file
 @dataclass(frozen=True, kw_only=True)
-class MyMethod(Options):  # EDIT: ClippedOptions adds eps_low, eps_high, dual_clip; or inherit DAPO's, GRPO's
+class MyMethod(GroupOptions):  # EDIT: add ClippedOptions for eps_low, eps_high, dual_clip; or DAPO, GRPO
     """My method: the ratio has a cap, whatever the sign of the advantage.
 
     L = (1/N) sum_it -min(r, cap) A, N the valid tokens of the step. Constant for autograd: advantages. EDIT: the
@@ -44,8 +43,8 @@ class MyMethod(Options):  # EDIT: ClippedOptions adds eps_low, eps_high, dual_cl
         """The method with these options."""
         return Method(
             **self.shared(),  # name, filter, sampler's weight, temperature
+            advantage=self.group_advantage(),
             # EDIT: a part, and the fields of the record that it is given, in order; then its options.
-            advantage=Stage(group_advantage, "reward", "group", "mask", singleton=self.singleton),
             bounds=Stage(constant_bounds, "ratio", low=1.0, high=self.cap - 1.0),  # without any: no_bounds
             surrogate=Stage(capped_surrogate, "ratio", "advantage", "bounds"),
             penalty=self.kl(),

@@ -155,9 +155,9 @@ def defaults(cls: type[Options]) -> dict[str, Any]:
 
 def _own(values: dict[str, Any]) -> dict[str, Any]:
     """Without the options of every method, or of every clipped one, that stand at their common default."""
-    from ..methods import ClippedOptions
+    from ..methods import ClippedOptions, GroupOptions
 
-    shared = {f.name: f.default for f in fields(ClippedOptions)}
+    shared = {f.name: f.default for f in (*fields(GroupOptions), *fields(ClippedOptions))}
     return {name: value for name, value in values.items() if name not in shared or value != shared[name]}
 
 

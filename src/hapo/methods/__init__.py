@@ -6,11 +6,12 @@ A file of this folder that registers a class of options is a method; its name be
 import importlib
 import pkgutil
 
-from ._options import ClippedOptions, Options, Paper, TemperatureOptions
+from ._options import ClippedOptions, GroupOptions, Options, Paper, TemperatureOptions
 from ._registry import method, methods, options_of, register
 
 __all__ = [
     "ClippedOptions",
+    "GroupOptions",
     "Options",
     "Paper",
     "TemperatureOptions",
