@@ -25,7 +25,9 @@ SCORES = "tests/test_scoring.py"
 
 MUTATIONS: list[tuple[str, str, str, str]] = [
     # parts
-    ("parts/advantage.py", "/ (n - 1).clamp_min(1)).sqrt()\n    return _on_tokens", "/ n).sqrt()\n    return _on_tokens", "tests/methods/test_grpo.py"),
+    ("parts/advantage.py", "/ (n - 1).clamp_min(1)).sqrt()\n    return centred.masked_fill", "/ n).sqrt()\n    return centred.masked_fill", "tests/methods/test_grpo.py"),
+    ("parts/advantage.py", "torch.zeros_like(group) if scale == \"batch\" else group", "group", "tests/parts"),
+    ("parts/advantage.py", "total = total.masked_fill(r.isnan().all(1), torch.nan)\n", "", "tests/parts"),
     ("parts/advantage.py", "centred * n / (n - 1).clamp_min(1)", "centred", "tests/methods/test_rloo.py"),
     ("parts/advantage.py", "mean = group_sum(length * r, index, k) / n\n", "mean = group_sum(r, index, k) / n\n", "tests/methods/test_hapo.py"),
     ("parts/advantage.py", "counted = ~reward.isnan()\n    r = ", "counted = torch.ones_like(reward, dtype=torch.bool)\n    r = ", "tests/test_masked_rows.py"),
@@ -42,9 +44,11 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("parts/shaping.py", "return -factor * over.clamp(0.0, 1.0)", "return -factor * over.clamp_min(0.0)", "tests/parts"),
     ("parts/shaping.py", "applies: Bool[Tensor, \"B T\"] = inside ^ (signal > 0)", "applies: Bool[Tensor, \"B T\"] = inside == (signal > 0)", "tests/methods/test_hapo.py"),
     ("parts/select.py", "return mask & ~(candidate & (h < threshold))", "return mask & ~(candidate & (h <= threshold))", "tests/methods/test_stapo.py"),
+    ("parts/select.py", "return (advantage >= 0) | (away <= threshold)", "return away <= threshold", "tests/parts"),
     ("parts/entropy.py", "down = max(-stats.h_min, SCALE_FLOOR) * (1 if variant == \"paper\" else -1)", "down = max(-stats.h_min, SCALE_FLOOR)", "tests/methods/test_hapo.py"),
     ("parts/temperature.py", "return 1.0 + tau * entropy_signal(entropy, stats, variant).clamp(-1.0, 1.0)", "return 1.0 + tau * entropy_signal(entropy, stats, variant)", "tests/parts tests/methods/test_hapo.py tests/samplers"),
     # methods and the core call
+    ("methods/vespo.py", "decay * (1.0 - log_w.exp())", "-decay * log_w.exp()", "tests/methods/test_vespo.py"),
     ("methods/gspo.py", "eps_high: float = 4e-4", "eps_high: float = 4e-3", "tests/methods/test_gspo.py"),
     ("methods/hapo.py", '**over_tokens) if "B" in on else', '**over_tokens) if "B" not in on else', LAWS + " -k test_limits"),
     ("method.py", "used = mixed_groups(batch.reward if batch.verdict is None else batch.verdict, batch.group, scored)", "used = mixed_groups(batch.reward, batch.group, scored)", "tests/methods/test_dapo.py tests/parts " + RUNS),
@@ -58,6 +62,8 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("scoring.py", "cooler = 1 / factor(entropy[rows])", "cooler = factor(entropy[rows])", SCORES),
     ("scoring.py", "return parameter.full_tensor(grad_placements=[Partial(\"avg\")] * parameter.device_mesh.ndim)", "return parameter.full_tensor()", SCORES + " -k ddp"),
     # the TRL engine
+    ("engines/trl/entropy_term.py", "float(add_up(self._sum))", "float(self._sum)", EXACT + " -k ranks"),
+    ("engines/trl/entropy_term.py", "if self._sum is None else self._sum + value.detach()", "", "tests/engines/test_trl_parts.py"),
     ("engines/trl/auxiliary.py", "loss = loss * ranks\n", "loss = loss * 1\n", EXACT + " -k ranks"),
     ("engines/trl/auxiliary.py", "loss = loss + weight * value * ranks", "loss = loss + weight * value", EXACT + " -k ranks"),
     ("engines/trl/auxiliary.py", "value / micro_batches", "value", "tests/engines/test_trl_parts.py -k router"),
