@@ -37,9 +37,7 @@ SPLIT = {
         },
         "reward": [tiny.count_digits, some_digits],
         "reward_weights": [1.0, 0.5],
-        "use_adaptive_entropy": True,
         "entropy_coef": 0.3,
-        "entropy_target": 10.0,
     },
 }
 """Statistics of the rollout batch; a choice of tokens by the current policy in each optimiser step; several rewards,

@@ -413,7 +413,7 @@ def test_the_entropy_term_is_the_mean_entropy_and_its_weight_follows_it():
     losses, plain = logged(trainer, "loss"), logged(without, "loss")
     assert losses[0] == pytest.approx(plain[0], abs=1e-6)
     assert losses[1] == pytest.approx(plain[1] - 0.4 * entropies[1], abs=1e-5)  # step 1 left the same weights
-    _, trainer = fixed_rollout.run(4, 4, 8, 1, **adaptive, entropy_target=0.1, max_steps=3)
+    _, trainer = fixed_rollout.run(4, 4, 8, 1, **adaptive, entropy_target=1.5, max_steps=3)
     assert logged(trainer, "entropy_coef") == pytest.approx([0.2, 0.1, 0.0], abs=1e-12)
     assert logged(trainer, "loss") == pytest.approx(plain, abs=1e-6)
 
@@ -427,6 +427,23 @@ def test_the_entropy_term_is_of_the_tokens_that_learn():
     assert (name, weight, value.item()) == ("entropy_term", -0.5, 1.0)
     value.backward()
     assert entropy.grad.tolist() == [[1.0, 0.0, 0.0]]
+
+
+def test_the_entropy_of_all_ranks_and_passes_sets_the_next_weight():
+    adaptive = {"entropy_coef_min": 0.0, "entropy_coef_max": 1.0, "entropy_coef_delta": 0.1, "entropy_target": 5.0}
+    term = EntropyTerm(SimpleNamespace(entropy_coef=0.5, use_adaptive_entropy=True, **adaptive))
+    zeros, mask = torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool)
+    batch = hapo.TokenBatch(mask=mask, old_logp=zeros, reward=torch.zeros(1), group=torch.tensor([0]))
+    batch = batch.replace(totals=hapo.StepTotals(4, 4, 4))
+    for _ in range(2):
+        term.share(batch, torch.tensor([[6.0]]), train=True)
+        term.share(batch, torch.tensor([[1e3]]), train=False)  # an evaluation has no say
+    assert term.weight == 0.0  # before the first step no entropy is known
+    term.end_of_step(lambda mine: 2 * mine)
+    assert (term.last, term.coef, term.weight) == (6.0, 0.4, 0.0)
+    term.share(batch, torch.tensor([[20.0]]), train=True)
+    term.end_of_step(lambda mine: mine)
+    assert (term.last, term.coef, term.weight) == (5.0, 0.5, 0.5)
 
 
 def experts() -> MixtralForCausalLM:
