@@ -22,15 +22,17 @@ def main(argv: list[str]) -> int:
     for folder in options.runs:
         if not (folder / "config.yaml").is_file():
             raise UsageError(f"{folder} is no run folder: it has no config.yaml")
-    if not output.parent.is_dir() or output.is_dir():
-        raise UsageError(f"--output must be a file in a folder that exists, got {output}")
+    if output.suffix != ".html" or not output.parent.is_dir() or output.is_dir():
+        raise UsageError(f"--output must be an .html file in a folder that exists, got {output}")
     from ..insight.report import write_figures, write_report  # takes seconds
 
     console = Console(highlight=False, markup=False)
-    page = write_report(options.runs, output, against=options.against, rollouts=options.rollouts)
+    page = write_report(
+        options.runs, output, against=options.against, rollouts=options.rollouts, replace=options.replace
+    )
     console.print(f"report: {page}", soft_wrap=True)
     if options.png is not None:
-        files = write_figures(options.runs, options.png, options.format)
+        files = write_figures(options.runs, options.png, options.format, replace=options.replace)
         console.print(f"{len(files)} figures: {options.png}", soft_wrap=True)
     return 0
 
@@ -40,6 +42,12 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     add("--output", type=Path, help="the page; RUN/report.html, of several runs report.html, unless told")
+    add(
+        "--replace",
+        action="store_true",
+        help="write over files that are there; a page or figures of the same runs need no such word, unless they "
+        "were changed",
+    )
     add("--png", type=Path, metavar="FOLDER", help="write each figure here too, without a title, for a paper")
     add("--format", choices=("png", "svg"), default="png", help="of the files that --png writes (png, 300 dpi)")
     add(
