@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -77,7 +78,7 @@ def test_a_comparison_killed_at_any_point_goes_on_to_the_same_results(tmp_path, 
     assert main(compare(tmp_path / "whole", "dapo", seeds=3)) == 0
     assert results(tmp_path / "whole").seed.tolist() == [1, 2, 3]
     assert main(compare(tmp_path / "whole", "dapo", seeds=3, learning_rate=1e-4)) == 2
-    assert "holds a comparison with another flags" in capsys.readouterr().err
+    assert "is not what is asked for; learning_rate: 0.001 there, 0.0001 here" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -103,6 +104,7 @@ def test_a_run_that_fails_is_named_and_the_others_stay(tmp_path, capsys):
     argv = compare(tmp_path, "dapo", "trl:dapo:learning_rate=abc", seeds=1)
     assert main(argv) == 1
     out = capsys.readouterr().out
+    assert re.search("^runs: [12] of 2, dapo, seed 1", out, re.MULTILINE)
     folder = tmp_path / "runs/trl_dapo_learning_rate=abc/seed-1"
     assert f"failed: trl:dapo:learning_rate=abc, seed 1: see {folder / 'log.txt'}" in out
     assert "Traceback" in (folder / "log.txt").read_text()
@@ -216,6 +218,7 @@ def test_a_run_that_was_stopped_or_names_no_seed_is_refused(tmp_path, capsys):
 def test_runs_are_not_written_over_a_run_or_a_comparison_that_trains(finished, tmp_path, capsys):
     assert main(["compare", "--runs", f"dapo={finished}", "--output_dir", str(finished)]) == 2
     assert "is the folder of a run" in capsys.readouterr().err
-    (tmp_path / "compare.json").write_text("{}")
+    (tmp_path / "runs/dapo/seed-1").mkdir(parents=True)
+    (tmp_path / "runs/dapo/seed-1/plan.json").write_text("{}")
     assert main(["compare", "--runs", f"dapo={finished}", "--output_dir", str(tmp_path)]) == 2
     assert "holds a comparison that trains its runs" in capsys.readouterr().err
