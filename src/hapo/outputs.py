@@ -109,6 +109,8 @@ def check_made(folder: Path, names: Iterable[str], of: str, replace: bool = Fals
         FileExistsError: one is there that is not as hapo wrote it, or was made of something else, and `replace` is
             not set.
     """
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise FileExistsError(f"{folder} is there and no folder: name another")
     made = _made(folder, replace)
     for name in names:
         file = folder / name

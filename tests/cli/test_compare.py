@@ -78,7 +78,7 @@ def test_a_comparison_killed_at_any_point_goes_on_to_the_same_results(tmp_path, 
     assert main(compare(tmp_path / "whole", "dapo", seeds=3)) == 0
     assert results(tmp_path / "whole").seed.tolist() == [1, 2, 3]
     assert main(compare(tmp_path / "whole", "dapo", seeds=3, learning_rate=1e-4)) == 2
-    assert "is not what is asked for; learning_rate: 0.001 there, 0.0001 here" in capsys.readouterr().err
+    assert "with learning_rate: 0.001 there, 0.0001 here" in capsys.readouterr().err
 
 
 @pytest.mark.slow

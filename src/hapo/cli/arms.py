@@ -188,7 +188,7 @@ class Job:
         """In what the plan of the run that lies here differs, in words; empty where it does not."""
         there, here = json.loads((self.folder / PLAN).read_text()), self.plan
         kept = ({k: v for k, v in plan.items() if k not in ignoring} for plan in (there, here))
-        return differences(*kept)
+        return re.sub(r"\b([0-9a-f]{8})[0-9a-f]{56}\b", r"\1...", differences(*kept))
 
 
 def content_of(

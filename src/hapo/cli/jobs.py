@@ -43,12 +43,11 @@ def check_jobs(jobs: Iterable[Job], folder: Path, why: str, ignoring: Collection
             )
     if differing:
         words, some = next(iter(differing.items()))
-        others = f" and {counted(len(some) - 1, 'other')}" if len(some) > 1 else ""
+        runs = f"{counted(len(some), 'finished run')}, {some[0].folder}{' the first,' if len(some) > 1 else ','}"
         reason = f" ({why})" if why and "max_num_gen_batches" in words else ""
         raise UsageError(
-            f"the finished run {some[0].folder}{others} is not what is asked for; {words}{reason}. It is left as "
-            "it is: choose another --output_dir, or train it again with --replace, which moves the old one to "
-            f"{folder / ASIDE}"
+            f"not what is asked for: {runs} with {words}{reason}. Nothing was changed: choose another "
+            f"--output_dir, or train anew what differs with --replace, which moves the old to {folder / ASIDE}"
         )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ..insight.finding import counted
 from . import UsageError
 
 DESCRIPTION = """Write one HTML page of one or several runs, which works offline: curves of training, overlaid;
@@ -25,15 +26,20 @@ def main(argv: list[str]) -> int:
     if output.suffix != ".html" or not output.parent.is_dir() or output.is_dir():
         raise UsageError(f"--output must be an .html file in a folder that exists, got {output}")
     from ..insight.report import write_figures, write_report  # takes seconds
+    from ..insight.run import Run, of_runs
+    from ..outputs import check_page
 
     console = Console(highlight=False, markup=False)
+    check_page(output, of_runs(map(Run, options.runs)), options.replace)  # before the figures are written
+    files: list[Path] = []
+    if options.png is not None:
+        files = write_figures(options.runs, options.png, options.format, replace=options.replace)
     page = write_report(
         options.runs, output, against=options.against, rollouts=options.rollouts, replace=options.replace
     )
     console.print(f"report: {page}", soft_wrap=True)
     if options.png is not None:
-        files = write_figures(options.runs, options.png, options.format, replace=options.replace)
-        console.print(f"{len(files)} figures: {options.png}", soft_wrap=True)
+        console.print(f"{counted(len(files), 'figure')}: {options.png}", soft_wrap=True)
     return 0
 
 
