@@ -122,6 +122,10 @@ def test_a_run_that_fails_is_named_and_the_others_stay(tmp_path, capsys):
         ("trl:no_such_loss", "TRL's losses are grpo"),
         ("dapo:eval_size=5", "eval_size decides what is held equal"),
         ("trl:dapo:temperature=0.5", "temperature decides what is held equal"),
+        ("dapo:repetition_penalty=1.1", "repetition_penalty decides what is held equal"),
+        ("dapo:shuffle_dataset=false", "shuffle_dataset decides what is held equal"),
+        ("trl:dapo:generation_kwargs={}", "generation_kwargs decides what is held equal"),
+        ("dapo:resume_from_checkpoint=x", "resume_from_checkpoint decides what is held equal"),
     ],
 )
 def test_an_arm_that_cannot_run_is_refused(label, message):
@@ -135,6 +139,27 @@ def test_options_go_to_the_method_and_flags_to_the_trainer():
     assert (arm.name, arm.options, arm.flags) == ("dapo", {"eps_high": 0.3}, {"learning_rate": 1e-4, "beta": 0.01})
     assert Arm("hapo:beta=0.5").options == {"beta": 0.5}  # a name that both have is the method's
     assert Arm("trl:grpo:beta=0.04").flags == {"beta": 0.04}
+
+
+@pytest.mark.parametrize(
+    ("arms", "options", "message"),
+    [
+        (
+            ["dapo:max_num_gen_batches=3", "trl:dapo"],
+            {},
+            "max_num_gen_batches is 1 in every arm beside one of trl:",
+        ),
+        (
+            ["dapo"],
+            {"resume_from_checkpoint": "x"},
+            "runs of a comparison begin anew: drop resume_from_checkpoint",
+        ),
+        (["hapo:temperature={tau: 0.1}", "hapo:temperature={tau:  0.1}"], {}, "two arms would share the folder"),
+    ],
+)
+def test_arms_that_cannot_be_held_equal_are_refused(arms, options, message, tmp_path, capsys):
+    assert main(compare(tmp_path, *arms, **options)) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_the_ablation_is_one_flag(tmp_path, capsys):
