@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from ..assets import tiny_model_path
+from ..insight.finding import counted
 from ..methods import TemperatureOptions
 from ..samplers.rule import RULES, AnyRule, TemperatureRule, rule_options
 from . import UsageError, check_output
@@ -98,7 +99,9 @@ def _calibrated(temperature: TemperatureOptions, options: argparse.Namespace, co
             seed=options.seed,
             advance=advance,
         )
-    console.print(f"{len(prompts)} prompts, {stats.tokens} tokens at temperature {options.temperature:g}")
+    console.print(
+        f"{counted(len(prompts), 'prompt')}, {stats.tokens} tokens at temperature {options.temperature:g}"
+    )
     console.print(
         f"log entropy: pivot {stats.pivot:.4f}, sigma {stats.sigma:.4f}, "
         f"h_max {stats.h_max:.4f}, h_min {stats.h_min:.4f}; {100 * stats.floored:.1f} % of the tokens floored",

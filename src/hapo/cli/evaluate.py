@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from trl import ModelConfig
 
 from ..engines.records import manifest
+from ..insight.finding import counted
 from ..outputs import file_hash, write_whole
 from ..samplers.transformers import say_what_model_asked
 from ..tasks import TaskConfig, load_task
@@ -183,7 +184,7 @@ def _measure_task(
             gold = {"question": problem["question"], "gold": problem["answer"]}
             rows.append({"decoding": how, **gold, **asdict(answer)})
         note = f", mean of {found.samples}" if how == "sampled" else ""
-        console.print(f"{how}: {found}  ({found.problems} problems{note})")
+        console.print(f"{how}: {found}  ({counted(found.problems, 'problem')}{note})")
     return figures, rows
 
 

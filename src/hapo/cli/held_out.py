@@ -21,6 +21,7 @@ from trl import GRPOTrainer
 
 from ..engines.estimate import Estimate
 from ..engines.records import append_line
+from ..insight.finding import counted
 from ..outputs import write_whole
 from .measure import Answer, Decoding, draw_answers, estimate
 from .progress import counting
@@ -190,7 +191,8 @@ class HeldOut(TrainerCallback):
             table.add_row(how, str(first), str(last), shown)
         self.console.print(table)
         self.console.print(
-            f"{last.problems} problems, 95 % intervals; sampled at temperature {self.trainer.args.temperature:g}"
+            f"{counted(last.problems, 'problem')}, 95 % intervals; sampled at temperature "
+            f"{self.trainer.args.temperature:g}"
         )
 
     def _estimate(self, what: str, **sampling: Any) -> dict[str, Any]:
