@@ -33,7 +33,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
-from hapo.cli.arms import TRL, Arm, Job, LogLines, build, parse_flags
+from hapo.cli.arms import TRL, Arm, Job, LogLines, Recipe, build, parse_flags
+from hapo.cli.recipe import read_recipe
 
 from .paired import machine
 from .turns import Baton, alternate, report, shown
@@ -133,10 +134,10 @@ def train(baton: Baton, *, job: Job, steps: int) -> None:
 
 def plan(given: argparse.Namespace) -> tuple[list[str], dict[str, Any], int]:
     """Recipe, flags over it, and the optimiser steps of a turn."""
-    recipe: list[str] = []
+    recipe = Recipe(read_recipe("demo"), [])
     flags: dict[str, Any] = {}
     if given.work == "smollm2":
-        recipe = ["--config", str(ROOT / "recipes" / "smollm2_gsm8k.yaml")]
+        recipe = Recipe(read_recipe(str(ROOT / "recipes" / "smollm2_gsm8k.yaml")), [])
         flags = SMOLLM2 | {"model_name_or_path": given.model, "dataset": str(given.problems)}
     if given.reward == "parity":
         flags["rewards"] = ["bench.end_to_end:parity"]

@@ -26,8 +26,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 from rich.console import Console
 
-from hapo.cli.arms import Arm, Job, build
+from hapo.cli.arms import Arm, Job, Recipe, build
 from hapo.cli.held_out import Course, HeldOut
+from hapo.cli.recipe import read_recipe
 from hapo.insight.run import Run
 from hapo.insight.statistics import first_reaching, mean_interval, paired_difference
 
@@ -85,7 +86,7 @@ def main() -> None:
     parser.add_argument("--evaluate_every", type=int, default=8)
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args()
-    recipe = ["--config", str(ROOT / "bench" / "compare" / "near_policy.yaml")]
+    recipe = Recipe(read_recipe(str(ROOT / "bench" / "compare" / "near_policy.yaml")), [])
     flags = {"learning_rate": RATE, "evaluate_every": given.evaluate_every}
     context = multiprocessing.get_context("spawn")
     begin = machine(packages=("torch", "trl", "transformers"))

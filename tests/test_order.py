@@ -19,7 +19,7 @@ import hapo
 SOURCE = Path(hapo.__file__).parent
 
 ROWS = """
-    assets
+    assets outputs
     batch
     parts
     stage

@@ -66,7 +66,7 @@ def test_a_rule_without_statistics_loads_nothing(tmp_path, capsys, options):
     ("options", "message"),
     [
         ({"output": "absent/rule.json"}, "output absent/rule.json cannot be written: No such file"),
-        ({"output": "."}, "cannot be written: Is a directory"),
+        ({"output": "."}, "output . is there, and no plain file: name another"),
         ({"model": None}, "name a --model and a file of --prompts"),
         ({"prompts": "absent.txt"}, "the prompts cannot be read: .*absent.txt"),
         ({"prompts": "p.parquet"}, "must be a .txt file .* got p.parquet"),

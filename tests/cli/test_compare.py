@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -77,7 +78,7 @@ def test_a_comparison_killed_at_any_point_goes_on_to_the_same_results(tmp_path, 
     assert main(compare(tmp_path / "whole", "dapo", seeds=3)) == 0
     assert results(tmp_path / "whole").seed.tolist() == [1, 2, 3]
     assert main(compare(tmp_path / "whole", "dapo", seeds=3, learning_rate=1e-4)) == 2
-    assert "holds a comparison with another flags" in capsys.readouterr().err
+    assert "with learning_rate: 0.001 there, 0.0001 here" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -103,6 +104,7 @@ def test_a_run_that_fails_is_named_and_the_others_stay(tmp_path, capsys):
     argv = compare(tmp_path, "dapo", "trl:dapo:learning_rate=abc", seeds=1)
     assert main(argv) == 1
     out = capsys.readouterr().out
+    assert re.search("^runs: [12] of 2, dapo, seed 1", out, re.MULTILINE)
     folder = tmp_path / "runs/trl_dapo_learning_rate=abc/seed-1"
     assert f"failed: trl:dapo:learning_rate=abc, seed 1: see {folder / 'log.txt'}" in out
     assert "Traceback" in (folder / "log.txt").read_text()
@@ -120,6 +122,10 @@ def test_a_run_that_fails_is_named_and_the_others_stay(tmp_path, capsys):
         ("trl:no_such_loss", "TRL's losses are grpo"),
         ("dapo:eval_size=5", "eval_size decides what is held equal"),
         ("trl:dapo:temperature=0.5", "temperature decides what is held equal"),
+        ("dapo:repetition_penalty=1.1", "repetition_penalty decides what is held equal"),
+        ("dapo:shuffle_dataset=false", "shuffle_dataset decides what is held equal"),
+        ("trl:dapo:generation_kwargs={}", "generation_kwargs decides what is held equal"),
+        ("dapo:resume_from_checkpoint=x", "resume_from_checkpoint decides what is held equal"),
     ],
 )
 def test_an_arm_that_cannot_run_is_refused(label, message):
@@ -133,6 +139,27 @@ def test_options_go_to_the_method_and_flags_to_the_trainer():
     assert (arm.name, arm.options, arm.flags) == ("dapo", {"eps_high": 0.3}, {"learning_rate": 1e-4, "beta": 0.01})
     assert Arm("hapo:beta=0.5").options == {"beta": 0.5}  # a name that both have is the method's
     assert Arm("trl:grpo:beta=0.04").flags == {"beta": 0.04}
+
+
+@pytest.mark.parametrize(
+    ("arms", "options", "message"),
+    [
+        (
+            ["dapo:max_num_gen_batches=3", "trl:dapo"],
+            {},
+            "max_num_gen_batches is 1 in every arm beside one of trl:",
+        ),
+        (
+            ["dapo"],
+            {"resume_from_checkpoint": "x"},
+            "runs of a comparison begin anew: drop resume_from_checkpoint",
+        ),
+        (["hapo:temperature={tau: 0.1}", "hapo:temperature={tau:  0.1}"], {}, "two arms would share the folder"),
+    ],
+)
+def test_arms_that_cannot_be_held_equal_are_refused(arms, options, message, tmp_path, capsys):
+    assert main(compare(tmp_path, *arms, **options)) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_the_ablation_is_one_flag(tmp_path, capsys):
@@ -216,6 +243,7 @@ def test_a_run_that_was_stopped_or_names_no_seed_is_refused(tmp_path, capsys):
 def test_runs_are_not_written_over_a_run_or_a_comparison_that_trains(finished, tmp_path, capsys):
     assert main(["compare", "--runs", f"dapo={finished}", "--output_dir", str(finished)]) == 2
     assert "is the folder of a run" in capsys.readouterr().err
-    (tmp_path / "compare.json").write_text("{}")
+    (tmp_path / "runs/dapo/seed-1").mkdir(parents=True)
+    (tmp_path / "runs/dapo/seed-1/plan.json").write_text("{}")
     assert main(["compare", "--runs", f"dapo={finished}", "--output_dir", str(tmp_path)]) == 2
     assert "holds a comparison that trains its runs" in capsys.readouterr().err

@@ -147,6 +147,59 @@ def test_a_comparison_that_can_show_nothing_says_why(quirk, words, tmp_path):
     assert words in warning
 
 
+def flat(folder: Path, accuracy: float, seeds: Sequence[int] = SEEDS) -> dict[tuple[str, int], Path]:
+    """Two arms that are measured as this, from the start to the end, and learn nothing."""
+    same = {"gradient": [0.0], "clipped": 0.0, "kl_old": 0.0}
+    return {(arm, s): write_run(folder / arm / str(s), [accuracy] * 3, **same) for arm in "ab" for s in seeds}
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "words"),
+    [
+        (
+            0.0,
+            "no answer was ever right, in any arm: nothing was learned, and arms cannot differ. Read some answers",
+        ),
+        (1.0, "every answer was right, in every arm, from the start: nothing was left to learn"),
+    ],
+)
+def test_where_all_answers_are_wrong_or_all_right_that_is_what_is_said_and_what_to_check(
+    accuracy, words, tmp_path
+):
+    found = read_comparison(flat(tmp_path / "arms", accuracy, seeds=[1]), "a", target=0.0)
+    (warning,) = found.warnings
+    assert warning.startswith(words) and "rewards" in warning and "problems" in warning
+    assert found.target is None and not {"reached", "tokens_to_target", "seconds_to_target"} & set(found.runs)
+    page = write_comparison(found, tmp_path).read_text()
+    written = (tmp_path / "comparison.md").read_text()
+    for text in (page, written):
+        assert words in text
+        assert "reached the target" not in text and "train longer" not in text and "to the target" not in text
+    assert written.startswith("Reference: a. Target: none.")
+    assert "There is no target." in page and "2 arms, 1 paired seed, against" in page
+    assert "no interval: 1 pair with a" in written
+
+
+def test_a_target_that_a_run_begins_with_is_none(tmp_path):
+    runs = two_arms(tmp_path / "arms")
+    assert read_comparison(runs, "a", target=0.201).target == 0.201
+    for target in (0.2, 0.1):
+        found = read_comparison(runs, "a", target=target)
+        words = f"there is no target: {100 * target:.1f} % is not above the start, where a run had 20.0 %"
+        assert found.target is None and found.warnings == [f"{words}; name a higher one with --target"]
+    found = read_comparison(flat(tmp_path / "flat", 0.3), "a")
+    assert found.warnings[0].startswith("there is no target: half of a's gain, 30.0 %, is not above the start")
+    assert "no arm learned anything (under one point): train longer" in found.warnings[-1]
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "words"), [(0.005, "next to no answer was ever right"), (0.99, "take harder problems")]
+)
+def test_who_has_nothing_to_learn_from_is_not_told_to_train_longer(accuracy, words, tmp_path):
+    last = read_comparison(flat(tmp_path, accuracy, seeds=[1]), "a").warnings[-1]
+    assert words in last and "train longer" not in last
+
+
 def test_arms_that_began_with_different_weights_are_refused(tmp_path):
     with pytest.raises(ValueError, match="a and b began with different weights in seed 1"):
         read_comparison(two_arms(tmp_path, weights="other"), "a")

@@ -231,7 +231,7 @@ def test_a_page_is_written_in_one_piece(folder, tmp_path, monkeypatch):
     (tmp_path / "page.html").write_text("old")
     monkeypatch.setattr(report, "render", lambda *args, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        write_report([folder], tmp_path / "page.html")
+        write_report([folder], tmp_path / "page.html", replace=True)
     assert (tmp_path / "page.html").read_text() == "old"
 
 
@@ -267,8 +267,8 @@ def test_the_command_writes_into_the_run_and_elsewhere_when_told(make_run, tmp_p
     ("arguments", "message"),
     [
         (["none"], "none is no run folder: it has no config.yaml"),
-        (["a", "--output", "nowhere/page.html"], "--output must be a file in a folder that exists"),
-        (["a", "--output", "a"], "--output must be a file in a folder that exists"),
+        (["a", "--output", "nowhere/page.html"], "--output must be an .html file in a folder that exists"),
+        (["a", "--output", "a"], "--output must be an .html file in a folder that exists"),
     ],
 )
 def test_the_command_refuses_what_it_cannot_do(arguments, message, make_run, tmp_path, monkeypatch):

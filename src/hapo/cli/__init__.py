@@ -8,8 +8,11 @@ import os
 import sys
 import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
 import hapo
+
+from ..outputs import check_free
 
 COMMANDS = {
     "train": ("train", "train a model with verifiable rewards; alone, the embedded demo"),
@@ -32,9 +35,8 @@ class UsageError(ValueError):
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code.
 
-    0: done; 1: failed while running; 2: wrong flags or recipe; 3, 4: `hapo doctor` found warnings, errors; 130:
-    interrupted. Errors are one message on
-    stderr; with HAPO_DEBUG=1 they are raised.
+    0: done; 1: failed while running; 2: wrong flags or recipe, or a file is in the way; 3, 4: `hapo doctor` found
+    warnings, errors; 130: interrupted. Errors are one message on stderr; with HAPO_DEBUG=1 they are raised.
     """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
@@ -51,9 +53,22 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         if os.environ.get("HAPO_DEBUG") == "1":
             raise
-        remedy = "" if isinstance(error, UsageError) else "\n(HAPO_DEBUG=1 shows where it was raised)"
+        wrong = isinstance(error, UsageError | FileExistsError)
+        remedy = "" if wrong else "\n(HAPO_DEBUG=1 shows where it was raised)"
         print(f"hapo {argv[0]}: error: {error}{remedy}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+        return 2 if wrong else 1
+
+
+def check_output(*files: Path, inputs: Iterable[Path] = (), replace: bool) -> None:
+    """Find out before any work whether the files that a user named can be written: `hapo.outputs.check_free`.
+
+    Raises:
+        UsageError: one is there already, is an input, or cannot be written.
+    """
+    try:
+        check_free(*files, inputs=inputs, replace=replace)
+    except OSError as error:
+        raise UsageError(str(error)) from error
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

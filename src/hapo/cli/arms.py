@@ -7,11 +7,13 @@ import math
 import multiprocessing
 import os
 import re
-import shutil
 import sys
 import threading
 import traceback
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, fields, replace
+from importlib import metadata
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +25,17 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config, get_quant
 
 import hapo
 
-from ..engines.records import RunRecords, manifest, weights_hash, write_whole
+from ..engines.identity import differences
+from ..engines.records import RunRecords, manifest, weights_hash
 from ..insight.run import parse_arm
 from ..methods import options_of
+from ..outputs import file_hash, write_whole
 from ..samplers.transformers import ids_only
 from ..tasks import Task, TaskConfig, load_task
 from ..tasks.answers import normalise
 from ..trl import HAPOConfig
 from . import UsageError, nearest
+from .contents import model_identity, reward_identity
 from .held_out import Course, HeldOut
 from .recipe import RecipeParser, told
 from .train import TrainOptions, build_trainer, model_options, model_path, prepare_process
@@ -43,20 +48,32 @@ TRL_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vesp
 """Of TRL 1.16."""
 
 HELD_EQUAL = {
-    *(
-        "seed",
-        "data_seed",
-        "output_dir",
-        "max_steps",
-        "num_train_epochs",
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-    ),
+    # what is trained, on which prompts, in which order
+    *("seed", "data_seed", "output_dir", "max_steps", "num_train_epochs", "model_init_kwargs"),
+    *("shuffle_dataset", "train_sampling_strategy", "length_column_name", "accelerator_config"),
+    *(f"dataloader_{name}" for name in ("drop_last", "num_workers", "in_order", "prefetch_factor")),
+    *("resume_from_checkpoint", "ignore_data_skip", "run_records", "auto_find_batch_size"),
+    # how answers are drawn
+    *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs", "cache_implementation"),
+    *("use_transformers_paged", "use_transformers_continuous_batching", "transformers_continuous_batching_config"),
+    *("use_vllm", "vllm_mode", "vllm_model_impl", "vllm_max_model_length", "vllm_structured_outputs_regex"),
+    # how they are measured
     *("max_completion_length", "per_device_eval_batch_size", "reward_weights", "chat_template_kwargs"),
 }
 """Options of the trainer that no arm may have for itself."""
+
+PLAN = "plan.json"
+"""What a run of a comparison is, in its folder; by it the run is known again."""
+
+ASIDE = "aside"
+"""Folder of a comparison for runs that gave way."""
+
+NO_CONTENT = {
+    *("config", "output_dir", "run_name", "disable_tqdm", "report", "hub_token"),  # names, looks, a secret
+    *("seed", "method", "method_options"),  # of the arm and the job
+    *("eval_file", "rewards", "model_name_or_path"),  # files, whose content stands for them
+}
+"""Options that say nothing of what a run of a comparison is."""
 
 GRADIENT_SAMPLE = 2**18
 """Coordinates of the first gradient that a run keeps, evenly spaced over all parameters."""
@@ -117,16 +134,27 @@ class Arm:
 
 
 @dataclass(frozen=True)
+class Recipe:
+    """What a comparison was told of the runs, whatever arm they are of."""
+
+    options: dict[str, Any]
+    """What the recipe's file holds."""
+    words: list[str]
+    """The flags over it."""
+
+
+@dataclass(frozen=True)
 class Job:
     """One run: an arm with a seed, into a folder."""
 
     arm: Arm
     seed: int
     folder: Path
-    recipe: list[str]
-    """Flags of the recipe."""
+    recipe: Recipe
     flags: dict[str, Any]
     """What this comparison sets over the recipe; an arm's own flags win."""
+    content: dict[str, Any] = field(default_factory=dict)
+    """What recipe, data, model and code are, without a name of a file or folder: see `content_of`."""
     tune_size: int = 0
     """Problems set aside from the training data for tuning."""
     tuning: bool = False
@@ -134,26 +162,75 @@ class Job:
 
     @property
     def plan(self) -> dict[str, Any]:
-        """All that decides the run's result, as JSON."""
-        of_job = {"arm": self.arm.label, "seed": self.seed, "recipe": self.recipe, "flags": self.flags}
-        return json.loads(json.dumps({**of_job, "tune_size": self.tune_size, "tuning": self.tuning}))
+        """All that decides the run's result, as JSON, wherever it lies."""
+        arm = {"arm": self.arm.name, "arm's options": {**self.arm.options, **self.arm.flags}, "seed": self.seed}
+        plan = {**arm, **self.content, **self.flags, "tune_size": self.tune_size, "tuning": self.tuning}
+        return json.loads(
+            json.dumps({name: value for name, value in plan.items() if value is not None}, default=str)
+        )
+
+    @property
+    def ours(self) -> bool:
+        """What lies in the folder is a run of a comparison, finished or not."""
+        return (self.folder / PLAN).is_file()
+
+    @property
+    def finished(self) -> bool:
+        """A run came to its end here."""
+        return self.ours and (self.folder / "finished.json").is_file()
 
     @property
     def done(self) -> bool:
         """A run of exactly this plan came to its end here."""
-        file = self.folder / "plan.json"
-        return (self.folder / "finished.json").is_file() and json.loads(file.read_text()) == self.plan
+        return self.finished and not self.difference()
+
+    def difference(self, ignoring: Collection[str] = ()) -> str:
+        """In what the plan of the run that lies here differs, in words; empty where it does not."""
+        there, here = json.loads((self.folder / PLAN).read_text()), self.plan
+        kept = ({k: v for k, v in plan.items() if k not in ignoring} for plan in (there, here))
+        return re.sub(r"\b([0-9a-f]{8})[0-9a-f]{56}\b", r"\1...", differences(*kept))
+
+
+def content_of(
+    recipe: Recipe, task: Task, task_config: TaskConfig, args: HAPOConfig, model: ModelConfig
+) -> dict[str, Any]:
+    """What runs are told and read, by its content: the same for a file under another name, or in another place.
+
+    Data, model and the files of rewards are their hashes. A library is its version: an edit of its code is not
+    seen, nor one of a module that a reward imports.
+    """
+    parser = RecipeParser("hapo compare", "", [TaskConfig, HAPOConfig, ModelConfig, TrainOptions])
+    options = {k: v for k, v in parser.told(recipe.words, recipe.options).items() if k not in NO_CONTENT}
+    for name, value in options.items():
+        if isinstance(value, str) and Path(value).suffix and Path(value).expanduser().is_file():
+            options[name] = "a file" if name == "dataset" else file_hash(Path(value).expanduser())
+    return {
+        **options,
+        "data": task.fingerprint,
+        "model": model_identity(model_path(model), model.model_revision, args.trust_remote_code),
+        "rewards": reward_identity(task_config.rewards),
+        "hapo": hapo.__version__,
+        **{name: metadata.version(name) for name in ("torch", "transformers", "trl")},
+    }
+
+
+def set_aside(folder: Path, root: Path) -> Path:
+    """Move a folder below `root` into root/aside, under the same path with a number; returns where it went."""
+    place = root / ASIDE / folder.relative_to(root)
+    to = next(to for n in count(1) if not os.path.lexists(to := place.with_name(f"{place.name}.{n}")))
+    to.parent.mkdir(parents=True, exist_ok=True)
+    folder.rename(to)
+    return to
 
 
 def run_job(job: Job, device: str | None = None) -> None:
-    """Run from the beginning, whatever is left of an earlier try; the entry of a process.
+    """Run from the beginning, into an empty folder; the entry of a process.
 
     Output goes to log.txt in the run's folder; an error leaves its traceback there and exit code 1.
     """
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    shutil.rmtree(job.folder, ignore_errors=True)
-    job.folder.mkdir(parents=True)
-    write_whole(job.folder / "plan.json", json.dumps(job.plan, indent=2) + "\n")
+    job.folder.mkdir(parents=True, exist_ok=True)
+    write_whole(job.folder / PLAN, json.dumps(job.plan, indent=2) + "\n")
     log = os.open(job.folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for stream in (1, 2):
         os.dup2(log, stream)
@@ -177,14 +254,12 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def parse_flags(
-    recipe: list[str], flags: dict[str, Any]
-) -> tuple[TaskConfig, HAPOConfig, ModelConfig, TrainOptions]:
+def parse_flags(recipe: Recipe, flags: dict[str, Any]) -> tuple[TaskConfig, HAPOConfig, ModelConfig, TrainOptions]:
     """The recipe's flags, then these, parsed as `hapo train` does."""
     words = [word for name, value in flags.items() for word in (f"--{name}", *_words(value))]
     parser = RecipeParser("hapo compare", "", [TaskConfig, HAPOConfig, ModelConfig, TrainOptions])
     parser.set_defaults(run_records=True)
-    *configs, _ = parser.read([*recipe, *words])
+    *configs, _ = parser.read([*recipe.words, *words], recipe.options)
     return tuple(configs)
 
 

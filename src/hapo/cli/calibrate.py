@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -14,10 +13,12 @@ import torch
 from rich.console import Console
 
 from ..assets import tiny_model_path
+from ..insight.finding import counted
 from ..methods import TemperatureOptions
 from ..samplers.rule import RULES, AnyRule, TemperatureRule, rule_options
-from . import UsageError
+from . import UsageError, check_output
 from .cards import option_docs
+from .contents import model_files
 
 DESCRIPTION = """Write a temperature rule as JSON, which transformers, vLLM and SGLang take. The rules bounded and
 zscore read statistics: the model answers the prompts at the temperature that is to be adapted, and the entropies
@@ -28,7 +29,8 @@ def main(argv: list[str]) -> int:
     """Calibrate, print, write, and return the exit code."""
     options = _parser().parse_args(argv)
     temperature = _temperature(options)
-    _check_output(options.output)
+    inputs = [*model_files(options.model), *([options.prompts] if options.prompts else [])]
+    check_output(options.output, inputs=inputs, replace=options.replace)
     console = Console(highlight=False, markup=False)
     if isinstance(temperature, TemperatureOptions):
         rule = _calibrated(temperature, options, console)
@@ -97,7 +99,9 @@ def _calibrated(temperature: TemperatureOptions, options: argparse.Namespace, co
             seed=options.seed,
             advance=advance,
         )
-    console.print(f"{len(prompts)} prompts, {stats.tokens} tokens at temperature {options.temperature:g}")
+    console.print(
+        f"{counted(len(prompts), 'prompt')}, {stats.tokens} tokens at temperature {options.temperature:g}"
+    )
     console.print(
         f"log entropy: pivot {stats.pivot:.4f}, sigma {stats.sigma:.4f}, "
         f"h_max {stats.h_max:.4f}, h_min {stats.h_min:.4f}; {100 * stats.floored:.1f} % of the tokens floored",
@@ -114,22 +118,13 @@ def _temperature(options: argparse.Namespace) -> AnyRule:
         raise UsageError(str(error)) from error
 
 
-def _check_output(path: Path) -> None:
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-        if path.exists():
-            path.open("a").close()
-    except OSError as error:
-        raise UsageError(f"output {path} cannot be written: {error.strerror}") from error
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hapo calibrate", description=DESCRIPTION, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
     add("--output", type=Path, required=True, help="the .json file to write")
+    add("--replace", action="store_true", help="write over the output, if it is there")
     add("--model", help="folder or Hub id; tiny is the bundled model")
     add("--prompts", type=Path, help='.txt, a prompt a line; or .jsonl with "prompt", a string or a chat')
     add("--limit", type=_positive, help="use the first so many prompts")

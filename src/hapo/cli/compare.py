@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from filelock import FileLock, Timeout
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from trl import ModelConfig
 
-from ..engines.records import check_writable, write_whole
+from ..engines.records import check_writable
 from ..insight.run import Run
+from ..outputs import check_made
 from ..tasks import TaskConfig
 from ..trl import HAPOConfig
 from . import UsageError
-from .arms import TRL, Arm, Job, parse_flags, split_task
+from .arms import PLAN, TRL, Arm, Job, Recipe, content_of, parse_flags, split_task
 from .finished import finished_runs, split_named
-from .jobs import find_gpus, run_all
-from .recipe import DEFAULT, RecipeParser, read_recipe
+from .jobs import check_jobs, find_gpus, make_room, run_all
+from .recipe import RecipeParser, recipe_of
 from .train import TrainOptions
 
 if TYPE_CHECKING:
@@ -34,12 +34,24 @@ if TYPE_CHECKING:
 DESCRIPTION = """Compare methods on one recipe: same problems, initial weights and sampling seeds, paired by seed.
 Takes the flags of `hapo train`, which hold for every arm. An arm is a method with options, hapo:components=BCD, or
 trl:LOSS_TYPE, TRL's own loss in TRL's own trainer. Run again with the same output_dir it goes on where it was
-stopped; with more arms or seeds it adds them. With --runs it trains nothing, and compares runs that are there."""
+stopped; with more arms or seeds it adds them; finished runs stay as they are. With --runs it trains nothing, and
+compares runs that are there."""
 
 OUTPUT = "runs/compare"
 """Folder of a comparison that names none; a recipe's own is that of its run."""
 
 ABLATION = (*(f"hapo:components={parts}" for parts in ("A", "B", "C", "D", "AB", "ABC")), "hapo")
+
+FILES = (
+    *("results.csv", "curves.csv", "comparison.md", "compare.html", "tuning.csv"),
+    *(f"figures/{name}.svg" for name in ("accuracy", "differences", "seeds", "tuning")),
+)
+"""What `hapo.insight.compare_page` may write: looked at before hours of training, too."""
+
+LOCK = ".hapo-compare.lock"
+
+TRAINED = "runs"
+"""What the tables of a comparison are made of that trains its runs: those in its folder."""
 
 EVERY = 10
 """Measurements along a run where evaluate_every is not set."""
@@ -110,7 +122,13 @@ def main(argv: list[str]) -> int:
     kinds = [TaskConfig, HAPOConfig, ModelConfig, TrainOptions, CompareOptions]
     parser = RecipeParser("hapo compare", DESCRIPTION, kinds)
     parser.set_defaults(run_records=True)
-    task_config, args, _, training, options, _ = parser.read(argv)
+    parser.add_argument(
+        "--replace",
+        action="store_true",
+        help="train finished runs anew that are not what is asked for, the old ones moved aside; write over "
+        "tables that are there",
+    )
+    task_config, args, model_config, training, options, told = parser.read(argv)
     given = {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
     folder = Path(args.output_dir) if "output_dir" in given else Path(OUTPUT)
     console = Console(highlight=False, markup=False)
@@ -119,37 +137,42 @@ def main(argv: list[str]) -> int:
     if "seed" in given:
         raise UsageError("the seeds of a comparison count up from --first_seed; drop --seed")
     arms = [Arm(label) for label in options.arms]
-    tune_size = options.tune_size if options.tune else 0
     _check(folder, args, training, arms)
     with _alone(folder):
-        return _compare(argv, folder, task_config, args, training, options, arms, tune_size, console)
+        check_made(folder, FILES, TRAINED, told.replace)
+        config, words = _without(argv, options)
+        model = model_config.model_name_or_path if given & {"model", "model_name_or_path"} else None
+        recipe = Recipe(recipe_of(config, model), words)
+        return _compare(
+            recipe, folder, task_config, args, model_config, training, options, arms, told.replace, console
+        )
 
 
 def _compare_finished(folder: Path, options: CompareOptions, given: set[str], console: Console) -> int:
     """Compare runs that exist already."""
-    if trained := sorted(given - {"runs", "reference", "target", "output_dir"}):
+    if trained := sorted(given - {"runs", "reference", "target", "output_dir", "replace"}):
         raise UsageError(f"--runs trains nothing: drop {', '.join(f'--{name}' for name in trained)}")
     runs = finished_runs(options.runs)
     _check_folder(folder)
-    if (folder / "compare.json").exists():
+    if any(folder.glob(f"runs/*/*/{PLAN}")):
         raise UsageError(f"{folder} holds a comparison that trains its runs: choose another --output_dir")
     with _alone(folder):
-        _conclude(runs, folder, options, None, console)
+        _conclude(runs, folder, options, None, None, "replace" in given, console)
     return 0
 
 
 def _compare(
-    argv: list[str],
+    recipe: Recipe,
     folder: Path,
     task_config: TaskConfig,
     args: HAPOConfig,
+    model_config: ModelConfig,
     training: TrainOptions,
     options: CompareOptions,
     arms: list[Arm],
-    tune_size: int,
+    replace: bool,
     console: Console,
 ) -> int:
-    recipe = _settle(argv, folder, options, task_config, args, tune_size, arms)
     threads = training.threads or 1
     flags: dict[str, Any] = {
         "evaluate": True,
@@ -158,51 +181,52 @@ def _compare(
         "save_steps": 500,
         "threads": threads,
     }
+    why = ""
     if any(arm.of_trl for arm in arms) and args.max_num_gen_batches > 1:
-        console.print("TRL's trainer has no dynamic sampling: max_num_gen_batches is 1 in every arm")
+        why = "TRL's trainer has no dynamic sampling: max_num_gen_batches is 1 in every arm"
+        console.print(why)
         flags["max_num_gen_batches"] = 1
     if training.evaluate_every is None:
         flags["evaluate_every"] = max(1, args.max_steps // EVERY)
-    jobs = options.jobs or len(find_gpus()) or max(1, (os.cpu_count() or 1) // threads)
+    at_once = options.jobs or len(find_gpus()) or max(1, (os.cpu_count() or 1) // threads)
+    tune_size = options.tune_size if options.tune else 0
+    content = _settle(recipe, task_config, args, model_config, tune_size, arms)
 
-    def job(arm: Arm, seed: int, where: Path, **changes: Any) -> Job:
-        return Job(arm, seed, where / f"seed-{seed}", recipe, {**flags, **changes}, tune_size)
+    def job(arm: Arm, seed: int, where: Path, rate: float | None = None, tuning: bool = False) -> Job:
+        own = {**flags, **({} if rate is None else {"learning_rate": rate})}
+        own |= {"evaluate_every": args.max_steps} if tuning else {}
+        return Job(arm, seed, where / f"seed-{seed}", recipe, own, content, tune_size, tuning)
+
+    def jobs(rates: dict[str, float]) -> dict[tuple[str, int], Job]:
+        return {
+            (arm.label, seed): job(arm, seed, folder / "runs" / arm.slug, rate=rates.get(arm.label))
+            for seed in range(options.first_seed, options.first_seed + options.seeds)
+            for arm in arms
+        }
 
     rates: dict[str, float] = {}
     tuned = None
     if options.tune:
         seeds = range(options.first_seed + 1000, options.first_seed + 1000 + options.tune_seeds)
-        once = {"evaluate_every": args.max_steps}
         tuning = {
-            (arm.label, rate, seed): Job(
-                **{
-                    **vars(job(arm, seed, folder / "tuning" / arm.slug / f"{rate:g}", **once, learning_rate=rate)),
-                    "tuning": True,
-                }
-            )
+            (arm.label, rate, seed): job(arm, seed, folder / "tuning" / arm.slug / f"{rate:g}", rate, tuning=True)
             for rate in options.tune
             for seed in seeds
             for arm in arms
             if "learning_rate" not in arm.flags
         }
-        if not run_all(list(tuning.values()), jobs, "tuning", console):
+        if not replace:  # before hours of tuning
+            check_jobs(jobs({}).values(), folder, why, ignoring={"learning_rate"})
+        make_room(tuning.values(), folder, why, replace, console)
+        if not run_all(list(tuning.values()), at_once, "tuning", console):
             return 1
         tuned = _tuning_table(tuning)
-        tuned.to_csv(folder / "tuning.csv", index=False)
         rates = _choose(tuned, console)
-    runs = {
-        (arm.label, seed): job(
-            arm,
-            seed,
-            folder / "runs" / arm.slug,
-            **({"learning_rate": rates[arm.label]} if arm.label in rates else {}),
-        )
-        for seed in range(options.first_seed, options.first_seed + options.seeds)
-        for arm in arms
-    }
-    complete = run_all(list(runs.values()), jobs, "runs", console)
+    runs = jobs(rates)
+    make_room(runs.values(), folder, why, replace, console)
+    complete = run_all(list(runs.values()), at_once, "runs", console)
     finished = {key: one.folder for key, one in runs.items() if one.done}
-    _conclude(finished, folder, options, tuned, console)
+    _conclude(finished, folder, options, tuned, TRAINED, replace, console)
     return 0 if complete else 1
 
 
@@ -211,6 +235,8 @@ def _conclude(
     folder: Path,
     options: CompareOptions,
     tuned: pd.DataFrame | None,
+    of: str | None,
+    replace: bool,
     console: Console,
 ) -> None:
     """Write the page and the tables; print the table of arms, the verdicts, and what cannot be shown."""
@@ -218,9 +244,10 @@ def _conclude(
     from ..insight.compare_page import summary, write_comparison
 
     comparison = read_comparison(runs, str(options.reference), options.target)
-    page = write_comparison(comparison, folder, tuned)
+    page = write_comparison(comparison, folder, tuned, of=of, replace=replace)
     found = summary(comparison)
     shown = [*(measure.title for measure in comparison.accuracies), "reached the target", "collapsed"]
+    shown = [column for column in shown if column in found]
     table = Table("arm", *shown, box=box.SIMPLE)
     for arm in found.index:
         table.add_row(arm, *found.loc[arm, shown])
@@ -269,7 +296,16 @@ def _check(folder: Path, args: HAPOConfig, training: TrainOptions, arms: list[Ar
         raise UsageError("compare needs max_steps: a run's length in optimiser steps")
     if not training.evaluate:
         raise UsageError("compare needs evaluate: arms are compared by held-out accuracy")
+    if args.resume_from_checkpoint:
+        raise UsageError("runs of a comparison begin anew: drop resume_from_checkpoint")
+    if doubled := [one for one, n in Counter(arm.slug for arm in arms).items() if n > 1]:
+        raise UsageError(f"two arms would share the folder {doubled[0]}: write one of them otherwise")
     for arm in arms:
+        if arm.flags.get("max_num_gen_batches", 1) > 1 and any(other.of_trl for other in arms):
+            raise UsageError(
+                f"arm {arm.label}: max_num_gen_batches is 1 in every arm beside one of {TRL}, which has no "
+                "dynamic sampling; drop it, or the arm of TRL's"
+            )
         for name in ("use_vllm", "overlong_buffer"):
             if arm.of_trl and getattr(args, name):
                 raise UsageError(f"arm {arm.label}: {TRL} arms run without {name}; drop it, or the arm")
@@ -283,46 +319,31 @@ def _check_folder(folder: Path) -> None:
 
 
 def _settle(
-    argv: list[str],
-    folder: Path,
-    options: CompareOptions,
+    recipe: Recipe,
     task_config: TaskConfig,
     args: HAPOConfig,
+    model_config: ModelConfig,
     tune_size: int,
     arms: list[Arm],
-) -> list[str]:
-    """The flags of the recipe, whose file is copied so that every run reads the same.
+) -> dict[str, Any]:
+    """What all runs are of, by content.
 
     Raises:
-        UsageError: an arm's options do not fit the recipe; too few training problems; the folder holds the
-            comparison of another recipe.
+        UsageError: an arm's options do not fit the recipe; too few training problems.
     """
-    config, words = _without(argv, options)
     task_config.task_seed = task_config.task_seed or 0
     task, _ = split_task(task_config, args.seed, tune_size)
-    recipe = {} if config is None else read_recipe(config)
-    plan = {"recipe": recipe, "flags": words, "tune_size": tune_size, "data": task.fingerprint}
-    file, copy = folder / "compare.json", folder / "recipe.yaml"
-    if file.is_file():
-        before = json.loads(file.read_text())
-        if different := [name for name in plan if before.get(name) != json.loads(json.dumps(plan[name]))]:
-            raise UsageError(
-                f"{folder} holds a comparison with another {' and '.join(different)}: choose another --output_dir"
-            )
-    write_whole(copy, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
-    words = words if config is None else ["--config", str(copy), *words]
     for arm in arms:
         if not arm.of_trl:
-            parse_flags(words, {**arm.flags, "method": arm.name, "method_options": arm.options})
-    write_whole(file, json.dumps(plan, indent=2) + "\n")
-    return words
+            parse_flags(recipe, {**arm.flags, "method": arm.name, "method_options": arm.options})
+    return content_of(recipe, task, task_config, args, model_config)
 
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """One comparison at a time in a folder."""
     try:
-        with FileLock(folder / ".lock", timeout=0):
+        with FileLock(folder / LOCK, timeout=0):
             yield
     except Timeout as error:
         raise UsageError(f"another `hapo compare` is at work in {folder}") from error
@@ -330,7 +351,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _without(argv: list[str], options: CompareOptions) -> tuple[str | None, list[str]]:
     """The recipe's file, and the flags of the recipe alone."""
-    own = {*vars(options), "no_ablation", "output_dir", "config"}
+    own = {*vars(options), "no_ablation", "output_dir", "config", "replace"}
     kept: list[str] = []
     config, drop = None, False
     for at, word in enumerate(argv):
@@ -342,5 +363,4 @@ def _without(argv: list[str], options: CompareOptions) -> tuple[str | None, list
                 config = value if equals else argv[at + 1]
         if not drop:
             kept.append(word)
-    named = any(word.partition("=")[0].replace("-", "_") in ("--model", "--model_name_or_path") for word in kept)
-    return (config or (None if named else DEFAULT)), kept
+    return config, kept

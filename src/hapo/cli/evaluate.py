@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import hashlib
+import io
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -18,12 +17,14 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from trl import ModelConfig
 
-from ..engines.records import manifest, write_whole
+from ..engines.records import manifest
+from ..insight.finding import counted
+from ..outputs import file_hash, write_whole
 from ..samplers.transformers import say_what_model_asked
 from ..tasks import TaskConfig, load_task
 from ..tasks.benchmarks import BENCHMARKS, ProblemSet, load_benchmark
 from ..trl import HAPOConfig
-from . import UsageError
+from . import UsageError, check_output
 from .benchmark import (
     PRESET_LENGTH,
     PRESETS,
@@ -33,6 +34,7 @@ from .benchmark import (
     rows_of,
     table_of,
 )
+from .contents import model_files, reward_files
 from .measure import Answer, Decoding, draw_answers, estimate
 from .progress import counting
 from .recipe import RecipeParser
@@ -107,19 +109,23 @@ class EvalOptions:
 
 def main(argv: list[str]) -> int:
     """Measure, print, write, and return the exit code."""
-    task_config, args, model_config, training, options, _ = _read(argv)
+    task_config, args, model_config, training, options, given = _read(argv)
     path, output = model_path(model_config), Path(options.output) if options.output else None
-    if output is not None and (output.suffix != ".json" or not output.parent.is_dir()):
-        raise UsageError(f"output must be a .json file in a folder that exists, got {output}")
+    if output is not None:
+        if output.suffix != ".json" or not output.parent.is_dir():
+            raise UsageError(f"output must be a .json file in a folder that exists, got {output}")
+        inputs = _inputs(given.config, task_config, options, path)
+        check_output(output, output.with_suffix(".parquet"), inputs=inputs, replace=given.replace)
     console = Console(highlight=False, markup=False)
     prepare_process(training)
     measure = _measure_benchmarks if options.benchmarks else _measure_task
     figures, rows = measure(task_config, args, model_config, options, path, console)
     if output is not None:
-        answers = output.with_suffix(".parquet")
-        partial = answers.with_suffix(".partial")
-        pq.write_table(pa.Table.from_pylist(rows), partial, compression="zstd")
-        os.replace(partial, answers)
+        answers, table = output.with_suffix(".parquet"), io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows), table, compression="zstd")
+        for file in (output, answers) if not given.replace else ():  # what came meanwhile is not ours either
+            check_output(file, replace=False)
+        write_whole(answers, table.getvalue())
         write_whole(output, json.dumps(figures, indent=2) + "\n")
         console.print(f"figures: {output}, answers: {answers}", soft_wrap=True)
     return 0
@@ -141,7 +147,17 @@ def _parser() -> RecipeParser:
         "hapo eval", DESCRIPTION, [TaskConfig, HAPOConfig, ModelConfig, TrainOptions, EvalOptions]
     )
     parser.set_defaults(bf16=False, activation_checkpointing=False)  # of training; they complain on a CPU
+    parser.add_argument("--replace", action="store_true", help="write over the output, if it is there")
     return parser
+
+
+def _inputs(config: str | None, task_config: TaskConfig, options: EvalOptions, model: str) -> list[Path]:
+    """All files that are read, and some that may be."""
+    names = [config, task_config.dataset, task_config.eval_file, *options.benchmarks]
+    folder = options.benchmark_folder
+    sets = [] if folder is None else [Path(folder) / f"{name}.jsonl" for name in options.benchmarks]
+    rewards = [file for _, file in reward_files(task_config.rewards) if file is not None]
+    return [*(Path(name).expanduser() for name in names if name), *sets, *rewards, *model_files(model)]
 
 
 def _measure_task(
@@ -168,7 +184,7 @@ def _measure_task(
             gold = {"question": problem["question"], "gold": problem["answer"]}
             rows.append({"decoding": how, **gold, **asdict(answer)})
         note = f", mean of {found.samples}" if how == "sampled" else ""
-        console.print(f"{how}: {found}  ({found.problems} problems{note})")
+        console.print(f"{how}: {found}  ({counted(found.problems, 'problem')}{note})")
     return figures, rows
 
 
@@ -302,12 +318,4 @@ def _weights(path: str, source: dict[str, Any]) -> dict[str, str]:
     if not Path(path).is_dir():
         return {"revision": AutoConfig.from_pretrained(path, **source)._commit_hash}
     files = sorted(file for kind in ("*.safetensors", "*.bin") for file in Path(path).glob(kind))
-    return {file.name: _sha256(file) for file in files}
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as data:
-        while block := data.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
+    return {file.name: file_hash(file) for file in files}

@@ -20,7 +20,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl import GRPOTrainer
 
 from ..engines.estimate import Estimate
-from ..engines.records import append_line, write_whole
+from ..engines.records import append_line
+from ..insight.finding import counted
+from ..outputs import write_whole
 from .measure import Answer, Decoding, draw_answers, estimate
 from .progress import counting
 
@@ -142,8 +144,6 @@ class HeldOut(TrainerCallback):
         self.trainer, self.problems, self.rewards, self.console = trainer, problems, rewards, console
         self.course, self.every, self.samples = course, every, samples
         self.file = Path(trainer.args.output_dir) / "evaluations.jsonl"
-        if course.fresh:
-            self.file.unlink(missing_ok=True)  # of a try that ended before its run began
         told = [{line["step"] for line in read_lines(self.file)}]
         self._measured: set[int] = broadcast_object_list(told)[0]
 
@@ -191,7 +191,8 @@ class HeldOut(TrainerCallback):
             table.add_row(how, str(first), str(last), shown)
         self.console.print(table)
         self.console.print(
-            f"{last.problems} problems, 95 % intervals; sampled at temperature {self.trainer.args.temperature:g}"
+            f"{counted(last.problems, 'problem')}, 95 % intervals; sampled at temperature "
+            f"{self.trainer.args.temperature:g}"
         )
 
     def _estimate(self, what: str, **sampling: Any) -> dict[str, Any]:
@@ -226,5 +227,6 @@ class HeldOut(TrainerCallback):
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file; none where it does not exist."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    """The objects of a .jsonl file, without a last line that a kill cut short; none where it does not exist."""
+    whole, _, _ = file.read_text().rpartition("\n") if file.is_file() else ("", "", "")
+    return [json.loads(line) for line in whole.splitlines()]

@@ -5,15 +5,71 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
+from collections.abc import Collection, Iterable
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from .arms import Job, run_job
+from ..insight.finding import counted
+from . import UsageError
+from .arms import ASIDE, Job, run_job, set_aside
+
+
+def check_jobs(jobs: Iterable[Job], folder: Path, why: str, ignoring: Collection[str] = ()) -> None:
+    """Find out whether something lies where runs are to go that is none of these runs.
+
+    Args:
+        jobs: that are asked for.
+        folder: of the comparison.
+        why: what this call changed for all arms; empty where it changed nothing.
+        ignoring: what may differ.
+
+    Raises:
+        UsageError: finished runs that differ, with what; or a folder that is no run of a comparison.
+    """
+    differing: dict[str, list[Job]] = {}
+    for job in jobs:
+        if job.finished and (words := job.difference(ignoring)):
+            differing.setdefault(words, []).append(job)
+        elif not job.ours and _holds_anything(job.folder):
+            raise UsageError(
+                f"{job.folder} is no run of a comparison: choose another --output_dir, or move it aside with "
+                "--replace"
+            )
+    if differing:
+        words, some = next(iter(differing.items()))
+        runs = f"{counted(len(some), 'finished run')}, {some[0].folder}{' the first,' if len(some) > 1 else ','}"
+        reason = f" ({why})" if why and "max_num_gen_batches" in words else ""
+        raise UsageError(
+            f"not what is asked for: {runs} with {words}{reason}. Nothing was changed: choose another "
+            f"--output_dir, or train anew what differs with --replace, which moves the old to {folder / ASIDE}"
+        )
+
+
+def make_room(jobs: Iterable[Job], folder: Path, why: str, replace: bool, console: Console) -> None:
+    """Move aside what lies where runs are to begin: stopped tries, and with `replace` all that was not asked for.
+
+    Raises:
+        UsageError: see `check_jobs`; nothing is moved.
+    """
+    waiting = [job for job in jobs if not job.done]
+    if not replace:
+        check_jobs(waiting, folder, why)
+    moved = [set_aside(job.folder, folder) for job in waiting if _holds_anything(job.folder)]
+    if moved:
+        console.print(f"moved aside, to {folder / ASIDE}: {counted(len(moved), 'earlier run')}", soft_wrap=True)
+
+
+def _holds_anything(folder: Path) -> bool:
+    """Whatever it is, but for what a kill left of a file that was being written."""
+    if not folder.is_dir():
+        return os.path.lexists(folder)
+    return any(file.suffix != ".partial" for file in folder.iterdir())
 
 
 def run_all(jobs: list[Job], at_once: int, what: str, console: Console) -> bool:
@@ -58,8 +114,10 @@ def run_all(jobs: list[Job], at_once: int, what: str, console: Console) -> bool:
                     finished = len(jobs) - len(waiting) - len(slots)
                     left = (time.monotonic() - began) / (finished - done_before) * (len(waiting) + len(slots))
                     bar.update(task, completed=finished, left=f"{_duration(left)} left")
-                    if not console.is_terminal and not failed and (finished == len(jobs) or finished % 10 == 0):
-                        console.print(f"{what}: {finished}/{len(jobs)} done, {_duration(left)} left")
+                    if not console.is_terminal and job.done:
+                        line = f"{what}: {finished} of {len(jobs)}, {job.arm.label}, seed {job.seed}"
+                        rest = f"; {_duration(left)} left" if finished < len(jobs) else ""
+                        console.print(line + rest, soft_wrap=True)
         except KeyboardInterrupt:
             for process, _ in slots.values():
                 process.terminate()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -33,8 +34,12 @@ class RecipeParser(TrlParser):
             "--model", dest="model_name_or_path", default=None, help="model_name_or_path; tiny is embedded"
         )
 
-    def read(self, argv: list[str]) -> tuple[Any, ...]:
+    def read(self, argv: list[str], recipe: dict[str, Any] | None = None) -> tuple[Any, ...]:
         """The dataclasses, in their order, and a namespace of the other arguments.
+
+        Args:
+            argv: the flags.
+            recipe: what the recipe's file holds, in place of one that the flags name.
 
         Raises:
             UsageError: unknown flag or key, with the nearest one; a value of the wrong type, or out of range; no
@@ -43,18 +48,22 @@ class RecipeParser(TrlParser):
         given, unknown = self.parse_known_args(argv)
         if unknown:
             raise UsageError(self._unknown(unknown[0]))
-        if given.config is None and given.model_name_or_path is None:
-            given.config = DEFAULT
-        if given.config is not None:
-            recipe = read_recipe(given.config)
-            for key in recipe:
-                if key not in self._names():
-                    raise UsageError(f"{given.config}: unknown option {key!r}{nearest(key, self._names())}")
-            self.set_defaults_with_config(**recipe)
+        if recipe is None:
+            recipe = recipe_of(given.config, given.model_name_or_path)
+        for key in recipe:
+            if key not in self._names():
+                raise UsageError(f"{given.config or DEFAULT}: unknown option {key!r}{nearest(key, self._names())}")
+        self.set_defaults_with_config(**recipe)
         try:
             return self.parse_args_into_dataclasses(argv, look_for_args_file=False)
         except ValueError as error:
             raise UsageError(str(error)) from error
+
+    def told(self, argv: list[str], recipe: dict[str, Any]) -> dict[str, Any]:
+        """The options that flags and recipe set to other than their defaults, as one reads them."""
+        default = vars(self.parse_known_args([])[0])
+        self.set_defaults_with_config(**recipe)
+        return {k: _value(v) for k, v in vars(self.parse_known_args(argv)[0]).items() if v != default[k]}
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage, which has hundreds of flags."""
@@ -68,6 +77,17 @@ class RecipeParser(TrlParser):
             return f"unexpected argument {word!r}"
         flags = [flag for action in self._actions for flag in action.option_strings]
         return f"unknown flag {word}{nearest(word.partition('=')[0], flags)}"
+
+
+def recipe_of(config: str | None, model: str | None) -> dict[str, Any]:
+    """The recipe of this name or file; the embedded demo where neither it nor a model is named.
+
+    Raises:
+        UsageError: see `read_recipe`.
+    """
+    if config is None and model is not None:
+        return {}
+    return read_recipe(config or DEFAULT)
 
 
 def read_recipe(name: str) -> dict[str, Any]:
@@ -100,3 +120,11 @@ def told(*configs: Any) -> dict[str, Any]:
             if getattr(config, f.name) != default:
                 options[f.name] = getattr(config, f.name)
     return options
+
+
+def _value(value: Any) -> Any:
+    """A mapping given as JSON is that mapping."""
+    try:
+        return json.loads(value) if isinstance(value, str) and value.startswith("{") else value
+    except ValueError:
+        return value

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ..insight.finding import counted
 from . import UsageError
 
 DESCRIPTION = """Write one HTML page of one or several runs, which works offline: curves of training, overlaid;
@@ -22,16 +23,23 @@ def main(argv: list[str]) -> int:
     for folder in options.runs:
         if not (folder / "config.yaml").is_file():
             raise UsageError(f"{folder} is no run folder: it has no config.yaml")
-    if not output.parent.is_dir() or output.is_dir():
-        raise UsageError(f"--output must be a file in a folder that exists, got {output}")
+    if output.suffix != ".html" or not output.parent.is_dir() or output.is_dir():
+        raise UsageError(f"--output must be an .html file in a folder that exists, got {output}")
     from ..insight.report import write_figures, write_report  # takes seconds
+    from ..insight.run import Run, of_runs
+    from ..outputs import check_page
 
     console = Console(highlight=False, markup=False)
-    page = write_report(options.runs, output, against=options.against, rollouts=options.rollouts)
+    check_page(output, of_runs(map(Run, options.runs)), options.replace)  # before the figures are written
+    files: list[Path] = []
+    if options.png is not None:
+        files = write_figures(options.runs, options.png, options.format, replace=options.replace)
+    page = write_report(
+        options.runs, output, against=options.against, rollouts=options.rollouts, replace=options.replace
+    )
     console.print(f"report: {page}", soft_wrap=True)
     if options.png is not None:
-        files = write_figures(options.runs, options.png, options.format)
-        console.print(f"{len(files)} figures: {options.png}", soft_wrap=True)
+        console.print(f"{counted(len(files), 'figure')}: {options.png}", soft_wrap=True)
     return 0
 
 
@@ -40,6 +48,12 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     add("--output", type=Path, help="the page; RUN/report.html, of several runs report.html, unless told")
+    add(
+        "--replace",
+        action="store_true",
+        help="write over files that are there; a page or figures of the same runs need no such word, unless they "
+        "were changed",
+    )
     add("--png", type=Path, metavar="FOLDER", help="write each figure here too, without a title, for a paper")
     add("--format", choices=("png", "svg"), default="png", help="of the files that --png writes (png, 300 dpi)")
     add(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import warnings
 from contextlib import closing
@@ -19,9 +20,10 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..assets import tiny_model_path
-from ..engines.records import check_writable, write_whole
+from ..engines.records import check_writable, files_of_run
 from ..engines.trl.checkpoint import complete_checkpoints, state_of
 from ..insight.run import Run
+from ..outputs import write_whole
 from ..tasks import Task, TaskConfig, load_task
 from ..trl import HAPOConfig, HAPOTrainer
 from . import INTERRUPTED, UsageError
@@ -111,7 +113,7 @@ def main(argv: list[str]) -> int:
     if not finished:
         finished = _train(trainer, checkpoint, console, [course] if held_out is None else [course, held_out])
     if finished:
-        trainer.save_model(str(folder / "model"))
+        _save_model(trainer, folder / "model")
         if held_out is not None:
             held_out.measure(trainer.state.global_step)
             held_out.print()
@@ -124,6 +126,24 @@ def main(argv: list[str]) -> int:
     trainer.accelerator.wait_for_everyone()  # gloo aborts a rank whose peer has gone
     trainer.end()
     return 0 if finished else INTERRUPTED
+
+
+def _save_model(trainer: HAPOTrainer, folder: Path) -> None:
+    """The model as a whole folder: a kill leaves the one of before, if there is one, or none."""
+    partial, old = folder.with_name("model.partial"), folder.with_name("model.old")
+    first = trainer.args.process_index == 0
+    if first:
+        shutil.rmtree(partial, ignore_errors=True)  # of a try of this run that was killed here
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_model(str(partial))
+    trainer.accelerator.wait_for_everyone()
+    if first:
+        if folder.exists():  # of the run before it was prolonged, or taken back to a checkpoint
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
 
 
 def _report(folder: Path, console: Console) -> None:
@@ -306,5 +326,10 @@ def _check(args: HAPOConfig, model_config: ModelConfig, *, resuming: bool) -> No
         raise UsageError(
             f"the run folder {folder} exists: choose another --output_dir, remove it, or go on with "
             f"`hapo train --resume {folder}`"
+        )
+    if not resuming and (there := files_of_run(folder)):
+        raise UsageError(
+            f"a run in {folder} would write over {', '.join(there)}: choose another --output_dir, or move what is "
+            "there"
         )
     check_writable(folder)

@@ -19,7 +19,9 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..batch import TokenBatch
+from ..outputs import write_whole
 
 PACKAGES = (
     "hapo",
@@ -47,6 +50,13 @@ PACKAGES = (
     "latex2sympy2_extended",
     "antlr4-python3-runtime",  # math-verify answers differently with 4.9 and 4.13
 )
+BEGUN = ("config.yaml", "manifest.json", "metrics.jsonl", "tokens")
+"""What the records of a run begin with, or write over."""
+WRITTEN = (
+    *(*BEGUN, "evaluations.jsonl", "finished.json", "checkpoints", "completions"),
+    *("model", "model.partial", "model.old", "README.md", "report.html"),
+)
+"""All that a run writes into its folder, whatever engine runs it."""
 RESERVE = 64 * 2**20
 """Bytes that a run may need beside its checkpoints."""
 
@@ -69,17 +79,18 @@ class RunRecords:
         """Begin a new run.
 
         Raises:
-            FileExistsError: the folder holds a run already.
+            FileExistsError: the folder holds a run already, or another file of such a name.
             OSError: it cannot be written to, or has not `need` bytes left.
         """
         if rank == 0:
-            if (folder / "manifest.json").exists():
+            if there := files_of_run(folder, BEGUN):
                 raise FileExistsError(
-                    f"the run folder {folder} exists: choose another output_dir, remove it, or resume its run"
+                    f"the run folder {folder} exists, with {', '.join(there)}: choose another output_dir, remove "
+                    "it, or resume its run"
                 )
             check_writable(folder, need)
-            (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-            (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+            write_whole(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+            write_whole(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
             (folder / "metrics.jsonl").touch()
         return cls(folder, rank)
 
@@ -219,17 +230,15 @@ class RunRecords:
         self._tokens, self._without = [], []
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Write a file in one piece: whoever reads it sees the old text or the new."""
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, file)
+def files_of_run(folder: Path, names: Sequence[str] = WRITTEN) -> list[str]:
+    """Which of these names of a run's files and folders are there, so that a new run would write over them."""
+    return [name for name in names if os.path.lexists(folder / name)]
 
 
 def append_line(file: Path, line: dict[str, Any]) -> None:
-    """Append one JSON object to a .jsonl file."""
-    with file.open("a") as out:
-        out.write(json.dumps(line) + "\n")
+    """Append one JSON object to a .jsonl file, in one call of the system."""
+    with file.open("ab", buffering=0) as out:
+        out.write(json.dumps(line).encode() + b"\n")
 
 
 def check_writable(folder: Path, need: int = 0) -> None:
@@ -240,9 +249,7 @@ def check_writable(folder: Path, need: int = 0) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.getpid()}"  # several ranks look at once
-        probe.write_bytes(b"")
-        probe.unlink()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise OSError(
             f"the run folder {folder} cannot be written to ({error.strerror}): choose another output_dir"

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from safetensors.numpy import load_file
 
-from .run import Run
+from .run import Run, of_runs
 from .statistics import Better, area_under_curve, compare_arms, first_reaching, pass_at_k, restrict
 
 SAME_GRADIENT = 0.999
@@ -65,20 +65,23 @@ class Comparison:
 
     Attributes:
         reference: the arm that the others are compared with.
-        target: held-out accuracy that `tokens_to_target` and `seconds_to_target` are about.
+        target: held-out accuracy that `tokens_to_target` and `seconds_to_target` are about; None where none lies
+            above the start of every run, which leaves these columns out.
         runs: one row a run; the columns are described in docs/compare_reference.md.
         curves: one row a measurement of a run.
         warnings: why the comparison cannot show a difference, where that can be known.
         how: the answers that accuracy is of, `sampled` or, where not every run has sampled ones, `greedy`; the
             column of `runs` that holds it at the end.
+        of: a hash of which runs these are.
     """
 
     reference: str
-    target: float
+    target: float | None
     runs: pd.DataFrame
     curves: pd.DataFrame
     warnings: list[str]
     how: str
+    of: str
 
     @property
     def arms(self) -> list[str]:
@@ -110,7 +113,8 @@ def read_comparison(
 ) -> Comparison:
     """The results of finished runs, (arm, seed) -> folder.
 
-    `target` is by default half way from the start to the reference's mean accuracy at the end.
+    `target` is by default half way from the start to the reference's mean accuracy at the end. One that a run
+    begins with would be reached at 0 tokens: it is none.
 
     Raises:
         ValueError: no finished run of the reference arm; a run without a curve of held-out accuracy; runs
@@ -128,13 +132,26 @@ def read_comparison(
     _check_weights(found)
     accuracy = curves[curves.how == hows[0]]
     _check_problems(accuracy)
-    if target is None:
-        mine = accuracy[accuracy.arm == reference].groupby("seed")["mean"]
-        target = round(float((mine.first().mean() + mine.last().mean()) / 2), 3)
+    target, without = _target(accuracy, reference, target)
     budget = accuracy.groupby(["arm", "seed"])[["num_tokens", "seconds"]].last().min()
     runs = pd.DataFrame([_row(arm, seed, run, target, budget, hows) for (arm, seed), run in found.items()])
     runs["gradient_cosine"] = [_cosine(run, found.get((reference, seed))) for (_, seed), run in found.items()]
-    return Comparison(reference, target, runs, curves, _warnings(runs, reference, hows[0]), hows[0])
+    warnings = _warnings(runs, curves, reference, hows[0], without)
+    return Comparison(reference, target, runs, curves, warnings, hows[0], of_runs(found.values()))
+
+
+def _target(accuracy: pd.DataFrame, reference: str, asked: float | None) -> tuple[float | None, str]:
+    """The accuracy to reach; or none, and why."""
+    mine = accuracy[accuracy.arm == reference].groupby("seed")["mean"]
+    target = round(float((mine.first().mean() + mine.last().mean()) / 2), 3) if asked is None else asked
+    start = float(accuracy.groupby(["arm", "seed"])["mean"].first().max())
+    if target > start:
+        return target, ""
+    what = f"half of {reference}'s gain, {100 * target:.1f} %," if asked is None else f"{100 * target:.1f} %"
+    return None, (
+        f"there is no target: {what} is not above the start, where a run had {100 * start:.1f} %; name a higher "
+        "one with --target"
+    )
 
 
 def _measured(runs: Collection[Run]) -> list[str]:
@@ -158,7 +175,9 @@ def _measured(runs: Collection[Run]) -> list[str]:
     return hows
 
 
-def _row(arm: str, seed: int, run: Run, target: float, budget: pd.Series, hows: list[str]) -> dict[str, Any]:
+def _row(
+    arm: str, seed: int, run: Run, target: float | None, budget: pd.Series, hows: list[str]
+) -> dict[str, Any]:
     measured = {how: run.evaluations[run.evaluations.how == how] for how in hows}
     lines = measured[hows[0]]
     last, end = lines.iloc[-1], run.finished or {}
@@ -174,6 +193,8 @@ def _row(arm: str, seed: int, run: Run, target: float, budget: pd.Series, hows: 
     at_end = np.interp(budget["num_tokens"], curve["num_tokens"], curve["mean"])
     row["auc"] = area_under_curve([*shared["num_tokens"], budget["num_tokens"]], [*shared["mean"], at_end])
     for name, column in (("tokens", "num_tokens"), ("seconds", "seconds")):
+        if target is None:
+            break
         reached = first_reaching(curve[column], curve["mean"], target)
         restricted, arrived = restrict([reached], float(budget[column]))
         row[f"{name}_to_target"] = float(restricted[0])
@@ -230,9 +251,29 @@ def _check_problems(accuracy: pd.DataFrame) -> None:
         )
 
 
-def _warnings(runs: pd.DataFrame, reference: str, how: str) -> list[str]:
-    """Reasons why arms cannot differ."""
-    found = []
+def _constant(curves: pd.DataFrame) -> str:
+    """That no answer of any measurement was right, or every one, and what to check; empty where neither is so."""
+    binary = curves["binary"].all()
+    if curves["mean"].max() <= 0:
+        return (
+            f"no answer was ever right, in any arm{'' if binary else ' (no score above 0)'}: nothing was learned, "
+            "and arms cannot differ. Read some answers (hapo eval --output). Look first for right ones that score "
+            "0: rewards, answer_column, prompt_template, chat; then for answers that are cut off: "
+            "max_completion_length. Where none is right, take easier problems or a stronger model"
+        )
+    if binary and curves["mean"].min() >= 1:
+        return (
+            "every answer was right, in every arm, from the start: nothing was left to learn, and arms cannot "
+            "differ. Check that rewards can tell a wrong answer; where they can, take harder problems"
+        )
+    return ""
+
+
+def _warnings(runs: pd.DataFrame, curves: pd.DataFrame, reference: str, how: str, without: str) -> list[str]:
+    """Reasons why arms cannot differ, and why there is no target."""
+    if constant := _constant(curves):
+        return [constant]
+    found = [without] if without else []
     if how != "sampled":
         found.append(
             "accuracy here is that of greedy answers and says nothing of sampled ones, by which not every run was "
@@ -265,7 +306,14 @@ def _warnings(runs: pd.DataFrame, reference: str, how: str) -> list[str]:
             )
     ends = by_arm[["start", how]].mean()
     if ((ends[how] - ends["start"]) < LITTLE).all():
-        found.append("no arm learned anything (under one point): train longer, or raise the learning rate")
+        remedy = "train longer, or raise the learning rate"
+        if ends["start"].min() > 1 - 2 * LITTLE:
+            remedy = "nearly every answer is right from the start; take harder problems"
+        elif curves["mean"].max() < LITTLE:
+            remedy = (
+                "next to no answer was ever right; take easier problems or a stronger model, and check rewards"
+            )
+        found.append(f"no arm learned anything (under one point): {remedy}")
     tokens = by_arm["num_tokens"].mean().dropna()
     if len(tokens) and tokens.max() > (1 + UNEQUAL) * tokens.min():
         found.append(

@@ -7,32 +7,40 @@ from pathlib import Path
 import altair as alt
 import pandas as pd
 
+from ..outputs import write_made
 from .compare import Comparison, Measure
 from .figures import Figure, printable, short
-from .page import new_nonce, render, write_page
+from .finding import counted
+from .page import new_nonce, render
 from .statistics import MIN_SEEDS, Interval, mean_interval
 
 
-def write_comparison(comparison: Comparison, folder: Path, tuning: pd.DataFrame | None = None) -> Path:
+def write_comparison(
+    comparison: Comparison,
+    folder: Path,
+    tuning: pd.DataFrame | None = None,
+    *,
+    of: str | None = None,
+    replace: bool = False,
+) -> Path:
     """Write results.csv, curves.csv, comparison.md, figures and compare.html; returns the page's path.
+
+    Older ones of the same runs, as they were written, give way.
 
     Args:
         comparison: finished runs.
         folder: of the comparison.
         tuning: arm, learning_rate, seed and sampled accuracy of the runs that chose the learning rates.
+        of: what names the runs; by default a hash of which they are.
+        replace: write over whatever file is there.
 
     Raises:
+        FileExistsError: another file is there, one of other runs, or one that was changed; nothing is written.
         OSError: a file cannot be written.
     """
-    comparison.runs.to_csv(folder / "results.csv", index=False)
-    comparison.curves.to_csv(folder / "curves.csv", index=False)
     verdicts = [(m, table) for m in comparison.measures if (table := comparison.table(m)) is not None]
-    (folder / "comparison.md").write_text(_markdown(comparison, verdicts), encoding="utf-8")
     drawn = figures(comparison, tuning)
-    (folder / "figures").mkdir(exist_ok=True)
-    for figure in drawn:
-        if figure.chart is not None:
-            figure.save(folder / "figures" / f"{figure.name}.svg", "svg")
+    seeds = comparison.runs["seed"].nunique()
     html = render(
         "compare.html",
         title=printable(" · ".join(comparison.arms)),
@@ -42,9 +50,18 @@ def write_comparison(comparison: Comparison, folder: Path, tuning: pd.DataFrame 
         comparison=comparison,
         summary=summary(comparison),
         verdicts=[(m.title, table["verdict"].to_dict()) for m, table in verdicts],
-        seeds=comparison.runs["seed"].nunique(),
+        counts=f"{counted(len(comparison.arms), 'arm')}, {counted(seeds, 'paired seed')}",
     )
-    return write_page(html, folder / "compare.html")
+    files: dict[str, str | bytes] = {
+        "results.csv": comparison.runs.to_csv(index=False),
+        "curves.csv": comparison.curves.to_csv(index=False),
+        "comparison.md": _markdown(comparison, verdicts),
+        **{f"figures/{figure.name}.svg": figure.drawn("svg") for figure in drawn if figure.chart is not None},
+        **({} if tuning is None else {"tuning.csv": tuning.to_csv(index=False)}),
+        "compare.html": html,
+    }
+    write_made(folder, files, comparison.of if of is None else of, replace)
+    return folder / "compare.html"
 
 
 def summary(comparison: Comparison) -> pd.DataFrame:
@@ -55,7 +72,8 @@ def summary(comparison: Comparison) -> pd.DataFrame:
         for measure in comparison.measures:
             row[measure.title] = _mean(runs[measure.column], measure)
         row["tokens"] = f"{runs['num_tokens'].mean() / 1e3:,.1f} thousand"
-        row["reached the target"] = f"{int(runs['reached'].sum())} of {len(runs)}"
+        if comparison.target is not None:
+            row["reached the target"] = f"{int(runs['reached'].sum())} of {len(runs)}"
         row["collapsed"] = f"{int(runs['collapsed'].sum())} of {len(runs)}"
         if "clip_low" in runs and runs["clip_low"].notna().any():
             low, high = 100 * runs["clip_low"].mean(), 100 * runs["clip_high"].mean()
@@ -209,8 +227,9 @@ def _mean(values: pd.Series, measure: Measure) -> str:
 
 def _markdown(comparison: Comparison, verdicts: list[tuple[Measure, pd.DataFrame]]) -> str:
     table = summary(comparison).T
+    target = "none" if comparison.target is None else f"{100 * comparison.target:.1f} % held-out, {comparison.how}"
     lines = [
-        f"Reference: {comparison.reference}. Target: {100 * comparison.target:.1f} % held-out, {comparison.how}.",
+        f"Reference: {comparison.reference}. Target: {target}.",
         "",
         "| | " + " | ".join(map(str, table.columns)) + " |",
         "|---|" + "---|" * len(table.columns),

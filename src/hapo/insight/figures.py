@@ -13,6 +13,7 @@ from typing import Any, Literal
 import altair as alt
 import vl_convert
 
+from ..outputs import write_whole
 from .run import Run
 
 SIZE = {"width": 480, "height": 240}
@@ -53,17 +54,23 @@ class Figure:
         return vl_convert.vegalite_to_png({**self.spec, **SIZE}, VEGA_LITE, config=theme("light"), ppi=72)
 
     def save(self, file: Path, kind: Literal["png", "svg"]) -> None:
-        """Write the figure for a paper: light, without a title, PNG at 300 dpi.
+        """Write the figure as `drawn` gives it, in one piece.
+
+        Raises:
+            ValueError: there is no chart.
+        """
+        write_whole(file, self.drawn(kind))
+
+    def drawn(self, kind: Literal["png", "svg"]) -> bytes:
+        """The figure for a paper: light, without a title, PNG at 300 dpi.
 
         Raises:
             ValueError: there is no chart.
         """
         spec = {**self.spec, **SIZE}
         if kind == "svg":
-            file.write_text(vl_convert.vegalite_to_svg(spec, VEGA_LITE, config=theme("light")), encoding="utf-8")
-        else:
-            png = vl_convert.vegalite_to_png(spec, VEGA_LITE, config=theme("light"), ppi=300)
-            file.write_bytes(png)
+            return vl_convert.vegalite_to_svg(spec, VEGA_LITE, config=theme("light")).encode()
+        return vl_convert.vegalite_to_png(spec, VEGA_LITE, config=theme("light"), ppi=300)
 
 
 OKABE_ITO = {

@@ -43,6 +43,11 @@ def percent(share: float) -> str:
     return f"{100 * share:.{0 if share == 0 or share >= 0.0995 else 1}f} %"
 
 
+def counted(n: int, noun: str) -> str:
+    """A number with its noun: `1 pair`, `2 pairs`."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
 def in_verl(finding: Finding) -> Finding:
     """The finding for a run of verl: the same remedy under the names that verl has for its options."""
     change = re.sub(r"--(\w+)", lambda found: IN_VERL.get(found[1], found[0]), finding.change)

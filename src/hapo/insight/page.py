@@ -6,12 +6,10 @@ Text of models and users reaches a page through autoescape or as JSON with < > &
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Sequence
 from functools import cache
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import vl_convert
@@ -44,18 +42,6 @@ def render(template: str, *, title: str, nonce: str, figures: Sequence[Figure], 
 def new_nonce() -> str:
     """A nonce for one page."""
     return secrets.token_urlsafe(16)
-
-
-def write_page(html: str, output: Path) -> Path:
-    """Write a page in one piece, and return its path.
-
-    Raises:
-        OSError: it cannot be written there.
-    """
-    partial = output.with_name(output.name + ".partial")
-    partial.write_text(html, encoding="utf-8")
-    os.replace(partial, output)
-    return output
 
 
 @cache

@@ -12,13 +12,14 @@ import pandas as pd
 
 import hapo
 
+from ..outputs import check_made, check_page, write_made, write_page
 from ..tasks import TaskConfig
 from .curves import POINTS, SPAN, curves, others
 from .doctor import SEVERITIES, examine_run
 from .figures import labels, printable
 from .microscope import microscope
-from .page import new_nonce, render, write_page
-from .run import Run, recompute
+from .page import new_nonce, render
+from .run import Run, of_runs, recompute
 from .token_figures import ROLLOUTS, analysed, token_figures, visible
 
 PARTIAL = (
@@ -37,23 +38,28 @@ def write_report(
     *,
     against: Sequence[str] = (),
     rollouts: Sequence[int] | None = None,
+    replace: bool = False,
 ) -> Path:
-    """Write the page of some runs, and return its path.
+    """Write the page of some runs, and return its path. An older page of these runs, if unchanged, gives way.
 
     Args:
         folders: of the runs, of any engine, finished or not.
         output: the .html file.
         against: methods to show on the same rollouts in the token microscope, as `NAME[:option=value,...]`.
         rollouts: first steps of the rollout batches in the microscope; as many as fit unless told.
+        replace: write over whatever file is there.
 
     Raises:
         FileNotFoundError: a folder holds no run.
+        FileExistsError: another file is there, the page of other runs, or a page that was changed.
         ValueError: no folder, a broken file in one, an unknown method or rollout batch.
         OSError: the page cannot be written there.
     """
     if not folders:
         raise ValueError("a report needs the folder of a run")
     runs, nonce = [Run(folder) for folder in folders], new_nonce()
+    output, of = Path(output), of_runs(runs)
+    check_page(output, of, replace)
     names = labels(runs)
     shown = [_shown(run, name) for run, name in zip(runs, names, strict=True)]
     over, more = curves(runs), others(runs)
@@ -74,14 +80,20 @@ def write_report(
         rollouts=ROLLOUTS,
         microscope=microscope(seen, against=against, nonce=nonce, rollouts=rollouts),
     )
-    return write_page(html, Path(output))
+    write_page(output, html, of, replace)
+    return output
 
 
-def write_figures(folders: Sequence[Path | str], output: Path, kind: Literal["png", "svg"] = "png") -> list[Path]:
+def write_figures(
+    folders: Sequence[Path | str], output: Path, kind: Literal["png", "svg"] = "png", replace: bool = False
+) -> list[Path]:
     """Write each figure of the report as a file of its own, and return those that the runs have data for.
+
+    Older figures of the same runs, as they were written, give way; with `replace` whatever file is there does.
 
     Raises:
         FileNotFoundError: a folder holds no run.
+        FileExistsError: another file is there, a figure of other runs, or a changed one; nothing is written.
         ValueError: a broken file in one.
         OSError: a file cannot be written.
     """
@@ -90,13 +102,10 @@ def write_figures(folders: Sequence[Path | str], output: Path, kind: Literal["pn
     for number, run in enumerate(runs, 1):
         suffix = "" if len(runs) == 1 else f"-{number}"
         named += [(figure.name + suffix, figure) for figure in token_figures(analysed(run))]
-    output.mkdir(parents=True, exist_ok=True)
-    written = []
-    for name, figure in named:
-        if figure.chart is not None:
-            written.append(output / f"{name}.{kind}")
-            figure.save(written[-1], kind)
-    return written
+    drawn = {f"{name}.{kind}": figure for name, figure in named if figure.chart is not None}
+    check_made(output, drawn, of := of_runs(runs), replace)
+    write_made(output, {name: figure.drawn(kind) for name, figure in drawn.items()}, of, replace)
+    return [output / name for name in drawn]
 
 
 def _shown(run: Run, name: str) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +17,8 @@ import pyarrow.parquet as pq
 import yaml
 
 import hapo
+
+from ..outputs import file_hash
 
 if TYPE_CHECKING:
     import torch
@@ -211,6 +215,13 @@ class Run:
                     break
                 raise ValueError(f"{file}, line {number} is malformed: {error}") from error
         return found
+
+
+def of_runs(runs: Iterable[Run]) -> str:
+    """One hash for which runs these are, wherever they lie: of their manifests, which a longer run keeps."""
+    files = ((run.folder / "manifest.json", run.folder / "config.yaml") for run in runs)
+    each = sorted(file_hash(manifest if manifest.is_file() else config) for manifest, config in files)
+    return hashlib.sha256("\n".join(each).encode()).hexdigest()
 
 
 def parse_method(spec: str) -> Method:

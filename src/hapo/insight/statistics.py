@@ -27,6 +27,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
+from .finding import counted
+
 MIN_SEEDS = 5
 """Fewer values give no interval: with four it would be half as wide again as Student's, and mostly noise."""
 
@@ -199,9 +201,9 @@ def compare_arms(
             text = say(one, adjusted[arm], str(arm), reference)
         else:
             row |= dict.fromkeys(("low", "high", "p", "p_holm"), math.nan)
-            text = f"no interval: {len(a)} pairs with {reference}, at least {MIN_SEEDS} needed"
+            text = f"no interval: {counted(len(a), 'pair')} with {reference}, at least {MIN_SEEDS} needed"
         if missing := len(table) - len(a):
-            text += f"; {missing} of {len(table)} seeds left out, missing in one of the two"
+            text += f"; {missing} of {counted(len(table), 'seed')} left out, missing in one of the two"
         rows.append(row | {"seeds": len(a), "verdict": text})
     return pd.DataFrame(rows).set_index("arm")
 

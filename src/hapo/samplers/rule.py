@@ -20,6 +20,7 @@ from ..batch import EntropyStats
 from ..kernels import use_triton
 from ..method import Method
 from ..methods._options import TemperatureOptions, check_names, check_number, one_of, require
+from ..outputs import write_whole
 from ..parts.entropy import CHUNK, entropy_from_logits
 from .decoding_rules import EDT, DynamicTemperature
 
@@ -97,8 +98,8 @@ class TemperatureRule:
         return cls(rule, EntropyStats(**found))
 
     def save(self, path: str | Path) -> None:
-        """Write the rule as JSON: the parameters of `to_args`."""
-        Path(path).write_text(json.dumps(self.to_args(), indent=2) + "\n")
+        """Write the rule as JSON, in one piece: the parameters of `to_args`."""
+        write_whole(Path(path), json.dumps(self.to_args(), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> TemperatureRule:

@@ -8,8 +8,9 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from ...outputs import write_whole
 from ..estimate import Estimate
-from ..records import RunRecords, append_line, check_writable, manifest, write_whole
+from ..records import RunRecords, append_line, check_writable, manifest
 from .config import NAME, Settings, select
 
 NAMES = {

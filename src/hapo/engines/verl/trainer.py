@@ -26,10 +26,10 @@ from verl.utils.checkpoint.checkpoint_manager import find_latest_ckpt_path
 from verl.workers.utils.padding import response_to_nested
 
 from ...batch import EntropyStats, TokenBatch
+from ...outputs import write_whole
 from ...samplers.rule import rule_of
 from ..identity import differences, identity
 from ..metrics import rollout_metrics, sampler_gap
-from ..records import write_whole
 from .config import NAME, Settings, check, recipe, resolve_method, select
 from .estimator import estimation
 from .plan import RolloutPlan
