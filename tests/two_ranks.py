@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 
 import torch
+from peft import get_peft_model
 from safetensors.torch import save_file
 
+from hapo.adapters import GateRAConfig
 from hapo.cli import main
 from hapo.engines.trl.rows import RolloutRows
 from hapo.trl import AuxiliaryLoss, HAPOTrainer
@@ -31,12 +33,22 @@ class WithEntropy(HAPOTrainer):
         return [*super().auxiliary_losses(batch, scored), AuxiliaryLoss("entropy_bonus", self.WEIGHT, mean)]
 
 
+class Gated(HAPOTrainer):
+    """With a GateRA adapter that has moved, and the entropy of its gates in the loss."""
+
+    def __init__(self, model, *args, **kwargs):
+        torch.manual_seed(1)
+        config = GateRAConfig(r=4, gate_std=0.5, init_weights=False, entropy_weight=0.5, task_type="CAUSAL_LM")
+        super().__init__(get_peft_model(model, config), *args, **kwargs)
+
+
 SPLIT = {
     "hapo": {"method": "hapo"},
     "forking_tokens": {"method": "forking_tokens", "method_options": {"rho": 0.7}},
     "auxiliary": {"method": "dapo", "kind": WithEntropy},
+    "gatera": {"method": "hapo", "kind": Gated},
 }
-"""Statistics of the rollout batch; a choice of tokens by the current policy in each optimiser step; a loss beside."""
+"""Statistics of the rollout batch; a choice of tokens by the current policy in each optimiser step; losses beside."""
 
 
 def run(folder: Path, checkpoint: Path | None):

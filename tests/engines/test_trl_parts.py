@@ -194,7 +194,7 @@ def test_images_and_router_losses_are_scored_by_trls_pass(alone):
     pictures = Sequences(rows.ids, rows.attention, rows.mask, {"pixel_values": pixels})
     mine.old(None, pictures, 2, [None])
     mine.reference(None, pictures, 2)
-    assert mine.current(None, rows, router_loss=True).router_loss == 0.5
+    assert mine.current(torch.nn.Linear(1, 1), rows, router_loss=True).router_loss == 0.5
     common = {"width": 4, "pixel_values": pixels, "batch_size": 2}
     assert asked == [
         {**common, "compute_entropy": True},
@@ -398,7 +398,7 @@ class Doubling(Scorer):
     """A current policy that gives every token twice the probability."""
 
     def current(self, model, rows, router_loss=False):
-        logp, entropy, _ = super().current(model, rows, router_loss)
+        logp, entropy, *_ = super().current(model, rows, router_loss)
         return Scored(logp + math.log(2), entropy)
 
 

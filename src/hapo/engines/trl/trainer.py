@@ -35,6 +35,7 @@ from .auxiliary import AuxiliaryLoss, router_losses, total
 from .checkpoint import OnceAtBegin, RunState
 from .config import HAPOConfig, check_arguments, resolve_method
 from .drawn import DrawnScores
+from .gates import gate_losses
 from .metrics import MetricLog, PhaseClock, times
 from .recorded import RecordedTrainer
 from .recorder import Recorder
@@ -136,7 +137,8 @@ class HAPOTrainer(RecordedTrainer):
     def auxiliary_losses(self, batch: hapo.TokenBatch, scored: Scored) -> list[AuxiliaryLoss]:
         """What is added to the method's loss on some rows of an optimiser step; each is logged under its name.
 
-        A mixture of experts has one, `aux_loss`, with the weight `router_aux_loss_coef`: keep it, and add others.
+        A mixture of experts has one, `aux_loss`, with the weight `router_aux_loss_coef`, and a GateRA adapter
+        `gate_entropy`: keep them, and add others.
 
         Args:
             batch: the rows as the method's loss reads them; `totals` are of the whole step. Tokens outside `mask`,
@@ -145,7 +147,8 @@ class HAPOTrainer(RecordedTrainer):
         """
         micro_batches = self.current_gradient_accumulation_steps if self.model.training else 1
         micro_batches *= self.accelerator.num_processes
-        return router_losses(scored.router_loss, self.router_aux_loss_coef, micro_batches)
+        router = router_losses(scored.router_loss, self.router_aux_loss_coef, micro_batches)
+        return router + gate_losses(scored.gates, batch, self.accelerator.unwrap_model(self.model))
 
     # -- rollout --------------------------------------------------------------------------------------------
 
@@ -178,9 +181,9 @@ class HAPOTrainer(RecordedTrainer):
         mask = attention_mask[:, -logits_to_keep:].bool()
         rows = Sequences(input_ids, attention_mask, mask, images)
         if self.beta and is_reference(model, self.accelerator.unwrap_model(model), self.ref_model):
-            return self.scorer.reference(model, rows, batch_size)
+            return self.scorer.reference(model, rows, batch_size)[:3]
         self._old = self.scorer.old(model, rows, batch_size, self._turns)
-        return self._old
+        return self._old[:3]
 
     def _calculate_rewards(self, *args: Any) -> Tensor:
         with self.clock.phase("reward"):
