@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from hapo.adapters import GateRAConfig, gate_entropy, record_gates
+from hapo.adapters.layer import gated_linear
 
 BRANCHES = {"hira": {}, "lora": {"lora_alpha": 2}, "dora": {"lora_alpha": 2}}
 X = torch.tensor([[1, 2], [-1, 0.5], [0, 0]], dtype=torch.float64)
@@ -242,3 +243,33 @@ def test_share_of_trained_parameters(sizes, with_gates, without):
     gates = sum(p.numel() for name, p in model.named_parameters() if "gatera_gate" in name)
     assert round(100 * trained / total, 4) == with_gates
     assert round(100 * (trained - gates) / (total - gates), 4) == without
+
+
+def test_the_gated_product_is_that_of_plain_autograd():
+    torch.manual_seed(0)
+    x, w, g = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 3, 4), (5, 4), (2, 3, 1)))
+    torch.testing.assert_close(gated_linear(x, w, g), g * (x @ w.T))
+    assert torch.autograd.gradcheck(gated_linear, (x, w, g))
+    assert torch.autograd.gradgradcheck(gated_linear, (x, w, g))
+    for part in (x, w, g):  # and where one of them alone has a gradient
+        inputs = [p if p is part else p.detach() for p in (x, w, g)]
+        (found,) = torch.autograd.grad(gated_linear(*inputs).square().sum(), part)
+        (plain,) = torch.autograd.grad((inputs[2] * (inputs[0] @ inputs[1].T)).square().sum(), part)
+        torch.testing.assert_close(found, plain)
+
+
+def test_autocast_leaves_the_gate_in_float32():
+    for branch in BRANCHES:
+        torch.manual_seed(0)
+        net, _ = adapted(branch, nn.Linear(64, 64), init_weights=False)
+        x = torch.randn(8, 64)
+        with record_gates(net) as gates:
+            plain = net(x)
+        z = gates.take()
+        with torch.autocast("cpu", torch.bfloat16), record_gates(net) as gates:
+            y = net(x)
+        assert torch.equal(gates.take(), z)
+        assert y.dtype == torch.bfloat16
+        torch.testing.assert_close(y.float(), plain, atol=0.1, rtol=0.05)
+        y.float().square().sum().backward()
+        assert all(p.grad.isfinite().all() and p.grad.any() for p in net.parameters() if p.requires_grad)

@@ -11,6 +11,7 @@ import hapo.prompts
 from hapo.adapters import GateRAConfig, gate_entropy, record_gates
 from hapo.engines.trl.gates import layer_number
 from hapo.engines.trl.scorer import Scorer, Sequences
+from hapo.insight.run import Run
 from hapo.scoring import attach_scoring, score_tokens
 from hapo.trl import HAPOTrainer
 from tests.engines import fixed_rollout, tiny
@@ -103,9 +104,12 @@ def test_a_run_with_a_reference_trains_and_saves_the_adapter(tmp_path):
     """TRL copies an adapter that is there already as the reference; with `peft_config` it is the model without."""
     config = GateRAConfig(r=4, task_type="CAUSAL_LM", branch="lora", lora_alpha=8)
     for i, (net, options) in enumerate(((tiny.model(), {"peft_config": config}), (adapted(), {}))):
-        options = {"beta": 0.1, "max_steps": 3, "reward": tiny.half_mixed, **options}
-        trainer = tiny.trainer(tmp_path / str(i), net=net, **options)
+        options |= {"beta": 0.1, "max_steps": 3, "reward": tiny.half_mixed, "run_records": True}
+        trainer = tiny.trainer(tmp_path / str(i), net=net, record_tokens_every=1, **options)
         trainer.train()
+        (drawn,) = Run(tmp_path / str(i)).rollouts
+        gates = Run(tmp_path / str(i)).tokens(drawn)["gate"]
+        assert len(gates) > 50 and gates.between(0, 1, inclusive="neither").all() and gates.nunique() > 20
         lines = [line for line in trainer.state.log_history if "gate_entropy" in line]
         assert len(lines) == 3 and all(0 < line["gate_entropy"] < math.log(2) for line in lines)
         trainer.save_model(tmp_path / "saved")

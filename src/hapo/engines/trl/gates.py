@@ -28,6 +28,11 @@ class GateLogits(NamedTuple):
     names: list[str]
     """The modules of the M gates."""
 
+    @property
+    def mean(self) -> Float[Tensor, "B T"]:
+        """Mean gate of each token, detached."""
+        return torch.sigmoid(self.logits.detach()).mean(-1)
+
 
 def recorded(model: nn.Module) -> AbstractContextManager[Gates | None]:
     """Records the gates of the forward pass inside; None where the model has none."""

@@ -316,7 +316,8 @@ class HAPOTrainer(RecordedTrainer):
         loss = total(out.loss, auxiliary, self.accelerator.num_processes)
         self._step_metrics.add(out, batch, auxiliary)
         if records is not None:
-            records.add_tokens(self.state.global_step + 1, inputs, batch, out, self._sampled_with)
+            gate = None if scored.gates is None else scored.gates.mean
+            records.add_tokens(self.state.global_step + 1, inputs, batch, out, self._sampled_with, gate)
         return loss
 
     def _say_if_far_from_policy(self) -> None:
