@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import HiraConfig, PeftModel, convert_to_lora, get_peft_model
 from torch import nn
-from transformers import DynamicCache, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import DynamicCache, LlamaForCausalLM, LlamaForSequenceClassification, Trainer, TrainingArguments
 
 from hapo.adapters import GateRAConfig, add_gate_loss, record_gates
 from hapo.adapters.layer import GatedLinear
@@ -73,7 +73,12 @@ try:
     raise SystemExit("PEFT alone opened the adapter")
 except KeyError as error:
     assert error.args == ("GATERA",)
-import hapo.adapters
+
+from hapo.cli.adapted import know_adapter
+
+know_adapter(base)
+assert "hapo.adapters" not in sys.modules
+know_adapter(folder + "/hira")  # what `hapo eval` does: import hapo.adapters
 
 for branch, (logits, generated) in expected.items():
     model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), folder + "/" + branch)
@@ -376,5 +381,11 @@ def test_the_added_loss_is_for_training_with_labels_of_tokens():
     assert model.train()(**inputs).loss > plain
     assert model(**inputs, return_dict=False)[0] > plain
     assert "loss" not in model(input_ids=IDS)
+    with pytest.raises(ValueError, match="SFTTrainer makes its loss itself"):
+        model(**inputs, fused_lm_head=True)
+    classifier = adapted(net=LlamaForSequenceClassification(tiny.model().config), task_type="SEQ_CLS").train()
+    add_gate_loss(classifier)
+    with pytest.raises(ValueError, match="labels of tokens are needed"):
+        classifier(input_ids=IDS, attention_mask=MASK, labels=torch.tensor([0, 1]))
     model.active_peft_config.entropy_weight = 0.0
     assert torch.equal(model(**inputs).loss, plain)

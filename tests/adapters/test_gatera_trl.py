@@ -113,6 +113,9 @@ def test_a_run_with_a_reference_trains_and_saves_the_adapter(tmp_path):
         lines = [line for line in trainer.state.log_history if "gate_entropy" in line]
         assert len(lines) == 3 and all(0 < line["gate_entropy"] < math.log(2) for line in lines)
         trainer.save_model(tmp_path / "saved")
+        trainer.create_model_card()
+        card = (tmp_path / str(i) / "README.md").read_text()
+        assert "```python\nimport hapo.adapters  # makes the adapter known to PEFT\nfrom transformers" in card
         again = PeftModel.from_pretrained(tiny.model(), tmp_path / "saved").eval()
         ids = {"input_ids": IDS, "attention_mask": ATTENTION}
         with torch.no_grad():

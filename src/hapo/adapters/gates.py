@@ -139,12 +139,14 @@ def entropy_weight(model: Any) -> float:
     """Weight of the gates' entropy in the loss, as the config of the active adapters says it.
 
     Args:
-        model: PEFT's, without wrappers.
+        model: PEFT's, or one that loaded the adapter itself; without wrappers.
 
     Raises:
         ValueError: active adapters differ in it.
     """
-    weights = {model.peft_config[name].entropy_weight for name in model.active_adapters}
+    active = model.active_adapters
+    names = active() if callable(active) else active  # transformers' own models have a method of this name
+    weights = {model.peft_config[name].entropy_weight for name in names}
     if len(weights) > 1:
         raise ValueError(f"active adapters have different entropy_weight: {sorted(weights)}")
     return weights.pop() if weights else 0.0
@@ -159,7 +161,8 @@ def add_gate_loss(model: Any) -> None:
     any wrapper.
 
     Raises:
-        ValueError: in the forward pass: labels are not those of the tokens, (B, L).
+        ValueError: in the forward pass: labels are not those of the tokens, (B, L), or the caller makes the loss
+            itself, as TRL's `SFTTrainer` does.
     """
     forward = model.forward
 
@@ -168,6 +171,11 @@ def add_gate_loss(model: Any) -> None:
         labels, weight = kwargs.get("labels"), entropy_weight(model)
         if labels is None or not weight or not (model.training and torch.is_grad_enabled()):
             return forward(*args, **kwargs)
+        if "fused_lm_head" in kwargs:
+            raise ValueError(
+                "TRL's SFTTrainer makes its loss itself, so that the entropy of the gates would be left out: take "
+                "transformers' Trainer, or record_gates in a compute_loss of your own with entropy_weight=0"
+            )
         with record_gates(model) as gates:
             output = forward(*args, **kwargs)
         logits = gates.take()
