@@ -76,6 +76,15 @@ def test_gradients_and_metrics_do_not_change_with_the_split(split, options, whol
         assert log[name] == pytest.approx(whole[1][name], abs=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")  # TRL's
+def test_reentrant_checkpointing_needs_a_weight_of_zero():
+    options = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
+    with pytest.raises(RuntimeError, match="entropy_weight=0"):
+        step(16, 1, 2, **options)
+    gradients, log = step(16, 1, 2, net=adapted(weight=0.0), **options)
+    assert log["gate/mean"] > 0 and any(g.any() for n, g in gradients.items() if "gatera_gate" in n)
+
+
 def test_the_loss_is_the_method_s_and_the_weighted_entropy_over_valid_tokens(whole):
     seen = []
 

@@ -61,7 +61,9 @@ class Gates:
         self.names: list[str] = []
         """Of the columns of what was taken last: the layer's, with "/adapter" where several are active."""
         self._seen: dict[tuple[GatedLinear, str], Tensor] = {}
-        self._grad, self._lost = torch.is_grad_enabled(), False
+        self.lost = False
+        """Whether a layer ran without gradients where there are some around it, as in reentrant checkpointing."""
+        self._grad = torch.is_grad_enabled()
 
     def add(self, layer: GatedLinear, adapter: str, logits: Float[Tensor, "*n"]) -> None:
         """What a layer says; called by it.
@@ -74,22 +76,15 @@ class Gates:
                 f"{self.layers[layer]} ran twice while its gates were recorded: record each forward pass by "
                 "itself, and leave layers that a model uses several times out of target_modules"
             )
-        self._lost |= self._grad and not torch.is_grad_enabled()
+        self.lost |= self._grad and not torch.is_grad_enabled()
         self._seen[layer, adapter] = logits
 
     def take(self) -> Float[Tensor, "*n M"]:
         """Logits of the last pass, differentiable; what is recorded afterwards is of another pass.
 
         Raises:
-            RuntimeError: no gate was read, the layers see the tokens in different arrangements, or ran without the
-                gradient that is needed now.
+            RuntimeError: no gate was read, or the layers see the tokens in different arrangements.
         """
-        if self._lost and torch.is_grad_enabled():
-            raise RuntimeError(
-                "the layers ran without gradients, as in reentrant gradient checkpointing, so that the loss of "
-                'the gates would have none: take activation_checkpointing_kwargs={"use_reentrant": False}, or '
-                "entropy_weight=0. To look at the gates, read them under torch.no_grad()"
-            )
         if not self._seen:
             raise RuntimeError("no gate was read: the model has no GateRA layer, or its adapters are disabled")
         order = list(self.layers)
@@ -98,7 +93,7 @@ class Gates:
         if len(shapes) > 1:
             raise RuntimeError(
                 f"adapted layers see tokens in different arrangements, {shapes}, as the experts of a mixture do: "
-                "leave these layers out of target_modules, or take entropy_weight=0"
+                "leave these layers out of target_modules"
             )
         several = len({adapter for (_, adapter), _ in seen}) > 1
         self.names = [self.layers[layer] + (f"/{adapter}" if several else "") for (layer, adapter), _ in seen]
@@ -107,9 +102,27 @@ class Gates:
         return torch.stack([x.to(device) for _, x in seen], -1)
 
     def entropy(self, mask: Bool[Tensor, "*n"], tokens: int | float | Tensor | None = None) -> Float[Tensor, ""]:
-        """`gate_entropy` of what `take` gives."""
+        """`gate_entropy` of what `take` gives.
+
+        Raises:
+            RuntimeError: as `take` and `check_gradient`.
+        """
+        self.check_gradient()
         logits = self.take()
         return gate_entropy(logits, mask.to(logits.device), tokens)
+
+    def check_gradient(self) -> None:
+        """Refuse a loss that would not reach the gates.
+
+        Raises:
+            RuntimeError: layers ran without gradients, and gradients are on now.
+        """
+        if self.lost and torch.is_grad_enabled():
+            raise RuntimeError(
+                "the layers ran without gradients, as in reentrant gradient checkpointing, so that the loss of "
+                'the gates would have none: take activation_checkpointing_kwargs={"use_reentrant": False}, or '
+                "entropy_weight=0. To look at the entropy, compute it under torch.no_grad()"
+            )
 
 
 @contextmanager
@@ -178,6 +191,7 @@ def add_gate_loss(model: Any) -> None:
             )
         with record_gates(model) as gates:
             output = forward(*args, **kwargs)
+        gates.check_gradient()
         logits = gates.take()
         if labels.shape != logits.shape[:-1]:
             raise ValueError(

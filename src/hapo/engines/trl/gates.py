@@ -6,6 +6,7 @@ Models without gates need no PEFT, so nothing of `hapo.adapters` is imported bef
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,6 +28,8 @@ class GateLogits(NamedTuple):
     """At the positions that predict the response tokens; differentiable."""
     names: list[str]
     """The modules of the M gates."""
+    check_gradient: Callable[[], None]
+    """Raises where a loss of the logits would not reach the gates."""
 
     @property
     def mean(self) -> Float[Tensor, "B T"]:
@@ -52,14 +55,19 @@ def gate_losses(gates: GateLogits | None, batch: TokenBatch, net: Any) -> list[A
         gates: None where the model has none.
         batch: the rows; `totals` are of the whole step.
         net: PEFT's model, without wrappers.
+
+    Raises:
+        RuntimeError: the entropy has a weight and no gradient, as with reentrant checkpointing.
     """
     if gates is None:
         return []
     from ...adapters.gates import entropy_weight, gate_entropy
 
     assert batch.totals is not None
-    tokens = batch.totals.tokens
-    terms = [AuxiliaryLoss("gate_entropy", entropy_weight(net), gate_entropy(gates.logits, batch.mask, tokens))]
+    tokens, weight = batch.totals.tokens, entropy_weight(net)
+    if weight:
+        gates.check_gradient()
+    terms = [AuxiliaryLoss("gate_entropy", weight, gate_entropy(gates.logits, batch.mask, tokens))]
     with torch.no_grad():
         sums = torch.sigmoid(gates.logits[batch.mask]).sum(0) / max(tokens, 1)
         terms.append(AuxiliaryLoss("gate/mean", 0.0, sums.mean()))

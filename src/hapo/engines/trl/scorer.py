@@ -140,7 +140,9 @@ class Scorer:
                 columns = (rows.ids, rows.attention, rows.mask)
                 scores = score_tokens(model, *columns, t_base=self.t_base, beside=gates.take)
         assert scores.beside is not None
-        return Scored(scores.logp, scores.entropy, gates=GateLogits(scores.beside, gates.names))
+        return Scored(
+            scores.logp, scores.entropy, gates=GateLogits(scores.beside, gates.names, gates.check_gradient)
+        )
 
     def text(
         self, model: nn.Module, rows: Sequences, batch_size: int | None = None
