@@ -158,6 +158,8 @@ def test_several_adapters():
     assert [n for n in gates.names if n.endswith("/other")] == [
         f"model.layers.{i}.self_attn.q_proj/other" for i in (0, 1)
     ]
+    with pytest.raises(ValueError, match="set_adapter, not adapter_names"):
+        logits(model, adapter_names=["default", "other"])
     model.base_model.set_adapter("default")
     model.delete_adapter("other")
     assert torch.equal(logits(model), first) and set(model.peft_config) == {"default"}

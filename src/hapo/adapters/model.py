@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import peft
@@ -56,6 +58,12 @@ class GateRAModel(BaseTuner):
         if adapter_name not in self.active_adapters:  # a further adapter is trained once it is active
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:  # PEFT drops it where a model does not take it up here
+            raise ValueError("GateRA has the same adapters on all rows of a batch: set_adapter, not adapter_names")
+        yield
 
     def _check_merge_allowed(self) -> NoReturn:
         raise ValueError(UNMERGEABLE)
