@@ -14,7 +14,9 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 import pytest
 from jaxtyping import install_import_hook
 
-TENSOR_CODE = ["hapo.batch", "hapo.method", "hapo.methods", "hapo.parts", "hapo.samplers", "hapo.scoring"]
+TENSOR_CODE = [
+    *("hapo.adapters", "hapo.batch", "hapo.method", "hapo.methods", "hapo.parts", "hapo.samplers", "hapo.scoring"),
+]
 install_import_hook(TENSOR_CODE, "beartype.beartype")
 
 import torch  # noqa: E402

@@ -139,7 +139,7 @@ def test_the_records_page_has_every_column(tmp_path):
         1,
         1,
         batch,
-        method.loss(batch).tokens,
+        {**method.loss(batch).tokens, "gate": torch.full(batch.mask.shape, 0.5)},
         mask=batch.mask,
         response=torch.arange(len(batch)),
         responses=len(batch),

@@ -11,10 +11,13 @@ import sys
 from pathlib import Path
 
 import torch
+from peft import get_peft_model
 from safetensors.torch import save_file
 
+from hapo.adapters import GateRAConfig
 from hapo.cli import main
 from hapo.engines.trl.rows import RolloutRows
+from hapo.trl import HAPOTrainer
 from tests.cli import small
 from tests.engines import fixed_rollout, tiny
 from tests.test_scoring import check_gradients_over_two_ranks
@@ -23,6 +26,15 @@ from tests.test_scoring import check_gradients_over_two_ranks
 def some_digits(completions: list[str], **_) -> list[float | None]:
     """Another reward, which has nothing to say of completions that begin with a letter."""
     return [None if text[:1].isalpha() else float(sum(c.isdigit() for c in text)) for text in completions]
+
+
+class Gated(HAPOTrainer):
+    """With a GateRA adapter that has moved, and the entropy of its gates in the loss."""
+
+    def __init__(self, model, *args, **kwargs):
+        torch.manual_seed(1)
+        config = GateRAConfig(r=4, gate_std=0.5, init_weights=False, entropy_weight=0.5, task_type="CAUSAL_LM")
+        super().__init__(get_peft_model(model, config), *args, **kwargs)
 
 
 SPLIT = {
@@ -39,9 +51,10 @@ SPLIT = {
         "reward_weights": [1.0, 0.5],
         "entropy_coef": 0.3,
     },
+    "gatera": {"method": "hapo", "kind": Gated},
 }
 """Statistics of the rollout batch; a choice of tokens by the current policy in each optimiser step; several rewards,
-each normalised, with the entropy term and the off-policy mask."""
+each normalised, with the entropy term and the off-policy mask; gates beside."""
 
 
 def run(folder: Path, checkpoint: Path | None):

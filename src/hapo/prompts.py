@@ -6,6 +6,7 @@ Shapes: B rows, U distinct rows, P prompt columns, T response columns, N valid r
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,11 +54,16 @@ def response_states(
     input_ids: Int[Tensor, "B P+T"],
     attention_mask: Int[Tensor, "B P+T"],
     response_mask: Bool[Tensor, "B T"],
-) -> Float[Tensor, "N D"]:
-    """Last hidden states that predict the valid response tokens, row by row. Differentiable.
+    beside: Callable[[], Float[Tensor, "b l M"]] | None = None,
+) -> list[Tensor]:
+    """Last hidden states (N, D) that predict the valid response tokens, row by row. Differentiable.
 
     Rows and columns that none of these needs are not run; neither is a prompt that stands in several rows, but
     once. Prompts are padded on the left. `model` is a causal language model of text.
+
+    Args:
+        beside: called after each run of the layers, it gives M more values of each position that was run; those of
+            the same positions (N, M) are a second entry of the result.
     """
     needed = response_mask.any(1)
     rows = needed.nonzero().squeeze(1)
@@ -70,8 +76,8 @@ def response_states(
     left, right = torch.stack([padding, unused]).tolist()
     ids, attention = (x[:, left : x.shape[1] - right] for x in (ids, attention))
     width -= right
-    states = _states(model, ids[:, :-1], attention[:, :-1], ids.shape[1] - width)
-    return states[mask[:, :width].to(states.device)]
+    found = _states(model, ids[:, :-1], attention[:, :-1], ids.shape[1] - width, beside)
+    return [states[mask[:, :width].to(states.device)] for states in found]
 
 
 def _one_pass_only(model: Any) -> bool:
@@ -82,9 +88,16 @@ def _one_pass_only(model: Any) -> bool:
     return is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
 
 
-def _states(model: Any, ids: Tensor, attention: Tensor, prompt: int) -> Float[Tensor, "B T D"]:
-    """States of the last prompt column and of all but the last response column."""
+def _states(
+    model: Any, ids: Tensor, attention: Tensor, prompt: int, beside: Callable[[], Tensor] | None
+) -> list[Tensor]:
+    """States (B, T, D) of the last prompt column and of all but the last response column; what is beside them."""
     base = model.base_model
+
+    def run(**inputs: Any) -> list[Tensor]:
+        hidden = base(**inputs).last_hidden_state
+        return [hidden] if beside is None else [hidden, beside()]
+
     accepted = inspect.signature(type(base).forward).parameters
     position = {"position_ids": (attention.cumsum(1) - 1).clamp_min(0)} if "position_ids" in accepted else {}
     name = next((name for name in ("cache", "past_key_values") if name in accepted), None)
@@ -97,13 +110,13 @@ def _states(model: Any, ids: Tensor, attention: Tensor, prompt: int) -> Float[Te
         if saved and worth and rows_can_move(cache):
             cached = {name: cache, "use_cache": True}
             part = {key: x[first, :prompt] for key, x in position.items()}
-            begun = base(input_ids=ids[first, :prompt], attention_mask=attention[first, :prompt], **part, **cached)
-            last = begun.last_hidden_state[:, -1:][of_row]
+            begun = run(input_ids=ids[first, :prompt], attention_mask=attention[first, :prompt], **part, **cached)
+            last = [states[:, -1:][of_row] for states in begun]
             if ids.shape[1] == prompt:
                 return last
             cache.batch_select_indices(of_row)
             part = {key: x[:, prompt:] for key, x in position.items()}
-            rest = base(input_ids=ids[:, prompt:], attention_mask=attention, **part, **cached)
-            return torch.cat([last, rest.last_hidden_state], 1)
-    whole = base(input_ids=ids, attention_mask=attention, **position, use_cache=False)
-    return whole.last_hidden_state[:, prompt - 1 :]
+            rest = run(input_ids=ids[:, prompt:], attention_mask=attention, **part, **cached)
+            return [torch.cat(pair, 1) for pair in zip(last, rest, strict=True)]
+    whole = run(input_ids=ids, attention_mask=attention, **position, use_cache=False)
+    return [states[:, prompt - 1 :] for states in whole]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,6 +43,8 @@ class Scores:
     """Full-vocabulary entropy, nats, of the same distribution. Differentiable."""
     sampler_logp: Float[Tensor, "*n"] | None
     """Log-probability, nats, under softmax(logits / (t_base factor(entropy))). Detached; None without a factor."""
+    beside: Float[Tensor, "*n M"] | None = None
+    """What `score_tokens` was asked to keep of the positions that predict the tokens. Differentiable."""
 
 
 def score_hidden(
@@ -126,6 +128,7 @@ def score_tokens(
     *,
     t_base: float = 1.0,
     factor: Factor | None = None,
+    beside: Callable[[], Float[Tensor, "b l M"]] | None = None,
     **model_kwargs: Any,
 ) -> Scores:
     """Scores (B, T) of the response tokens, the last T of the L = P + T columns; zeros where the mask is False.
@@ -134,6 +137,10 @@ def score_tokens(
     rows or columns without any, and equal prompts once (`hapo.prompts`). Without any valid token the zeros are
     still connected to the model, so that backward and the collectives in it run. `model_kwargs` go to the model
     as they are, and with them the whole batch. Positions are counted from the first token that is not padding.
+
+    `beside` is called after each run of the layers, and gives M values of each position that was run, such as the
+    logits of gates (`hapo.adapters.Gates.take`); `Scores.beside` has those of the positions that predict the
+    tokens.
 
     Raises ValueError without a prompt column (nothing predicts the first token) or without `attach_scoring`.
     """
@@ -148,6 +155,7 @@ def score_tokens(
         "mask": response_mask,
         "t_base": t_base,
         "factor": factor,
+        "beside": beside,
     }
     output = model(input_ids=input_ids, attention_mask=attention_mask, hapo_score=request, **model_kwargs)
     if not isinstance(output, dict) or "sampler_logp" not in output:
@@ -161,14 +169,15 @@ def _score_forward(
     from .prompts import response_states  # transformers, which comes with the model: not needed before
 
     # A dict, not Scores: FSDP finds the tensors of an output by its pytree and hooks their gradients.
-    tokens, mask = request["tokens"], request["mask"]
+    tokens, mask, beside = request["tokens"], request["mask"], request["beside"]
     config = model.config
     if not args and set(kwargs) == {"input_ids", "attention_mask"} and config.get_text_config() is config:
-        states = response_states(model, **kwargs, response_mask=mask)
+        states, *more = response_states(model, **kwargs, response_mask=mask, beside=beside)
     else:
         kwargs = {k: v for k, v in kwargs.items() if k not in ("labels", "logits_to_keep")} | {"use_cache": False}
-        states = model.base_model(*args, **kwargs).last_hidden_state
-        states = states[:, states.shape[1] - mask.shape[1] - 1 : -1][mask.to(states.device)]
+        hidden = model.base_model(*args, **kwargs).last_hidden_state
+        found = [hidden] if beside is None else [hidden, beside()]
+        states, *more = (x[:, x.shape[1] - mask.shape[1] - 1 : -1][mask.to(x.device)] for x in found)
     layer = _output_layer(model)
     weight, bias = _whole(layer.weight), _whole(layer.bias)
     scale, softcap = _logit_transform(model.config.get_text_config())
@@ -186,8 +195,10 @@ def _score_forward(
     def scatter(values: Tensor | None) -> Tensor | None:
         if values is None:
             return None
-        return values.new_zeros(mask.shape).masked_scatter(mask.to(values.device), values).to(mask.device)
+        whole, at = values.new_zeros(mask.shape + values.shape[1:]), mask.to(values.device)
+        return whole.masked_scatter(at.view(*mask.shape, *[1] * (values.ndim - 1)), values).to(mask.device)
 
+    scores = replace(scores, beside=more[0] if more else None)
     return {name: scatter(values) for name, values in vars(scores).items()}
 
 

@@ -38,7 +38,7 @@ class Gradients(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         module = getattr(model, "module", model)
-        self.steps.append({n: p.grad.clone() for n, p in module.named_parameters()})
+        self.steps.append({n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None})
         self.weights.append({n: p.detach().clone() for n, p in module.named_parameters()})
 
 

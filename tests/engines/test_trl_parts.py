@@ -194,7 +194,7 @@ def test_images_and_router_losses_are_scored_by_trls_pass(alone):
     pictures = Sequences(rows.ids, rows.attention, rows.mask, {"pixel_values": pixels})
     mine.old(None, pictures, 2, [None])
     mine.reference(None, pictures, 2)
-    assert mine.current(None, rows, router_loss=True).router_loss == 0.5
+    assert mine.current(torch.nn.Linear(1, 1), rows, router_loss=True).router_loss == 0.5
     common = {"width": 4, "pixel_values": pixels, "batch_size": 2}
     assert asked == [
         {**common, "compute_entropy": True},
@@ -321,7 +321,7 @@ def test_the_recorder_takes_some_rollouts_and_some_groups(alone, args, tmp_path)
     inputs = prepared(GRPO, alone, one_step=True)
     batch = RolloutRows.of(inputs).batch
     batch = batch.replace(logp=batch.old_logp, entropy=batch.old_entropy)
-    recorder.add_tokens(10, inputs, batch, GRPO.loss(batch), None)
+    recorder.add_tokens(10, inputs, batch, GRPO.loss(batch), None, None)
     recorder.write_tokens(10)
     table = pd.read_parquet(tmp_path / "tokens" / "step-000010-0.parquet")
     assert set(table.response) == {0, 1, 3} and set(table.group) == {0}  # the first group; one row was not judged
@@ -467,7 +467,7 @@ class Doubling(Scorer):
     """A current policy that gives every token twice the probability."""
 
     def current(self, model, rows, router_loss=False):
-        logp, entropy, _ = super().current(model, rows, router_loss)
+        logp, entropy, *_ = super().current(model, rows, router_loss)
         return Scored(logp + math.log(2), entropy)
 
 

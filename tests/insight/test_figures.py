@@ -206,6 +206,15 @@ def test_signal_histogram_holds_every_token(tokens):
     assert "HAPO" in signals(tokens.drop(columns="signal")).missing
 
 
+def test_gates_have_a_histogram_where_the_run_has_gates(tokens):
+    assert "gates" not in by_name(token_figures(tokens))
+    gated = tokens.assign(gate=(tokens["rollout"] == 1) * 0.5 + 0.26)
+    figure = by_name(token_figures(gated))["gates"]
+    shown = {(row["step"], row["gate"]) for row in rows(figure) if row["share"] == 1}
+    assert shown == {("step 1", 0.7625), ("step 9", 0.2625), ("step 17", 0.2625)}
+    alt.Chart.from_dict(figure.spec)
+
+
 def test_temperature_appears_where_it_was_adapted(tokens, make_run, tmp_path):
     drawn = rows(temperatures(tokens))
     assert {row["step"] for row in drawn} == {"step 9", "step 17"}  # the first rollout has no statistics yet

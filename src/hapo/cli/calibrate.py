@@ -80,10 +80,12 @@ def _calibrated(temperature: TemperatureOptions, options: argparse.Namespace, co
     from transformers import AutoModelForCausalLM, AutoTokenizer, utils
 
     from ..samplers.calibration import calibrate
+    from .adapted import know_adapter
     from .progress import counting
 
     utils.logging.disable_progress_bar()
     path = str(tiny_model_path()) if options.model == "tiny" else options.model
+    know_adapter(path)
     tokenizer = AutoTokenizer.from_pretrained(path)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(path, dtype=options.dtype).to(options.device)

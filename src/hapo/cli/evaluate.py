@@ -25,6 +25,7 @@ from ..tasks import TaskConfig, load_task
 from ..tasks.benchmarks import BENCHMARKS, ProblemSet, load_benchmark
 from ..trl import HAPOConfig
 from . import UsageError, check_output
+from .adapted import know_adapter
 from .benchmark import (
     PRESET_LENGTH,
     PRESETS,
@@ -283,6 +284,7 @@ def _start(args: HAPOConfig, model_config: ModelConfig, options: EvalOptions, pa
         engine = VLLMAnswers(path, tokenizer, vllm_options)
         own, draw = engine.generation_config, engine.draw
     else:
+        know_adapter(path)
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=model_config.dtype, attn_implementation=model_config.attn_implementation, **source
         ).to(args.device)

@@ -27,7 +27,7 @@ from .run import Run, parse_method, recompute
 PAGES = Environment(loader=PackageLoader("hapo.insight"), autoescape=True, undefined=StrictUndefined)
 BUDGET = 8 * 2**20
 """Characters of encoded data that a page may hold."""
-SHARED = ("entropy", "entropy_new", "temperature", "logp_old", "logp_new", "logp_sampler", "logp_ref")
+SHARED = ("entropy", "entropy_new", "temperature", "logp_old", "logp_new", "logp_sampler", "logp_ref", "gate")
 """Columns that are the same under every method."""
 TREATMENT = (
     "signal",

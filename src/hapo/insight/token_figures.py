@@ -35,9 +35,9 @@ def analysed(run: Run) -> pd.DataFrame:
 
 
 def token_figures(tokens: pd.DataFrame) -> list[Figure]:
-    """The figures of a table of token records, in the order of a page."""
+    """The figures of a table of token records, in the order of a page; that of the gates where there are some."""
     figures = (landscape, dual_entropy, ratios, clipping, lengths, positions, signals, temperatures)
-    return [figure(tokens) for figure in figures]
+    return [figure(tokens) for figure in (*figures, *([gates] if "gate" in tokens else []))]
 
 
 def landscape(tokens: pd.DataFrame) -> Figure:
@@ -295,6 +295,32 @@ def signals(tokens: pd.DataFrame) -> Figure:
             x2="to:Q",
             y=alt.Y("share:Q", title="share of tokens", axis=alt.Axis(format="~%")),
             tooltip=["from:Q", "to:Q", "share:Q"],
+        ),
+    )
+
+
+def gates(tokens: pd.DataFrame) -> Figure:
+    """Histogram of the tokens' mean gates, of the first, a middle and the last recorded rollout batch."""
+    figure = Figure(
+        "gates",
+        "Gates of the adapter",
+        "A token's mean over the gates of all adapted layers: at 0 the adapter leaves it alone, at 1 it acts in "
+        "full. The entropy of the gates in the loss drives them apart.",
+    )
+    edges, rows, names = np.linspace(0, 1, 41), [], []
+    for first in spread(sorted(tokens["rollout"].unique()), 3):
+        names.append(f"step {first}")
+        some = tokens.loc[tokens["rollout"] == first, "gate"]
+        for a, share in zip(edges, np.histogram(some, edges)[0] / len(some), strict=False):
+            rows.append({"gate": short(a + edges[1] / 2), "share": short(share), "step": names[-1]})
+    chart = alt.Chart(alt.InlineData(values=rows)).mark_area(interpolate="step", opacity=0.3, line=True)
+    return replace(
+        figure,
+        chart=chart.encode(
+            x=alt.X("gate:Q", title="mean gate", scale=alt.Scale(domain=[0, 1])),
+            y=alt.Y("share:Q", title="share of tokens", stack=None, axis=alt.Axis(format="~%")),
+            color=_kinds("step:N", names),
+            tooltip=["step:N", "gate:Q", "share:Q"],
         ),
     )
 

@@ -30,7 +30,7 @@ def model_card(
     *,
     recipe: dict[str, Any],
     base: str,
-    adapter: bool,
+    adapter: str | None,
     rewards: Sequence[str],
     prompts: int | None,
     step: int,
@@ -46,7 +46,7 @@ def model_card(
         recipe: what the run was told beside. The task is the recipe's; where that names none, the number of
             `prompts` (None for a stream) and the names of the `rewards` stand for it.
         base: name or path of the model it was made from; empty where there is none.
-        adapter: whether the weights are a PEFT adapter.
+        adapter: type of the PEFT adapter that the weights are; None of a whole model.
         step: optimiser steps so far.
         tags: beside that of the method.
         hub_id: repository on the Hub, if the model goes to one.

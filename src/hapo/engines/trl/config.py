@@ -287,7 +287,13 @@ def check_arguments(method: Method, args: HAPOConfig, model: Any, others: dict[s
             f"method {method.name!r} adapts the sampling temperature, and a rollout_func samples by itself: "
             f"let the trainer generate, or {NO_TEMPERATURE}"
         )
-    peft = others.get("peft_config") is not None or hasattr(model, "peft_config")
+    configs = [others.get("peft_config"), *getattr(model, "peft_config", {}).values()]
+    peft = any(config is not None for config in configs)
+    if args.use_vllm and any(getattr(config, "peft_type", None) == "GATERA" for config in configs):
+        raise ValueError(
+            "use_vllm takes merged weights, and a GateRA adapter cannot be merged: its gate makes the weight "
+            "depend on the token. Set use_vllm=False, or take LoRA"
+        )
     if args.beta and not (isinstance(model, str) or model.config._name_or_path or peft):
         raise ValueError(
             f"beta={args.beta} needs a reference model, which TRL loads by the model's path, and this one has "

@@ -88,12 +88,14 @@ class RecordedTrainer(GRPOTrainer):
             return
         folder, checkpoints = Path(self.args.output_dir), Path(self._get_output_dir(None))
         last = checkpoints.relative_to(folder) / f"checkpoint-{self.state.global_step}"
+        net = self.accelerator.unwrap_model(self.model)
+        adapter = str(net.active_peft_config.peft_type.value) if is_peft_model(net) else None
         card = model_card(
             self.args,
             self.method,
             recipe=self.recipe,
             base=str(self.recipe.get("model_name_or_path") or self.model.config._name_or_path or ""),
-            adapter=is_peft_model(self.accelerator.unwrap_model(self.model)),
+            adapter=adapter,
             rewards=self.reward_func_names,
             prompts=len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None,
             step=self.state.global_step,

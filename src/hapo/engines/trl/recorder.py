@@ -91,6 +91,7 @@ class Recorder:
         batch: TokenBatch,
         out: LossOutput,
         sampled_with: EntropyStats | None,
+        gate: Tensor | None,
     ) -> None:
         """Tokens of one pass.
 
@@ -100,6 +101,7 @@ class Recorder:
             batch: its rows, with the current policy's scores.
             out: the loss of `batch`.
             sampled_with: the statistics that the rows were drawn with; None: at T_base.
+            gate: mean gate of each token (B,T), of a model that has gates.
         """
         rows = self._recorded(batch)
         if not rows.any():
@@ -116,7 +118,7 @@ class Recorder:
             step,
             self._rollout(step),
             batch,
-            {name: x[rows] for name, x in out.tokens.items()},
+            {name: x[rows] for name, x in {**out.tokens, "gate": gate}.items() if x is not None},
             mask=scored_tokens(inputs)[rows],
             response=of_rollout.response[rows],
             responses=int(of_rollout.responses),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ...samplers.decoding import Draws
 from ...scoring import score_tokens
 from .drawn import DrawnScores
+from .gates import GateLogits, recorded
 
 MULTIMODAL = (
     "pixel_values",
@@ -64,6 +65,8 @@ class Scored(NamedTuple):
     """Differentiable likewise; None with the reference."""
     router_loss: Float[Tensor, ""] | None = None
     """Load balancing of a mixture of experts, where it was asked for: the mean over these rows."""
+    gates: GateLogits | None = None
+    """Of a model with a GateRA adapter."""
 
 
 class Scorer:
@@ -118,10 +121,28 @@ class Scorer:
         return Scored(self.text(model, rows, batch_size)[0], None)
 
     def current(self, model: nn.Module, rows: Sequences, router_loss: bool = False) -> Scored:
-        """Of the policy as it is, in one pass, differentiable where gradients are on."""
-        if rows.images or router_loss:
-            return self._trls(model, rows, None, compute_aux_loss=router_loss)
-        return Scored(*self.text(model, rows))
+        """Of the policy as it is, in one pass, differentiable where gradients are on.
+
+        Raises:
+            ValueError: the model has gates, and images or a router loss need TRL's own pass.
+        """
+        with recorded(model) as gates:
+            if rows.images or router_loss:
+                if gates is not None:
+                    raise ValueError(
+                        "the gates of a GateRA adapter are read in text, and without router_aux_loss_coef: take "
+                        "another adapter"
+                    )
+                return self._trls(model, rows, None, compute_aux_loss=router_loss)
+            if gates is None:
+                return Scored(*self.text(model, rows))
+            with self.autocast():
+                columns = (rows.ids, rows.attention, rows.mask)
+                scores = score_tokens(model, *columns, t_base=self.t_base, beside=gates.take)
+        assert scores.beside is not None
+        return Scored(
+            scores.logp, scores.entropy, gates=GateLogits(scores.beside, gates.names, gates.check_gradient)
+        )
 
     def text(
         self, model: nn.Module, rows: Sequences, batch_size: int | None = None

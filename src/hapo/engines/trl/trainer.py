@@ -36,6 +36,7 @@ from .checkpoint import OnceAtBegin, RunState
 from .config import HAPOConfig, check_arguments, resolve_method
 from .drawn import DrawnScores
 from .entropy_term import EntropyTerm
+from .gates import gate_losses
 from .metrics import MetricLog, PhaseClock, times
 from .recorded import RecordedTrainer
 from .recorder import Recorder
@@ -138,8 +139,8 @@ class HAPOTrainer(RecordedTrainer):
     def auxiliary_losses(self, batch: hapo.TokenBatch, scored: Scored) -> list[AuxiliaryLoss]:
         """What is added to the method's loss on some rows of an optimiser step; each is logged under its name.
 
-        A mixture of experts has one, `aux_loss`, with the weight `router_aux_loss_coef`, and TRL's entropy term is
-        one, `entropy_term`: keep them, and add others.
+        A mixture of experts has one, `aux_loss`, with the weight `router_aux_loss_coef`, TRL's entropy term is one,
+        `entropy_term`, and the gates of a GateRA adapter, `gate_entropy`: keep them, and add others.
 
         Args:
             batch: the rows as the method's loss reads them; `totals` are of the whole step. Tokens outside `mask`,
@@ -152,7 +153,7 @@ class HAPOTrainer(RecordedTrainer):
         if self._entropy_term.acts:
             assert scored.entropy is not None
             losses.append(self._entropy_term.share(batch, scored.entropy, train=self.model.training))
-        return losses
+        return losses + gate_losses(scored.gates, batch, self.accelerator.unwrap_model(self.model))
 
     # -- rollout --------------------------------------------------------------------------------------------
 
@@ -185,9 +186,9 @@ class HAPOTrainer(RecordedTrainer):
         mask = attention_mask[:, -logits_to_keep:].bool()
         rows = Sequences(input_ids, attention_mask, mask, images)
         if self.beta and is_reference(model, self.accelerator.unwrap_model(model), self.ref_model):
-            return self.scorer.reference(model, rows, batch_size)
+            return self.scorer.reference(model, rows, batch_size)[:3]
         self._old = self.scorer.old(model, rows, batch_size, self._turns)
-        return self._old
+        return self._old[:3]
 
     def _calculate_rewards(self, *args: Any) -> Tensor:
         with self.clock.phase("reward"):
@@ -324,7 +325,8 @@ class HAPOTrainer(RecordedTrainer):
         loss = total(out.loss, auxiliary, self.accelerator.num_processes)
         self._step_metrics.add(out, batch, auxiliary)
         if records is not None:
-            records.add_tokens(self.state.global_step + 1, inputs, batch, out, self._sampled_with)
+            gate = None if scored.gates is None else scored.gates.mean
+            records.add_tokens(self.state.global_step + 1, inputs, batch, out, self._sampled_with, gate)
         return loss
 
     def _say_if_far_from_policy(self) -> None:
