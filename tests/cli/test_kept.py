@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import shutil
@@ -12,6 +13,8 @@ from typing import Any
 
 import pytest
 
+import hapo
+from hapo.assets import tiny_model_path
 from hapo.cli import compare, evaluate, main
 from hapo.cli.arms import PLAN
 from hapo.engines.records import WRITTEN, write_whole
@@ -261,9 +264,10 @@ def test_a_comparison_is_known_again_wherever_it_lies_and_from_wherever_it_is_as
     shutil.copy("data.jsonl", "elsewhere/renamed.jsonl")
     shutil.copy("reward.py", "elsewhere/mine.py")
     shutil.move("of mine", "elsewhere/moved")
+    shutil.copytree(tiny_model_path(), "elsewhere/a copy of tiny")
     before = hashes(here)
     monkeypatch.chdir(here / "elsewhere")
-    renamed = {"dataset": "renamed.jsonl", "rewards": here / "elsewhere/mine.py:parity"}
+    renamed = {"dataset": "renamed.jsonl", "rewards": here / "elsewhere/mine.py:parity", "model": "a copy of tiny"}
     assert asked("dapo", output="moved", config="../recipe.yaml", **renamed) == 0
     assert hashes(here) == before and trained == ["dapo 1"]
 
@@ -287,6 +291,7 @@ CHANGED: dict[str, tuple[Callable[[], object], str]] = {
     "recipe": (lambda: change("recipe.yaml", "1.0e-3", "2.0e-3"), "learning_rate: 0.001 there, 0.002 here"),
     "a row of the data": (lambda: change("data.jsonl", '"8"', '"9"'), "data: '"),
     "reward": (lambda: change("reward.py", "0.0", "1.0"), "rewards: ['parity of "),
+    "model": (lambda: change("model/config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'), "model: '"),
 }
 
 
@@ -301,6 +306,8 @@ def test_a_finished_run_that_differs_is_named_and_trained_anew_only_when_told(
     changed, here, asked, trained, capsys
 ):
     act, words = CHANGED[changed]
+    shutil.copytree(tiny_model_path(), "model", dirs_exist_ok=True)
+    asked = functools.partial(asked, model="model")
     assert asked("dapo") == 0
     act()
     before = hashes(here)
@@ -314,6 +321,32 @@ def test_a_finished_run_that_differs_is_named_and_trained_anew_only_when_told(
         assert after[f"of mine/aside/runs/dapo/seed-1.1/{name}"] == before[f"of mine/runs/dapo/seed-1/{name}"]
     assert trained == ["dapo 1", "dapo 1"]
     assert asked("dapo", replace=True) == 0 and hashes(here) == after  # it is what is asked for
+
+
+def test_a_run_of_another_version_of_hapo_is_named_and_stays(here, asked, trained, monkeypatch, capsys):
+    assert asked("dapo") == 0
+    before, version = hashes(here), hapo.__version__
+    monkeypatch.setattr(hapo, "__version__", "99.0")
+    assert asked("dapo") == 2
+    assert f"with hapo: '{version}' there, '99.0' here" in capsys.readouterr().err
+    assert hashes(here) == before
+    plan = here / "of mine/runs/dapo/seed-1" / PLAN
+    plan.write_text(json.dumps({"arm": "dapo", "seed": 1, "recipe": ["--config", "/a/recipe.yaml"], "flags": {}}))
+    before = hashes(here)
+    assert asked("dapo") == 2
+    assert "of an earlier hapo, which does not say what its data and model were" in capsys.readouterr().err
+    assert hashes(here) == before and trained == ["dapo 1"]
+
+
+@pytest.mark.parametrize("name", ["runs", "runs/dapo"])
+@pytest.mark.parametrize("replace", [{}, {"replace": True}])
+def test_a_file_where_a_folder_is_to_be_is_left(name, replace, here, asked, trained, capsys):
+    (here / "of mine" / name).parent.mkdir(parents=True)
+    (here / "of mine" / name).write_text("mine")
+    before = hashes(here)
+    assert asked("dapo", **replace) == 2
+    assert f"of mine/{name} is there and no folder" in capsys.readouterr().err
+    assert hashes(here) == before and trained == []
 
 
 def test_a_stopped_try_is_moved_aside_and_what_is_no_run_is_refused(here, asked, trained, capsys):

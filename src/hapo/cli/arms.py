@@ -187,6 +187,8 @@ class Job:
     def difference(self, ignoring: Collection[str] = ()) -> str:
         """In what the plan of the run that lies here differs, in words; empty where it does not."""
         there, here = json.loads((self.folder / PLAN).read_text()), self.plan
+        if "model" not in there:
+            return f"a {PLAN} of an earlier hapo, which does not say what its data and model were"
         kept = ({k: v for k, v in plan.items() if k not in ignoring} for plan in (there, here))
         return re.sub(r"\b([0-9a-f]{8})[0-9a-f]{56}\b", r"\1...", differences(*kept))
 

@@ -55,9 +55,12 @@ def make_room(jobs: Iterable[Job], folder: Path, why: str, replace: bool, consol
     """Move aside what lies where runs are to begin: stopped tries, and with `replace` all that was not asked for.
 
     Raises:
-        UsageError: see `check_jobs`; nothing is moved.
+        UsageError: see `check_jobs`; a file where a folder is to be. Nothing is moved.
     """
     waiting = [job for job in jobs if not job.done]
+    for parent in {parent for job in waiting for parent in job.folder.parents}:
+        if os.path.lexists(parent) and not parent.is_dir():
+            raise UsageError(f"{parent} is there and no folder: choose another --output_dir")
     if not replace:
         check_jobs(waiting, folder, why)
     moved = [set_aside(job.folder, folder) for job in waiting if _holds_anything(job.folder)]

@@ -11,6 +11,7 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from trl import GRPOTrainer
 
 from ...method import Method
+from ...outputs import write_whole
 from .card import model_card
 from .checkpoint import RunState, check_checkpoint, layout_of, load_state, save_state, state_of
 from .config import HAPOConfig
@@ -103,7 +104,7 @@ class RecordedTrainer(GRPOTrainer):
             hub_id=self.hub_model_id,
             weights=self.hub_model_id or weights or last.as_posix(),
         )
-        card.save(folder / "README.md")
+        write_whole(folder / "README.md", str(card))
 
     def _layout(self) -> dict[str, Any]:
         return layout_of(self.args, self.accelerator.num_processes)
