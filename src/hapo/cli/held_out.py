@@ -21,6 +21,7 @@ from trl import GRPOTrainer
 
 from ..engines.estimate import Estimate
 from ..engines.records import append_line, write_whole
+from ..tasks.rewards import RewardFunction
 from .measure import Answer, Decoding, draw_answers, estimate
 from .progress import counting
 
@@ -127,7 +128,7 @@ class HeldOut(TrainerCallback):
         self,
         trainer: GRPOTrainer,
         problems: Dataset,
-        rewards: list[Callable[..., list[float]]],
+        rewards: list[RewardFunction],
         course: Course,
         console: Console,
         *,
