@@ -139,6 +139,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--at_end", type=int, help="kills after the last step (default: half of them)")
+    parser.add_argument(
+        "--within", type=float, help="seconds from the last step to these (default: to the report)"
+    )
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--save_steps", type=int, default=3)
     parser.add_argument("--output", type=Path)
@@ -153,9 +157,9 @@ def main() -> int:
             flush=True,
         )
         for number in range(given.kills):
-            at_end = number % 2 == 1
+            at_end = number % 2 == 1 if given.at_end is None else number < given.at_end
             after = given.steps if at_end else rng.randrange(given.steps)
-            seconds = rng.uniform(0, took["end"] if at_end else took["step"])
+            seconds = rng.uniform(0, (given.within or took["end"]) if at_end else took["step"])
             folder = place / f"killed-{number}"
             met = killed_run(folder, given.steps, given.save_steps, place / f"{number}.txt", after, seconds)
             found = outcome(folder)
@@ -168,7 +172,8 @@ def main() -> int:
     equal = sum(not kill["differs"] for kill in kills)
     print(f"{equal} of {len(kills)} runs equal to the whole one in {', '.join(expected)}")
     if given.output:
-        setting = {"seed": given.seed, "steps": given.steps, "save_steps": given.save_steps, "options": OPTIONS}
+        flags = {k: v for k, v in vars(given).items() if k != "output"}
+        setting = {**flags, "options": OPTIONS}
         facts = manifest(given.seed)
         told = {name: facts[name] for name in ("created", "python", "machine", "versions")}
         whole = {"weights": expected["weights"], "finished": expected["finished"], "seconds": took}
