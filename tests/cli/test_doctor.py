@@ -74,7 +74,7 @@ def test_gold_answers_that_training_would_refuse_are_counted_not_raised(tmp_path
     given = flags(dataset=file, rewards="exact", train_size=20, eval_size=4)
     assert main(["demo", *given, "--json"]) == 4
     (finding,) = json.loads(capsys.readouterr().out)
-    assert "4 of 36 gold answers (11 %) cannot be used: training row 1: '' (empty)" in finding["saw"]
+    assert "4 of 36 gold answers (11 %) cannot be used: problems.jsonl, row 1: '' (empty)" in finding["saw"]
     assert caplog.text == ""
     assert logging.getLogger("hapo.tasks.data").level == logging.NOTSET
 
@@ -98,7 +98,7 @@ def test_hostile_text_of_the_data_is_printed_as_it_stands(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "\x1b" not in out
     out = " ".join(out.split())
-    assert "training row 36: ['\\x1b[31m'] (no text and no number)" in out
+    assert "problems.jsonl, row 36: ['\\x1b[31m'] (no text and no number)" in out
     assert "the gold answer '[bold]</script>[/]' is that of 100 %" in out
 
 

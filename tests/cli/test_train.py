@@ -19,7 +19,9 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from hapo.cli import main
+from hapo.cli.train import _check_same_data
 from hapo.engines.estimate import Estimate
+from hapo.tasks import TaskConfig, load_task
 from tests.cli.small import accuracy, evaluations, flags, metrics, train
 
 WEIGHTS = "model/model.safetensors"
@@ -106,6 +108,29 @@ def test_config_yaml_is_a_recipe_and_an_interrupted_run_resumes_to_the_same_weig
     assert (again / WEIGHTS).read_bytes() == (finished / WEIGHTS).read_bytes()
     assert evaluations(again)[:2] == before
     assert [accuracy(m) for m in evaluations(again)] == [accuracy(m) for m in evaluations(finished)]
+
+
+def test_a_run_does_not_go_on_with_other_data(tmp_path, monkeypatch, capsys):
+    data, run = tmp_path / "data.jsonl", tmp_path / "run"
+    lines = [json.dumps({"question": f"{i}+111=", "answer": i + 111}) + "\n" for i in range(100, 140)]
+    data.write_text("".join(lines))
+    monkeypatch.setenv("ACT", "1")
+    assert main(train(run, dataset=data, evaluate=False)) == 130
+    data.write_text("".join(lines[:-1]).replace("100+111", "100+112") + lines[-1])
+    monkeypatch.delenv("ACT")
+    before = hashes(run)
+    assert main(["train", "--resume", str(run)]) == 1
+    assert "the training data of " in capsys.readouterr().err
+    assert hashes(run) == before
+    data.write_text("".join(lines))
+    assert main(["train", "--resume", str(run)]) == 0
+
+
+def test_processes_with_different_data_are_refused():
+    task = load_task(TaskConfig(train_size=2, eval_size=1), seed=0)
+    _check_same_data(task, [task.fingerprint] * 2, {})
+    with pytest.raises(ValueError, match="the processes of this run have different data"):
+        _check_same_data(task, [task.fingerprint, "another"], {})
 
 
 def hashes(folder: Path) -> dict[str, str]:

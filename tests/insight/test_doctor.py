@@ -137,7 +137,7 @@ def test_every_unusable_gold_answer_is_counted_and_the_first_are_named(tmp_path)
     finding = only(examine(task=task))
     assert (finding.name, finding.severity) == ("unusable_golds", "error")
     assert "11 of 41 gold answers (27 %)" in finding.saw
-    assert "training row 1: None (no text and no number); training row 5: None" in finding.saw
+    assert "problems.jsonl, row 1: None (no text and no number); problems.jsonl, row 5: None" in finding.saw
     assert finding.saw.endswith("and 6 more")
     assert finding.change == "repair them, or --on_bad_gold drop"
     assert only(examine(task={**task, "on_bad_gold": "drop"})).severity == "warning"
@@ -154,7 +154,7 @@ def test_gold_answers_that_math_verify_cannot_parse_are_found_in_evaluation_data
     held_out = tmp_path / "held_out.jsonl"
     held_out.write_text('{"question": "a", "answer": "1/2"}\n{"question": "b", "answer": "no idea at all"}\n')
     task |= {"rewards": ["auto"], "eval_file": str(held_out), "eval_size": None}
-    assert "1 of 42 gold answers (2.4 %) cannot be used: evaluation row 2" in only(examine(task=task)).saw
+    assert "1 of 42 gold answers (2.4 %) cannot be used: held_out.jsonl, row 2" in only(examine(task=task)).saw
 
 
 def test_an_answer_that_wins_by_majority_is_named(tmp_path):

@@ -71,7 +71,11 @@ def test_prompts_are_text_or_messages(tmp_path):
             {},
             "no column 'question'; it has 'problem', 'answer'. Set question_column",
         ),
-        ([{"question": " ", "answer": 1}], {}, "row 1: the question must be text, not ' '"),
+        (
+            [{"question": " ", "answer": 1}],
+            {},
+            "row 1: the question must be text, or a list of messages .*, not ' '",
+        ),
         (sums(range(3)), {"train_split": "test"}, "is a file and has no split 'test'"),
         (sums(range(3)), {"eval_size": 3}, "cannot hold out 3 of 3 distinct questions .* lower eval_size"),
         (sums(range(3)), {"eval_size": 1, "train_size": 9}, "train_size is 9, but there are 2 rows"),

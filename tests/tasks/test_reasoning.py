@@ -4,6 +4,7 @@ import pytest
 import reasoning_gym
 
 from hapo.tasks import TaskConfig, load_task
+from hapo.tasks.verifier import Judge
 
 from .answer_cases import BOTH
 
@@ -69,16 +70,44 @@ def test_evaluation_is_held_out_by_content_and_the_same_for_every_seed():
     assert first.train["question"] != second.train["question"]
 
 
-def test_problems_repeat_themselves_in_another_process():
-    """polynomial_multiplication draws from a set of names, whose order is that of their hashes."""
-    first, second = (load("polynomial_multiplication", train_size=20, eval_size=20) for _ in range(2))
-    assert first.fingerprint == second.fingerprint
+FOLLOW_THE_PROCESS = [
+    "isomorphic_strings",
+    "knight_swap",
+    "list_functions",
+    "polynomial_multiplication",
+    "ransom_note",
+    "word_ladder",
+]
+"""Of which reasoning-gym alone makes others in a process with another hash seed: bench/gym_repeats.py."""
+
+
+@pytest.mark.parametrize("name", FOLLOW_THE_PROCESS)
+def test_problems_repeat_themselves_in_another_process(name, monkeypatch):
+    """In another order as well: a judge that was restarted makes the entries that it is asked for."""
+    made = []
+    for hash_seed, order in (("1", range(20)), ("2", reversed(range(20)))):
+        monkeypatch.setenv("PYTHONHASHSEED", hash_seed)
+        judge = Judge("reasoning_gym", 60.0, name=name, options={})
+        problems = {index: judge.call("problem", json.dumps([7, 20, index])) for index in order}
+        made.append([problems[index] for index in range(20)])
+        judge.close()
+    assert made[0] == made[1]
+
+
+def test_an_entry_whose_question_is_another_one_is_not_judged(caplog):
+    task = load("chain_sum", train_size=2, eval_size=1)
+    (reward,) = task.reward_funcs
+    row = task.eval[0]
+    *entry, digest = json.loads(row["entry"])
+    for known, score in ((digest, 1.0), ("0" * 16, 0.0)):
+        assert reward(["?"], [row["answer"]], entry=[json.dumps([*entry, known])]) == [score]
+    assert "made another question of this entry than was asked" in caplog.text
 
 
 def test_tasks_without_gold_answers_need_their_own_scorer():
     task = load("graph_color", train_size=3, eval_size=2)
     assert task.majority_share == 0.0
-    seed, size, index = json.loads(task.eval[0]["entry"])
+    seed, size, index, _ = json.loads(task.eval[0]["entry"])
     entry = reasoning_gym.create_dataset("graph_color", seed=seed, size=size)[index]
     solution = json.dumps(entry["metadata"]["possible_answer"])
     assert score(task, [solution, "{}"]) == [1.0, 0.0]
@@ -93,6 +122,16 @@ def test_tasks_without_gold_answers_need_their_own_scorer():
         ("chain_sum", {"task_options": {"terms": 2}}, r"'chain_sum' refuses the options \{'terms': 2\}: .*terms"),
         ("composite", {}, r"'composite' refuses the options \{\}: Must specify at least one dataset"),
         ("game_of_life_halting", {}, r"the scorer of .*'game_of_life_halting' accepts any text, such as '#\?#'"),
+        (
+            "codeio",
+            {},
+            "task 'codeio' makes other problems in every process, .*: it runs programs that ask for the time",
+        ),
+        (
+            "composite",
+            {"task_options": {"datasets": [{"name": "chain_sum", "weight": 1}, {"name": "codeio", "weight": 1}]}},
+            "task 'codeio' makes other problems",
+        ),
         (
             "chain_sum",
             {"task_options": {"seed": 2}},

@@ -113,7 +113,7 @@ def table_of(sets: dict[str, dict[str, Any]]) -> Table:
 
 def rows_of(problem_set: ProblemSet, answers: list[Answer]) -> list[dict[str, Any]]:
     """One row an answer, for Parquet."""
-    problems = problem_set.problems.to_list()
+    problems = [problem_set.problems[i] for i in range(len(problem_set.problems))]
     return [
         {
             "set": problem_set.name,

@@ -182,7 +182,8 @@ def _measure_task(
         figures[how] = {**found.to_dict(), "decoding": asdict(decoding)}
         for answer in answers:
             problem = task.eval[answer.problem]
-            gold = {"question": problem["question"], "gold": problem["answer"]}
+            gold = problem["answer"]
+            gold = {"question": problem["question"], "gold": gold if isinstance(gold, str) else json.dumps(gold)}
             rows.append({"decoding": how, **gold, **asdict(answer)})
         note = f", mean of {found.samples}" if how == "sampled" else ""
         console.print(f"{how}: {found}  ({counted(found.problems, 'problem')}{note})")

@@ -23,6 +23,7 @@ from ..engines.estimate import Estimate
 from ..engines.records import append_line
 from ..insight.finding import counted
 from ..outputs import write_whole
+from ..tasks.rewards import RewardFunction
 from .measure import Answer, Decoding, draw_answers, estimate
 from .progress import counting
 
@@ -129,7 +130,7 @@ class HeldOut(TrainerCallback):
         self,
         trainer: GRPOTrainer,
         problems: Dataset,
-        rewards: list[Callable[..., list[float]]],
+        rewards: list[RewardFunction],
         course: Course,
         console: Console,
         *,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..engines.estimate import Estimate
 from ..samplers.transformers import only_what_is_asked
+from ..tasks.rewards import RewardFunction
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +51,7 @@ def draw_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     problems: Dataset,
-    reward_funcs: list[Callable[..., list[float]]],
+    reward_funcs: list[RewardFunction],
     decoding: Decoding,
     *,
     weights: list[float] | None = None,
@@ -93,13 +97,13 @@ def judge(
     asked: list[tuple[int, int]],
     ids: list[list[int]],
     ends: list[int],
-    reward_funcs: list[Callable[..., list[float]]],
+    reward_funcs: list[RewardFunction],
     weights: list[float] | None,
 ) -> list[Answer]:
     """The answers to problem and sample `asked`, from their token ids; `ends` are the end-of-sequence tokens."""
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     weight = torch.tensor(weights or [1.0] * len(reward_funcs))
-    scores = _score(problems.select([i for i, _ in asked]).to_dict(), texts, ids, reward_funcs, weight)
+    scores = _score(problems[[i for i, _ in asked]], texts, ids, reward_funcs, weight)
     return [
         Answer(*which, text, len(row), score, truncated=not row or row[-1] not in ends)
         for which, text, row, score in zip(asked, texts, ids, scores, strict=True)
@@ -156,7 +160,7 @@ def _score(
     batch: dict[str, list[Any]],
     texts: list[str],
     ids: list[list[int]],
-    reward_funcs: list[Callable[..., list[float]]],
+    reward_funcs: list[RewardFunction],
     weight: torch.Tensor,
 ) -> list[float]:
     columns = {name: values for name, values in batch.items() if name != "prompt"}
@@ -168,4 +172,9 @@ def _score(
         for reward in reward_funcs
     ]
     by_answer = torch.tensor([[math.nan if r is None else r for r in column] for column in rewards]).T
+    unscored = int(by_answer.isnan().all(1).sum())
+    if unscored:
+        logger.warning(
+            "%d of %d answers got a number from no reward (all say None) and count as 0", unscored, len(texts)
+        )
     return (by_answer * weight).nansum(1).tolist()

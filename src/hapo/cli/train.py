@@ -15,6 +15,7 @@ import datasets
 import torch
 import transformers
 import yaml
+from accelerate.utils import gather_object
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import ModelConfig, get_peft_config, get_quantization_config
@@ -86,8 +87,9 @@ def main(argv: list[str]) -> int:
     console = Console(quiet=args.process_index != 0, highlight=False, markup=False)
     prepare_process(options)
     task = load_task(task_config, seed=args.seed)
-    trainer = build_trainer(task, args, model_config)
     folder = Path(args.output_dir)
+    _check_same_data(task, gather_object([task.fingerprint]), Run(folder).manifest if checkpoint else {})
+    trainer = build_trainer(task, args, model_config)
     trainer.recipe = told(task_config, model_config, options)
     console.print(
         f"{trainer.method.name} on {task.name}: {len(task.train)} problems to train on, "
@@ -303,6 +305,25 @@ def _is_finished(argv: list[str]) -> bool:
     if not (folder / "report.html").exists() and os.environ.get("RANK", "0") == "0":
         _report(folder, console)
     return True
+
+
+def _check_same_data(task: Task, everywhere: list[str], manifest: dict[str, Any]) -> None:
+    """Raise a ValueError unless all processes, and the run that goes on, have the same data.
+
+    `everywhere` are the fingerprints of the task in all processes. Another version of `datasets` may take
+    another fingerprint of the same rows, so nothing is said where that has changed since the run began.
+    """
+    if len(set(everywhere)) > 1:
+        raise ValueError(
+            "the processes of this run have different data, so that their problems would be mixed up: let all of "
+            "them read the same files"
+        )
+    began, same = manifest.get("data_fingerprint"), manifest.get("versions", {}).get("datasets")
+    if began and same == datasets.__version__ and began != task.train._fingerprint:
+        raise ValueError(
+            f"the training data of {task.name} are no longer those that this run began with, and its steps would "
+            "be taken on other problems: put the data back, or start a new run"
+        )
 
 
 def _prolong(config: Path, max_steps: int) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
+from ..tasks.rewards import RewardFunction
 from . import UsageError
 from .measure import Answer, Decoding, encode, ends_of, judge
 
@@ -40,7 +41,7 @@ class VLLMAnswers:
     def draw(
         self,
         problems: Dataset,
-        reward_funcs: list[Callable[..., list[float]]],
+        reward_funcs: list[RewardFunction],
         decoding: Decoding,
         *,
         weights: list[float] | None = None,

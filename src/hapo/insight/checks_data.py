@@ -5,15 +5,16 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 
-from ..tasks import TaskConfig, extract_answer, math_verify_reward
+from ..tasks import extract_answer, math_verify_reward
 from ..tasks.addition import solution
 from ..tasks.answers import normalise
+from ..tasks.columns import answer_column, value_of
 from ..tasks.config import REASONING_GYM
-from ..tasks.files import is_local, read_file, read_hub
+from ..tasks.data import sources
 from ..tasks.reading import gold_text
 from .checks_config import Plan
 from .finding import Finding, percent
@@ -44,20 +45,25 @@ def unusable_golds(plan: Plan) -> Finding | None:
     if plan.task is None or config.dataset == "addition" or config.dataset.startswith(REASONING_GYM):
         return None
     verified = {"auto", "math_verify"} & set(config.rewards)
+    compared = verified or "exact" in config.rewards
     fault_of = math_verify_reward(config.reward_timeout).fault if verified else lambda gold: None
     fault_of = functools.cache(fault_of)
     bad, total = [], 0
-    for source, rows in _sources(config).items():
+    given = sources(config)
+    for source, rows in {**given.training, **(given.evaluation or {})}.items():
         total += len(rows)
+        column, place = answer_column(rows, config), Path(source).name if Path(source).exists() else source
         for number, row in enumerate(rows, 1):
-            gold = row.get(config.answer_column)
+            gold = value_of(row, column)
+            if isinstance(gold, list | dict) and gold and not compared:
+                continue
             try:
                 text = gold_text(gold)
                 fault = fault_of(text) if text.strip() else "empty"
             except ValueError:
                 fault = "no text and no number"
             if fault is not None:
-                bad.append(f"{source} row {number}: {gold!r:.60} ({fault})")
+                bad.append(f"{place}, row {number}: {gold!r:.60} ({fault})")
     if not bad:
         return None
     dropped = config.on_bad_gold == "drop"
@@ -70,22 +76,6 @@ def unusable_golds(plan: Plan) -> Finding | None:
         "training leaves these rows out" if dropped else "training refuses to start: no answer could score here",
         "repair them" if dropped else "repair them, or --on_bad_gold drop",
     )
-
-
-def _sources(config: TaskConfig) -> dict[str, list[dict[str, Any]]]:
-    """The rows as they stand in the data, for training and, where there are any, for evaluation."""
-
-    def split(name: str) -> list[dict[str, Any]]:
-        if is_local(config.dataset):
-            return read_file(config.dataset)
-        return read_hub(config.dataset, config.dataset_config, name)
-
-    rows = {"training": split(config.train_split)}
-    if config.eval_file is not None:
-        rows["evaluation"] = read_file(config.eval_file)
-    elif config.test_split is not None:
-        rows["evaluation"] = split(config.test_split)
-    return rows
 
 
 def majority_answer(plan: Plan) -> Finding | None:

@@ -8,8 +8,10 @@ does it, so that arithmetic on huge integers, which never comes back to the inte
 
 import faulthandler
 import functools
+import hashlib
 import json
 import os
+import random
 import re
 import signal
 import sys
@@ -51,10 +53,12 @@ class MathVerify:
 
 
 class ReasoningGym:
-    """Makes a reasoning-gym task's entries and judges by its scorer; a problem is "[seed, size, index]".
+    """Makes a reasoning-gym task's entries and judges by its scorer; a problem is "[seed, size, index, digest]".
 
     Both happen here, because several tasks score by metadata that JSON cannot carry (tuples), and because
-    some draw from sets, whose order is the same in two processes only if both hash strings alike.
+    some draw from sets, whose order is the same in two processes only if both hash strings alike (PYTHONHASHSEED
+    is 0 here). Others draw from the generators that all of a process shares, so these are seeded for each entry.
+    A question whose digest is not that of the key is another one than was asked; then nothing is judged.
     """
 
     def __init__(self, name: str, options: dict[str, Any]) -> None:
@@ -62,19 +66,26 @@ class ReasoningGym:
 
         @functools.lru_cache(maxsize=8)
         def dataset(seed: int, size: int) -> Any:
+            seed_shared_generators(seed)
             return reasoning_gym.create_dataset(name, seed=seed, size=size, **options)
 
         @functools.lru_cache(maxsize=1024)
         def entry(key: str) -> tuple[Any, dict[str, Any]]:
-            seed, size, index = json.loads(key)
-            return dataset(seed, size), dataset(seed, size)[index]
+            seed, size, index, *digest = json.loads(key)
+            problems = dataset(seed, size)
+            seed_shared_generators(seed + index)
+            made = problems[index]
+            if digest and digest != [digest_of(made["question"])]:
+                raise ValueError("reasoning-gym made another question of this entry than was asked")
+            return problems, made
 
         self._entry = entry
 
     def problem(self, key: str) -> dict[str, Any]:
-        """Question and gold answer, None in the tasks that have none."""
+        """Question with its digest and gold answer, None in the tasks that have none."""
         _, entry = self._entry(key)
-        return {"question": entry["question"], "answer": entry["answer"]}
+        question = entry["question"]
+        return {"question": question, "answer": entry["answer"], "digest": digest_of(question)}
 
     def judge(self, key: str, text: str) -> bool:
         """Whether the task's own scorer gives the answer `text` full score, no less and no more.
@@ -83,6 +94,18 @@ class ReasoningGym:
         """
         dataset, entry = self._entry(key)
         return bool(dataset.score_answer(text, entry) == 1.0)
+
+
+def digest_of(question: str) -> str:
+    """By which a question is known again."""
+    return hashlib.sha256(question.encode()).hexdigest()[:16]
+
+
+def seed_shared_generators(seed: int) -> None:
+    """Those of `random` and, where it is loaded, of numpy."""
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed % 2**32)
 
 
 KINDS: dict[str, Callable[..., Any]] = {"math_verify": MathVerify, "reasoning_gym": ReasoningGym}

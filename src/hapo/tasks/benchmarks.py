@@ -11,12 +11,14 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .columns import columns_of
 from .config import REASONING_GYM, TaskConfig
-from .data import EVAL_SEED, columns_of, load_task, sample_rows
-from .files import READERS, Row, read_file, read_hub
+from .data import EVAL_SEED, load_task, sample_rows
+from .files import SUFFIXES, Row, is_local, read_file, read_hub, read_local, set_name
 from .reading import gold_text
 from .rewards import RewardFunction, math_verify_reward
 from .stated import last_box
+from .table import dataset_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -135,28 +137,27 @@ def load_benchmark(name: str, config: TaskConfig, *, folder: Path | None, size: 
     """The problems of a named set, of a generated task (addition, reasoning_gym:NAME), or of a file.
 
     `config` says how a problem is put to the model (chat, system_prompt, prompt_template), which columns a file
-    has, and the time that scoring may take. A named set is read from `folder`/NAME.jsonl (columns question and
+    has, and the time that scoring may take. Of a folder of one's own with files by split the test files are read.
+    A named set is read from `folder`/NAME.jsonl (columns question and
     answer) if a folder is given, otherwise from the Hub; scored by math-verify, as is a file. `size` problems
     are taken, the same ones at every call; None takes all, of a generated task 500.
 
     Raises ValueError for an unknown name, and for a named set with another number of rows or other content;
     FileNotFoundError for a file that does not exist.
     """
-    from datasets import Dataset
-
     if name == "addition" or name.startswith(REASONING_GYM):
         return _generated(name, config, size)
-    if Path(name).suffix.lower() in READERS:
+    if name not in BENCHMARKS and is_local(name):
         known, source = None, name
-        rows = _with_text_answers(columns_of(read_file(name), config, source), source)
+        rows = _with_text_answers(columns_of(read_local(name, None), config), source)
     else:
         known = find_benchmark(name)
         rows, source = _named(name, known, config, folder)
         check_content(name, rows, source)
     reward = math_verify_reward(config.reward_timeout)
     return ProblemSet(
-        name=Path(name).stem,
-        problems=Dataset.from_list(sample_rows(rows, size, EVAL_SEED, "problems")),
+        name=set_name(name),
+        problems=dataset_of(sample_rows(rows, size, EVAL_SEED, "problems")),
         of=len(rows),
         reward=reward,
         source=source,
@@ -174,7 +175,7 @@ def find_benchmark(name: str) -> Benchmark:
     hint = f" (did you mean {close[0]}?)" if close else ""
     raise ValueError(
         f"unknown benchmark {name!r}{hint}; choose from {', '.join(BENCHMARKS)}, addition, {REASONING_GYM}NAME, "
-        f"or name a file that ends in {', '.join(READERS)}"
+        f"or name a folder, or a file that ends in {', '.join(SUFFIXES)}"
     )
 
 
@@ -233,7 +234,7 @@ def _named(name: str, known: Benchmark, config: TaskConfig, folder: Path | None)
                 f"benchmark {name}: {path} does not exist; put the set there, one object with question and answer "
                 f"a line{'' if known.hub is None else f', or read {known.hub.dataset} without benchmark_folder'}"
             )
-        return _with_text_answers(columns_of(read_file(str(path)), config, str(path)), str(path)), path.name
+        return _with_text_answers(columns_of({str(path): read_file(str(path))}, config), str(path)), path.name
     if known.hub is None:
         raise ValueError(
             f"benchmark {name}: no set of the Hub is known to have it as question and answer; put {name}.jsonl "
@@ -242,7 +243,7 @@ def _named(name: str, known: Benchmark, config: TaskConfig, folder: Path | None)
     hub = known.hub
     config = replace(config, question_column=hub.question, answer_column=hub.answer)
     source = f"{hub.dataset}, split {hub.split}"
-    rows = columns_of(read_hub(hub.dataset, hub.config, hub.split), config, source)
+    rows = columns_of({source: read_hub(hub.dataset, hub.config, hub.split)}, config)
     return _with_text_answers(rows, source), source
 
 

@@ -29,26 +29,37 @@ class TaskConfig:
     dataset: str = field(
         default="addition",
         metadata={
-            "help": "addition (embedded), reasoning_gym:NAME, a local .jsonl, .json, .parquet or .csv file, "
-            "or the id of a data set on the Hugging Face Hub"
+            "help": "addition (embedded), reasoning_gym:NAME, a local .jsonl, .json, .parquet, .csv or .tsv file "
+            "(text also as .gz), a folder of such files, or the id of a data set on the Hugging Face Hub"
         },
     )
     dataset_config: str | None = field(
         default=None, metadata={"help": "configuration of a Hub data set; none takes back what a recipe says"}
     )
-    train_split: str = field(default="train", metadata={"help": "split of a Hub data set to train on"})
+    train_split: str = field(
+        default="train", metadata={"help": "split of a Hub data set or of a folder to train on"}
+    )
     test_split: str | None = field(
         default=None,
         metadata={
-            "help": "split of a Hub data set to evaluate on; none takes back what a recipe says "
+            "help": "split of a Hub data set or of a folder to evaluate on; none takes back what a recipe says "
             "(default: hold out part of train_split)"
         },
     )
     eval_file: str | None = field(
-        default=None, metadata={"help": "local file to evaluate on (default: hold out part of the training data)"}
+        default=None,
+        metadata={"help": "local file or folder to evaluate on (default: hold out part of the training data)"},
     )
-    question_column: str = field(default="question", metadata={"help": "column with the problem"})
-    answer_column: str = field(default="answer", metadata={"help": "column with the gold answer"})
+    question_column: str = field(
+        default="question",
+        metadata={
+            "help": "column with the problem, text or messages; a.b is key b in column a (default: or prompt)"
+        },
+    )
+    answer_column: str = field(
+        default="answer",
+        metadata={"help": "column with the gold answer (default: or verl's reward_model.ground_truth)"},
+    )
     extra_columns: list[str] = field(
         default_factory=list, metadata={"help": "further columns to hand to your own reward function"}
     )

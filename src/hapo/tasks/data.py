@@ -9,14 +9,17 @@ import logging
 import random
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .answers import normalise
+from .columns import columns_of, problem_columns
 from .config import REASONING_GYM, TaskConfig
-from .files import Row, is_local, read_file, read_hub
+from .files import Row, data_files, is_local, read_hub, read_local
 from .reading import gold_text
 from .rewards import RewardFunction, exact_reward, load_rewards, math_verify_reward
 from .stated import extract_answer
+from .table import dataset_of
 from .verifier import VerifiedReward
 
 if TYPE_CHECKING:
@@ -38,7 +41,7 @@ class Task:
     """Problems and rewards, ready for a trainer.
 
     Both data sets have the columns prompt (text, or messages), question and answer, besides those that a reward
-    asks for.
+    asks for; a value in them is as it was written (`dataset_of`), a gold answer is text.
     """
 
     name: str
@@ -62,8 +65,6 @@ def load_task(config: TaskConfig, *, seed: int) -> Task:
     sizes that the data cannot fill, and gold answers that the chosen rewards cannot use (see
     TaskConfig.on_bad_gold).
     """
-    from datasets import Dataset
-
     seed = seed if config.task_seed is None else config.task_seed
     train, evaluation, own = _rows(config, seed)
     rewards = load_rewards(config.rewards, own, config.reward_timeout, config.reward_fallback())
@@ -85,8 +86,8 @@ def load_task(config: TaskConfig, *, seed: int) -> Task:
         )  # fmt: skip
     return Task(
         name=config.dataset,
-        train=Dataset.from_list(train),
-        eval=Dataset.from_list(evaluation),
+        train=dataset_of(train),
+        eval=dataset_of(evaluation),
         reward_funcs=rewards,
         fingerprint=_fingerprint(train, evaluation),
         majority_share=share,
@@ -118,71 +119,70 @@ def _rows(config: TaskConfig, seed: int) -> tuple[list[Row], list[Row] | None, R
         if "auto" in config.rewards:
             check_scorer(own, evaluation[0])
         return (
-            [row | _problem(row["question"], config) for row in train],
-            [row | _problem(row["question"], config) for row in evaluation],
+            [row | problem_columns(row["question"], config, config.dataset) for row in train],
+            [row | problem_columns(row["question"], config, config.dataset) for row in evaluation],
             own,
         )
 
-    return _given(config, config.train_split), _given_evaluation(config), math_verify_reward(config.reward_timeout)
-
-
-def _given_evaluation(config: TaskConfig) -> list[Row] | None:
-    if config.eval_file is not None:
-        return columns_of(read_file(config.eval_file), config, config.eval_file)
-    return None if config.test_split is None else _given(config, config.test_split)
-
-
-def _given(config: TaskConfig, split: str) -> list[Row]:
-    if is_local(config.dataset):
-        if split != "train":
-            raise ValueError(
-                f"dataset {config.dataset!r} is a file and has no split {split!r}; name the file for evaluation "
-                "by eval_file"
-            )
-        return columns_of(read_file(config.dataset), config, config.dataset)
-    return columns_of(
-        read_hub(config.dataset, config.dataset_config, split), config, f"{config.dataset}, split {split}"
+    given = sources(config)
+    return (
+        columns_of(given.training, config),
+        None if given.evaluation is None else columns_of(given.evaluation, config),
+        math_verify_reward(config.reward_timeout),
     )
 
 
-def columns_of(rows: list[Row], config: TaskConfig, source: str) -> list[Row]:
-    """The columns that the configuration names, under their names in a Task; the answer as it stands."""
-    if not rows:
-        raise ValueError(f"{source}: no rows")
-    found = list(dict.fromkeys(name for row in rows for name in row))
-    missing = {config.question_column, config.answer_column, *config.extra_columns}.difference(found)
-    if missing:
+@dataclass(frozen=True)
+class Sources:
+    """The rows of files or of the Hub as they stand there, by the name of their source."""
+
+    training: dict[str, list[Row]]
+    evaluation: dict[str, list[Row]] | None
+    """None where the data come without a part for evaluation."""
+
+
+def sources(config: TaskConfig) -> Sources:
+    """The rows that `dataset`, its splits and `eval_file` name; raises as `read_local` does."""
+    training = _split(config, config.train_split)
+    evaluation: dict[str, list[Row]] | None = None
+    if config.eval_file is not None:
+        evaluation = read_local(config.eval_file, None)
+    elif config.test_split is not None:
+        evaluation = _split(config, config.test_split)
+    folder = Path(config.dataset).expanduser()
+    if folder.is_dir():
+        left_out = {str(file) for file in data_files(folder)}.difference(training, evaluation or ())
+        if left_out:
+            logger.warning(
+                "%s: read are %s; left out are %s (train_split and test_split choose)",
+                config.dataset, *(", ".join(Path(name).name for name in sorted(n)) for n in (training, left_out)),
+            )  # fmt: skip
+    return Sources(training, evaluation)
+
+
+def _split(config: TaskConfig, split: str) -> dict[str, list[Row]]:
+    if not is_local(config.dataset):
+        return {f"{config.dataset}, split {split}": read_hub(config.dataset, config.dataset_config, split)}
+    if split != "train" and not Path(config.dataset).expanduser().is_dir():
         raise ValueError(
-            f"{source}: no column {', '.join(map(repr, sorted(missing)))}; it has {', '.join(map(repr, found))}. "
-            "Set question_column, answer_column or extra_columns"
+            f"dataset {config.dataset!r} is a file and has no split {split!r}; name the file for evaluation "
+            "by eval_file"
         )
-    columns = []
-    for number, row in enumerate(rows, 1):
-        question = row.get(config.question_column)
-        if not isinstance(question, str) or not question.strip():
-            raise ValueError(f"{source}, row {number}: the question must be text, not {question!r}")
-        extras = {name: row.get(name) for name in config.extra_columns}
-        columns.append(_problem(question, config) | {"answer": row.get(config.answer_column)} | extras)
-    return columns
-
-
-def _problem(question: str, config: TaskConfig) -> Row:
-    # str.format would trip over the braces of LaTeX in a template
-    text = config.prompt_template.replace("{question}", question)
-    if not config.chat:
-        return {"prompt": text, "question": question}
-    system = [] if config.system_prompt is None else [{"role": "system", "content": config.system_prompt}]
-    return {"prompt": [*system, {"role": "user", "content": text}], "question": question}
+    return read_local(config.dataset, split)
 
 
 def _with_usable_gold(
     rows: list[Row], rewards: list[RewardFunction], config: TaskConfig, source: str
 ) -> list[Row]:
-    """The rows with their gold answers as text; the first unusable one raises, or all of them are dropped."""
+    """The rows with their gold answers as text; the first unusable one raises, or all of them are dropped.
+
+    A list or an object stays what it is where none but the user's own rewards read it.
+    """
     from tqdm.auto import tqdm
 
     verifiers = [r for r in rewards if isinstance(r, VerifiedReward) and r.column == "answer"]
-    needed = bool(verifiers) or exact_reward in rewards or not config.dataset.startswith(REASONING_GYM)
+    compared = bool(verifiers) or exact_reward in rewards
+    needed = compared or not config.dataset.startswith(REASONING_GYM)
 
     @functools.cache
     def fault_of(text: str) -> str | None:
@@ -197,6 +197,9 @@ def _with_usable_gold(
     # the first seconds show nothing, for most sets are read by then
     progress = tqdm(rows, desc=f"gold answers, {source}", unit="row", delay=3, leave=False, disable=not verifiers)
     for number, row in enumerate(progress, 1):
+        if isinstance(row["answer"], list | dict) and row["answer"] and not compared:
+            usable.append(row)  # the user's own reward knows how to read it
+            continue
         fault, text = None, ""
         try:
             text = gold_text(row["answer"])
@@ -259,7 +262,8 @@ def sample_rows(rows: list[Row], size: int | None, seed: int, option: str) -> li
 
 
 def _majority_share(rows: list[Row]) -> float:
-    golds = Counter(normalise(extract_answer(row["answer"])) for row in rows if row["answer"])
+    answers = [row["answer"] for row in rows]
+    golds = Counter(normalise(extract_answer(a)) if isinstance(a, str) else json.dumps(a) for a in answers if a)
     return max(golds.values(), default=0) / len(rows)
 
 

@@ -1,11 +1,13 @@
 """Rewards: exact match, math-verify, or a function of one's own behind a guard.
 
-All have TRL's signature, ``fn(prompts, completions, completion_ids, **columns) -> list[float]``; completions are
-texts or lists of messages. Several rewards are weighted by TRL's `reward_weights`.
+All have TRL's signature, ``fn(prompts, completions, completion_ids, **columns) -> list[float | None]``;
+completions are texts or lists of messages. Several rewards are weighted by TRL's `reward_weights`; None says that
+a reward does not apply to a sample, whose other rewards then count alone.
 """
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import difflib
 import importlib
@@ -14,7 +16,7 @@ import inspect
 import logging
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from .verifier import Judge
 
 logger = logging.getLogger(__name__)
 
-RewardFunction = Callable[..., list[float]]
+RewardFunction = Callable[..., Sequence[float | None]]
 
 BUILT_IN = ("auto", "exact", "math_verify")
 
@@ -65,17 +67,21 @@ def math_verify_reward(timeout: float) -> MathReward:
     return MathReward(Judge("math_verify", timeout))
 
 
+Result = float | RewardError | None
+
+
 class GuardedReward:
     """A user's reward function, behind checks that turn every failure into an error or into a chosen score.
 
     A failure is an exception, a call that lasts longer than `timeout` seconds times the number of samples, a
-    result that is no list of one finite number a sample. With `fallback` None it raises RewardError naming the
-    sample; with a number, the failing samples get that score and a warning counts them. After a failure of the
-    call as a whole the samples are scored one at a time to find those at fault, so a function that compares
+    result that is no list of one finite number, or None, a sample. With `fallback` None it raises RewardError
+    naming the sample; with a number, the failing samples get that score and a warning counts them. After a failure
+    of the call as a whole the samples are scored one at a time to find those at fault, so a function that compares
     samples of a batch should go without `fallback`.
 
     The function runs in a daemon thread, because a hanging one cannot be stopped from outside and must not
-    keep a failed training alive. Devices are a matter of the thread: on several GPUs name the device.
+    keep a failed training alive. Devices are a matter of the thread: on several GPUs name the device. An async
+    function is awaited in an event loop of its own, the same one at every call, so that it may keep a client.
     """
 
     def __init__(
@@ -85,8 +91,9 @@ class GuardedReward:
         self._function = function
         self._timeout = timeout
         self._fallback = fallback
+        self._loop: asyncio.AbstractEventLoop | None = None
 
-    def __call__(self, prompts: list[Any], completions: list[Completion], **columns: Any) -> list[float]:
+    def __call__(self, prompts: list[Any], completions: list[Completion], **columns: Any) -> list[float | None]:
         """Score a batch; raises RewardError for the first sample that fails, unless there is a fallback."""
         batch = {"prompts": prompts, "completions": completions, **columns}
         size = len(completions)
@@ -108,10 +115,10 @@ class GuardedReward:
                 "reward %r failed on %d of %d samples, which score %g (the first: %s)",
                 self.__name__, len(failures), size, self._fallback, results[failures[0]],
             )  # fmt: skip
-        return [self._fallback if isinstance(result, RewardError) else result for result in results]  # type: ignore[misc]
+        return [self._fallback if isinstance(result, RewardError) else result for result in results]
 
-    def _one_by_one(self, batch: dict[str, Any], size: int, error: RewardError) -> list[float | RewardError]:
-        results: list[float | RewardError] = []
+    def _one_by_one(self, batch: dict[str, Any], size: int, error: RewardError) -> list[Result]:
+        results: list[Result] = []
         for i in range(size):
             alone = self._results(_row(batch, i, size), 1)
             results.append(alone if isinstance(alone, RewardError) else alone[0])
@@ -124,13 +131,14 @@ class GuardedReward:
             )
         return results
 
-    def _results(self, batch: dict[str, Any], size: int) -> list[float | RewardError] | RewardError:
+    def _results(self, batch: dict[str, Any], size: int) -> list[Result] | RewardError:
         """One number or failure a sample, or the failure of the call."""
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
 
         def call() -> None:
             try:
-                future.set_result(self._function(**batch))
+                result = self._function(**batch)
+                future.set_result(self._await(result) if inspect.isawaitable(result) else result)
             except BaseException as error:  # SystemExit, too, is a failure of the reward
                 future.set_exception(error)
 
@@ -138,6 +146,7 @@ class GuardedReward:
         threading.Thread(target=call, name=f"reward {self.__name__}", daemon=True).start()
         concurrent.futures.wait([future], timeout=limit)
         if not future.done():
+            self._loop = None  # what hangs in it must not hold up the next call
             return RewardError(f"did not return within {limit:g} s and cannot be stopped")
         error = future.exception()
         if error is not None:
@@ -153,14 +162,33 @@ class GuardedReward:
             return RewardError(f"returned {len(values)} values for {size} samples")
         return [_number(value) for value in values]
 
+    def _await(self, result: Awaitable[Any]) -> Any:
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            threading.Thread(target=self._loop.run_forever, name=f"loop of {self.__name__}", daemon=True).start()
+        value, error = asyncio.run_coroutine_threadsafe(_outcome(result), self._loop).result()
+        if error is not None:
+            raise error
+        return value
 
-def _number(value: Any) -> float | RewardError:
+
+async def _outcome(result: Awaitable[Any]) -> tuple[Any, BaseException | None]:
+    """Value and error: raised inside of a loop, SystemExit would end the loop and reach nobody."""
+    try:
+        return await result, None
+    except BaseException as error:
+        return None, error
+
+
+def _number(value: Any) -> Result:
+    if value is None:
+        return None
     try:
         if not isinstance(value, (str, bytes)) and math.isfinite(value):
             return float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):  # no scalar, or one that is too large
         pass
-    return RewardError(f"returned {_excerpt(value)}, not a finite number,")
+    return RewardError(f"returned {_excerpt(value)}, not a finite number or None,")
 
 
 def _row(batch: dict[str, Any], index: int, size: int) -> dict[str, Any]:
@@ -180,7 +208,7 @@ def _excerpt(value: Any, limit: int = 160) -> str:
 
 
 def load_function(path: str) -> Callable[..., Any]:
-    """The function at ``package.module:function`` or ``path/to/file.py:function``."""
+    """The function, plain or async, at ``package.module:function`` or ``path/to/file.py:function``."""
     where, _, name = path.rpartition(":")
     if where.endswith(".py"):
         file = Path(where).expanduser()
@@ -202,8 +230,6 @@ def load_function(path: str) -> Callable[..., Any]:
     if not callable(function):
         names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
         raise ValueError(f"reward {path!r}: {where} has no function {name!r}{_nearest(name, names)}")
-    if inspect.iscoroutinefunction(function):
-        raise ValueError(f"reward {path!r} is async; give a plain function")
     return function
 
 

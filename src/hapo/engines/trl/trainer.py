@@ -139,8 +139,8 @@ class HAPOTrainer(RecordedTrainer):
     def auxiliary_losses(self, batch: hapo.TokenBatch, scored: Scored) -> list[AuxiliaryLoss]:
         """What is added to the method's loss on some rows of an optimiser step; each is logged under its name.
 
-        A mixture of experts has one, `aux_loss`, with the weight `router_aux_loss_coef`, TRL's entropy term is one,
-        `entropy_term`, and the gates of a GateRA adapter, `gate_entropy`: keep them, and add others.
+        A mixture of experts has one, `aux_loss`, with the weight `router_aux_loss_coef`. The entropy term of TRL
+        is another, `entropy_term`. So are the gates of a GateRA adapter, `gate_entropy`. Keep them; add others.
 
         Args:
             batch: the rows as the method's loss reads them; `totals` are of the whole step. Tokens outside `mask`,
