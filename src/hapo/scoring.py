@@ -99,8 +99,9 @@ def attach_scoring(model: nn.Module) -> None:
     `model(...)` and the hooks of DDP and FSDP with it. Any other call, `generate` included, is passed on as it
     came. Attach before wrapping in DDP or FSDP.
 
-    Raises ValueError where the logits are not a plain linear map of the hidden states: no output embedding, one
-    that carries a PEFT adapter or is quantised, one that DeepSpeed ZeRO-3 has partitioned.
+    An output layer of PEFT's `modules_to_save` is the copy that runs: the trained one, or the original where
+    adapters are off. Raises ValueError where the logits are not a plain linear map of the hidden states: no output
+    embedding, one that carries a PEFT adapter or is quantised, one that DeepSpeed ZeRO-3 has partitioned.
     """
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     _output_layer(base)
@@ -204,19 +205,30 @@ def _score_forward(
 
 def _output_layer(model: Any) -> nn.Linear:
     get = getattr(model, "get_output_embeddings", None)
-    layer = get() if get is not None else None
+    layer = _running(get() if get is not None else None)
     if layer is None:
         raise ValueError(f"{type(model).__name__} has no output embedding to score tokens with")
     if not isinstance(layer, nn.Linear) or not layer.weight.is_floating_point():
         raise ValueError(
             f"the output embedding of {type(model).__name__} is a {type(layer).__name__}, not a plain linear "
-            "layer: leave it out of target_modules and modules_to_save of PEFT, and do not quantise it"
+            "layer: leave it out of target_modules of PEFT (modules_to_save trains it whole), and do not "
+            "quantise it"
         )
     if layer.weight.numel() == 0:
         raise ValueError(
             "the output embedding is empty, as DeepSpeed ZeRO-3 leaves a partitioned weight: use ZeRO-2 or FSDP"
         )
     return layer
+
+
+def _running(layer: Any) -> Any:
+    """The layer that PEFT's `modules_to_save` runs in the place of this one, as its forward chooses, or itself."""
+    copies = getattr(layer, "modules_to_save", None)
+    if copies is None:
+        return layer
+    if layer.disable_adapters or not layer.active_adapters:
+        return layer.original_module
+    return copies[layer.active_adapters[0]]
 
 
 def _whole(parameter: Any) -> Any:

@@ -31,6 +31,10 @@ OWN_LOOP = frozenset({"assistant_model", "custom_generate", "streamer", "tokeniz
 reads."""
 
 
+class NotSampledError(RuntimeError):
+    """A generation did not go through the loop of `sampling`: nothing is known of its draws."""
+
+
 class TemperedLogits(LogitsProcessor):
     """Divides the logits by factor(H), with H the entropy of softmax(logits / t_base) (HAPO, eq. 8).
 
@@ -113,8 +117,8 @@ def sampling(model: Any, rule: Factor | TemperatureRule | None = None) -> Iterat
 
     Raises ValueError for decoding that is neither greedy nor plain sampling (beams, assisted), for a
     persistent manager and for a second generation in the block; RuntimeError if requests of a continuous batch
-    failed, or if the block ends and no generation went through the processors. The instance is restored in
-    every case.
+    failed, or if the block ends and no generation went through the processors (`NotSampledError`). The instance is
+    restored in every case.
     """
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
     get_processors, generate, generate_batch = core._get_logits_processor, core.generate, core.generate_batch
@@ -189,7 +193,7 @@ def sampling(model: Any, rule: Factor | TemperatureRule | None = None) -> Iterat
     ):
         yield record
     if not (hooked and record.complete) or (tempered is not None and not tempered.called):
-        raise RuntimeError(
+        raise NotSampledError(
             f"no generation of this {type(core).__name__} went through the processors of sampling(); call "
             "generate() or generate_batch() of the same instance in the block, without a persistent manager"
         )

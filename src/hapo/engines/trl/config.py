@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
@@ -13,7 +14,7 @@ import hapo
 
 from ...method import Method
 from ...methods import options_of
-from .options import DECIDED_BY_METHOD, LOSS_TYPES, check_generation, done_by
+from .options import DECIDED_BY_METHOD, LOSS_TYPES, NO_TEMPERATURE, check_generation, done_by
 from .vllm import check_rule
 
 UPDATES_PER_ROLLOUT = 4
@@ -131,7 +132,8 @@ class HAPOConfig(GRPOConfig):
             self.steps_per_generation = UPDATES_PER_ROLLOUT * self.gradient_accumulation_steps
         filled = self.filled_in()
         GRPOConfig.__post_init__(filled)
-        unasked = {name for name in DECIDED_BY_METHOD if getattr(self, name) is None}
+        # A later TRL may have taken any of them away.
+        unasked = {name for name in DECIDED_BY_METHOD if getattr(self, name, None) is None}
         self.__dict__.update({name: value for name, value in vars(filled).items() if name not in unasked})
         options = self.method_options or {}
         if not isinstance(options, dict):
@@ -152,7 +154,7 @@ class HAPOConfig(GRPOConfig):
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
         if self.tokens_per_pass is not None and self.tokens_per_pass < 0:
             raise ValueError(f"tokens_per_pass must be at least 0, which is no limit, got {self.tokens_per_pass}")
-        if self.overlong_buffer and self.mask_truncated_completions:
+        if self.overlong_buffer and getattr(self, "mask_truncated_completions", False):
             raise ValueError(
                 f"overlong_buffer={self.overlong_buffer} punishes long responses, and "
                 "mask_truncated_completions=True takes the longest of them out of the loss: choose one, "
@@ -183,7 +185,7 @@ class HAPOConfig(GRPOConfig):
         filled = copy.copy(self)
         for f in fields(self):
             if f.name in DECIDED_BY_METHOD and getattr(self, f.name) is None:
-                setattr(filled, f.name, theirs[f.name])
+                setattr(filled, f.name, theirs.get(f.name))
         return filled
 
     def refuse_what_the_method_decides(self, method: Method) -> None:
@@ -205,7 +207,9 @@ class HAPOConfig(GRPOConfig):
             raise ValueError(
                 f"steps_per_generation ({self.steps_per_generation}) must be a multiple of "
                 f"gradient_accumulation_steps ({self.gradient_accumulation_steps}): an optimiser step that spans "
-                "two rollout batches has no exact token count"
+                "two rollout batches has no exact token count; set steps_per_generation="
+                f"{math.ceil(self.steps_per_generation / self.gradient_accumulation_steps)} x "
+                "gradient_accumulation_steps, for instance"
             )
         if self.updates_per_rollout == 1:
             warnings.warn(
@@ -257,11 +261,6 @@ def _kl_weight(method: Method) -> float:
     return method.options.get("kl_coef") or (0.0 if method.penalty is None else 1.0)
 
 
-NO_TEMPERATURE = (
-    'switch that off: method_options={"components": "BCD"} for hapo, no "temperature" for other methods'
-)
-
-
 def check_arguments(method: Method, args: HAPOConfig, model: Any, others: dict[str, Any]) -> None:
     """Refuse what a `HAPOTrainer` cannot honour; `others` are the trainer's further keyword arguments.
 
@@ -287,13 +286,22 @@ def check_arguments(method: Method, args: HAPOConfig, model: Any, others: dict[s
             f"method {method.name!r} adapts the sampling temperature, and a rollout_func samples by itself: "
             f"let the trainer generate, or {NO_TEMPERATURE}"
         )
-    configs = [others.get("peft_config"), *getattr(model, "peft_config", {}).values()]
-    peft = any(config is not None for config in configs)
-    if args.use_vllm and any(getattr(config, "peft_type", None) == "GATERA" for config in configs):
-        raise ValueError(
-            "use_vllm takes merged weights, and a GateRA adapter cannot be merged: its gate makes the weight "
-            "depend on the token. Set use_vllm=False, or take LoRA"
-        )
+    adapters = [others["peft_config"]] if others.get("peft_config") is not None else []
+    adapters += getattr(model, "peft_config", {}).values()
+    for adapter in adapters:
+        if getattr(adapter, "is_prompt_learning", False):
+            kind = getattr(adapter.peft_type, "value", adapter.peft_type)
+            raise ValueError(
+                f"{kind} is prompt-learning: with its vectors before the prompt, generation in transformers and "
+                "PEFT draws from another policy than a forward pass scores. Take an adapter of the layers, "
+                "peft_config=LoraConfig(...)"
+            )
+        if args.use_vllm and getattr(adapter, "peft_type", None) == "GATERA":
+            raise ValueError(
+                "use_vllm takes merged weights, and a GateRA adapter cannot be merged: its gate makes the weight "
+                "depend on the token. Set use_vllm=False, or take LoRA"
+            )
+    peft = bool(adapters)
     if args.beta and not (isinstance(model, str) or model.config._name_or_path or peft):
         raise ValueError(
             f"beta={args.beta} needs a reference model, which TRL loads by the model's path, and this one has "

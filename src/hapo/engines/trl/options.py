@@ -70,6 +70,11 @@ READ = {
 }
 """TRL options that the engine itself reads, and what it makes of them."""
 
+NO_TEMPERATURE = (
+    'switch that off: method_options={"components": "BCD"} for hapo, no "temperature" for other methods'
+)
+"""What to do where an adaptive temperature cannot act."""
+
 LOSS_TYPES = {
     "bnpo": 'method="dapo", method_options={"eps_high": 0.2, "filter_groups": false}',
 }

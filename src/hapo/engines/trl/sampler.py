@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,8 +12,11 @@ from torch import Tensor, nn
 from ...batch import EntropyStats
 from ...method import Method
 from ...samplers.decoding import Draws
-from ...samplers.transformers import only_what_is_asked, sampling
+from ...samplers.transformers import NotSampledError, only_what_is_asked, sampling
 from . import vllm
+from .options import NO_TEMPERATURE
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,14 +50,21 @@ class Turn(NamedTuple):
 class Sampler:
     """`generate()` or continuous batching of transformers, with a temperature rule.
 
+    A model whose `generate` is the user's own is taken at its word, as TRL does: its log-probs are not known, and
+    the importance weight is 1.
+
     `HAPOTrainer.make_sampler` makes one; a subclass of both takes its place.
 
     Args:
         factor: the temperature rule, (entropies in nats, statistics) -> factors on T_base; None: T_base.
+
+    Raises:
+        ValueError: of `draw`, a temperature rule and a model whose `generate` is the user's own.
     """
 
     def __init__(self, factor: Callable[[Tensor, EntropyStats], Tensor] | None) -> None:
         self.factor = factor
+        self._said = False
 
     def draw(self, asked: Request) -> Turn:
         """One turn: call `asked.generate` once, or draw in another way."""
@@ -65,9 +76,27 @@ class Sampler:
             return Turn(*asked.generate())
         factor, stats = self.factor, asked.stats
         rule = None if factor is None or stats is None else lambda entropy: factor(entropy, stats)
-        with sampling(asked.net, rule) as record:
-            completion_ids, _ = asked.generate()
+        try:
+            with sampling(asked.net, rule) as record:
+                completion_ids, logps = asked.generate()
+        except NotSampledError:
+            self._check_own_generate(asked.net)
+            return Turn(completion_ids, logps)
         return Turn(completion_ids, record.logps(completion_ids), record.draws)
+
+    def _check_own_generate(self, net: nn.Module) -> None:
+        name = type(net).__name__
+        if self.factor is not None:
+            raise ValueError(
+                f"the generate() of this {name} is not transformers', and the temperature rule cannot act in it: "
+                f"leave generate() as it is, or {NO_TEMPERATURE}"
+            )
+        if not self._said:
+            self._said = True
+            LOG.warning(
+                f"the generate() of this {name} is not transformers': its draws are taken for those of the policy "
+                "at T_base, without an importance weight. Said once"
+            )
 
 
 class VLLMSampler(Sampler):

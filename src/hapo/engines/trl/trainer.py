@@ -8,6 +8,7 @@ is done by the other files of this folder, which are handed what they use.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from collections import defaultdict
@@ -94,7 +95,9 @@ class HAPOTrainer(RecordedTrainer):
             )
         args = args.filled_in()  # a copy: the caller's stays as it is
         self.method = resolve_method(method, args)
-        check_arguments(self.method, args, model, trl_kwargs)
+        names = list(inspect.signature(super().__init__).parameters)[3:]  # after model, rewards and config
+        given = dict(zip(names, trl_args, strict=False)) | trl_kwargs
+        check_arguments(self.method, args, model, given)
         if args.run_records:
             check_writable(Path(args.output_dir))
         self._tag_names = ["trl", "hapo"]
