@@ -15,6 +15,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 TENSOR_CODE = ["hapo.batch", "hapo.method", "hapo.methods", "hapo.parts", "hapo.samplers", "hapo.scoring"]
+TENSOR_CODE += ["hapo.supervised"]
 install_import_hook(TENSOR_CODE, "beartype.beartype")
 
 import torch  # noqa: E402

@@ -21,11 +21,9 @@ from safetensors.torch import save_file
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config, get_quantization_config
 
-import hapo
-
 from ..engines.records import RunRecords, manifest, weights_hash, write_whole
 from ..insight.run import parse_arm
-from ..methods import options_of
+from ..methods import options_of, policy
 from ..samplers.transformers import ids_only
 from ..tasks import Task, TaskConfig, load_task
 from ..tasks.answers import normalise
@@ -80,7 +78,11 @@ class Arm:
     def __post_init__(self) -> None:
         try:
             name, given = parse_arm(self.label)
-            known = set() if name.startswith(TRL) else {f.name for f in fields(options_of(name))} - {"kl_coef"}
+            known = (
+                set()
+                if name.startswith(TRL)
+                else {f.name for f in fields(options_of(name, "policy"))} - {"kl_coef"}
+            )
         except ValueError as error:
             raise UsageError(f"arm {self.label!r}: {error}; arms are methods, or {TRL}LOSS_TYPE") from error
         kind = GRPOConfig if name.startswith(TRL) else HAPOConfig
@@ -101,7 +103,7 @@ class Arm:
         object.__setattr__(self, "flags", {k: v for k, v in given.items() if k not in known})
         try:
             if not self.of_trl:
-                hapo.method(name, **self.options)
+                policy(name, **self.options)
         except ValueError as error:
             raise UsageError(f"arm {self.label!r}: {error}") from error
 
