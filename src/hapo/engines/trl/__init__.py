@@ -1,4 +1,4 @@
-"""The TRL engine: TRL's GRPO trainer with the stages of a `Method`, its SFT trainer with those of a `Supervised`."""
+"""The TRL engine: TRL's GRPO trainer with the stages of a `Method`, its SFT trainer with a `Supervised`'s."""
 
 from ..version import require
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
@@ -23,16 +22,16 @@ RANKS = frozenset({"rank", "expected_rank"})
 """What TRL's own pass does not give."""
 
 ONE = StepTotals(sequences=1, tokens=1, kept=1)
-"""With these totals a loss is a plain sum over the targets, which TRL then divides by those of the optimiser step."""
+"""With these totals a loss is a plain sum over the targets; TRL divides it by those of the optimiser step."""
 
 
 @dataclass
 class SupervisedConfig(SFTConfig):
-    """`SFTConfig` plus a supervised method. All TRL options keep their meaning, except `loss_type`, which the method
-    decides.
+    """`SFTConfig` plus a supervised method. All TRL options keep their meaning, except `loss_type`, which the
+    method decides.
 
     Raises:
-        ValueError: unknown method or option, a policy method, or an option that cannot be honoured, with what to do.
+        ValueError: unknown method or option, a policy method, or an option that cannot be honoured.
     """
 
     _VALID_DICT_FIELDS: ClassVar = [*SFTConfig._VALID_DICT_FIELDS, "method_options"]
@@ -41,7 +40,8 @@ class SupervisedConfig(SFTConfig):
         default="sft", metadata={"help": "Supervised method; `hapo methods` lists them with their kind."}
     )
     method_options: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": 'Options of the method, e.g. {"estimator": "exact"}; `hapo methods NAME`.'}
+        default=None,
+        metadata={"help": 'Options of the method, e.g. {"estimator": "exact"}; `hapo methods NAME`.'},
     )
 
     def __post_init__(self) -> None:
@@ -58,8 +58,8 @@ class SupervisedConfig(SFTConfig):
             )
         if self.label_smoothing_factor:
             raise ValueError(
-                f"label_smoothing_factor={self.label_smoothing_factor} cannot be honoured: it is another loss than "
-                "the method's; set it to 0"
+                f"label_smoothing_factor={self.label_smoothing_factor} cannot be honoured: it is another loss "
+                "than the method's; set it to 0"
             )
         if not self.average_tokens_across_devices:
             raise ValueError(
@@ -71,9 +71,9 @@ class SupervisedConfig(SFTConfig):
 class SupervisedTrainer(SFTTrainer):
     """TRL's `SFTTrainer` with the loss of a supervised method; all else is TRL's.
 
-    The loss of an optimiser step is normalised by its targets, over all micro-batches and ranks, whatever the model
-    says of itself. So the gradient does not depend on accumulation, packing or ranks. Methods that read ranks are
-    scored by `hapo.scoring`, the others by TRL's fused head; neither makes all logits.
+    The loss of an optimiser step is normalised by its targets, over all micro-batches and ranks, whatever the
+    model says of itself. So the gradient does not depend on accumulation, packing or ranks. Methods that read
+    ranks are scored by `hapo.scoring`, the others by TRL's fused head; neither makes all logits.
 
     Args:
         method: a `Supervised` object, in the place of `args.method` and `args.method_options`.
@@ -96,7 +96,8 @@ class SupervisedTrainer(SFTTrainer):
             args = SupervisedConfig(f"{str(name).split('/')[-1] or 'model'}-supervised")
         if not isinstance(args, SupervisedConfig):
             raise TypeError(
-                f"args must be a SupervisedConfig, got {type(args).__name__}; from hapo.trl import SupervisedConfig"
+                f"args must be a SupervisedConfig, got {type(args).__name__}; "
+                "from hapo.trl import SupervisedConfig"
             )
         if trl_kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func cannot be honoured: the method decides the loss; leave it out")
@@ -120,7 +121,7 @@ class SupervisedTrainer(SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """TRL's, which sums log-probs over the targets of the step: the model hands it the method's sum instead."""
+        """TRL's, which sums the log-probs of the targets: the model hands it the method's sum in their place."""
 
         def with_method(**inputs: Any) -> Any:
             if not inputs.get("fused_lm_head"):
@@ -148,14 +149,11 @@ class SupervisedTrainer(SFTTrainer):
 
     def _weighted(self, outputs: Any, ranks: dict[str, Tensor]) -> Any:
         """The outputs with the method's loss in the place of the log-probs, whose sum TRL takes."""
-        mask = outputs.label_mask
-        out = self.method.loss(
-            TokenBatch(mask=mask, logp=outputs.log_probs, entropy=outputs.entropy.detach(), totals=ONE, **ranks)
-        )
+        mask, entropy = outputs.label_mask, outputs.entropy.detach()
+        batch = TokenBatch(mask=mask, logp=outputs.log_probs, entropy=entropy, totals=ONE)
+        out = self.method.loss(batch.replace(**ranks))
         if self.method.weight is not None:
-            total, n = (
-                self.accelerator.gather_for_metrics(x.sum()).sum() for x in (out.tokens["weight"], mask)
-            )
+            total, n = (self.accelerator.gather_for_metrics(x.sum()).sum() for x in (out.tokens["weight"], mask))
             mode = "train" if self.model.training else "eval"
             self._metrics[mode]["weight"].append((total / n).item() if n else 0.0)
         outputs.log_probs = -out.loss.unsqueeze(0)
@@ -167,8 +165,8 @@ class SupervisedTrainer(SFTTrainer):
             return
         if config.sp_enabled or (config.cp_enabled and self.method.reads & RANKS):
             raise ValueError(
-                f"method {self.method.name!r} cannot be trained with sequences that are cut over ranks: set sp_size=1"
-                + (" and cp_size=1" if self.method.reads & RANKS else "")
+                f"method {self.method.name!r} cannot be trained with sequences that are cut over ranks: set "
+                + ("sp_size=1 and cp_size=1" if self.method.reads & RANKS else "sp_size=1")
             )
 
 
