@@ -19,7 +19,7 @@ from trl import GRPOConfig
 
 import hapo
 import hapo.parts
-from hapo.cli.cards import differences
+from hapo.cli.cards import REFERENCE, differences
 from hapo.engines.trl.options import DECIDED_BY_METHOD, READ
 from hapo.methods import options_of
 
@@ -66,7 +66,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def papers() -> str:
-    """Method, what it does, paper, equations (as the class docstring cites them), deviations."""
+    """Method, kind, what it does, paper, equations (as the class docstring cites them), deviations."""
     rows = []
     for name, title in titles().items():
         cls = options_of(name)
@@ -74,6 +74,7 @@ def papers() -> str:
         rows.append(
             [
                 f"[{title}]({name}.md)",
+                cls.kind,
                 cls.summary,
                 f"{cls.paper.title}, {cls.paper.year}, [arXiv {cls.paper.arxiv}]"
                 f"(https://arxiv.org/abs/{cls.paper.arxiv})",
@@ -81,25 +82,29 @@ def papers() -> str:
                 f"[deviations]({name}.md#paper-and-released-code)",
             ]
         )
-    return table(["method", "in one line", "paper", "equations", "paper and code"], rows)
+    return table(["method", "kind", "in one line", "paper", "equations", "paper and code"], rows)
 
 
 def stages() -> str:
-    """GRPO's parts in full, then of each method those that differ."""
+    """The parts of GRPO and of SFT in full, then of each method those that differ from the one of its kind."""
     rows = []
-    for name, title in sorted(titles().items(), key=lambda item: item[0] != "grpo"):
-        chosen = hapo.method(name).stages if name == "grpo" else differences(name)
+    kinds, first = hapo.methods(), REFERENCE.values()
+    for name, title in sorted(titles().items(), key=lambda item: (kinds[item[0]], item[0] not in first)):
+        chosen = hapo.method(name).stages if name in first else differences(name)
         for i, (stage, part) in enumerate(chosen.items()):
             rows.append(["" if i else f"[{title}]({name}.md)", stage, part if part == "none" else f"`{part}`"])
     return table(["method", "stage", "part"], rows)
 
 
 def readme() -> str:
-    """The methods by what drives them: a stage reads an entropy, or none does."""
-    families: dict[str, list[str]] = {"entropy decides": [], "the others": []}
+    """The methods by what drives them: entropies, other figures of rollouts, or demonstrations."""
+    families: dict[str, list[str]] = {"entropy decides": [], "the others": [], "demonstrations": []}
     for name, title in titles().items():
         reads = any("entropy" in part for part in hapo.method(name).stages.values())
-        families["entropy decides" if reads else "the others"].append(f"[{title}](docs/methods/{name}.md)")
+        family = "entropy decides" if reads else "the others"
+        if hapo.methods()[name] == "supervised":
+            family = "demonstrations"
+        families[family].append(f"[{title}](docs/methods/{name}.md)")
     rows = [f"| {family} | {', '.join(links)} |" for family, links in families.items()]
     count = f"All {len(hapo.methods())} [methods](docs/methods/index.md), by what drives them:"
     return "\n".join([BEGIN, count, "", "| | |", "|---|---|", *rows, END])

@@ -51,7 +51,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("methods/vespo.py", "decay * (1.0 - log_w.exp())", "-decay * log_w.exp()", "tests/methods/test_vespo.py"),
     ("methods/gspo.py", "eps_high: float = 4e-4", "eps_high: float = 4e-3", "tests/methods/test_gspo.py"),
     ("methods/hapo.py", '**over_tokens) if "B" in on else', '**over_tokens) if "B" not in on else', LAWS + " -k test_limits"),
-    ("method.py", "used = mixed_groups(batch.reward if batch.verdict is None else batch.verdict, batch.group, scored)", "used = mixed_groups(batch.reward, batch.group, scored)", "tests/methods/test_dapo.py tests/parts " + RUNS),
+    ("method.py", "used = mixed_groups(rollout.verdict, group, scored)", "used = mixed_groups(reward, group, scored)", "tests/methods/test_dapo.py tests/parts " + RUNS),
     ("method.py", "loss = surrogate.loss if batch.weight is None else surrogate.loss * record.weight", "loss = surrogate.loss", LAWS + " -k sampler"),
     ("method.py", "everywhere = replace(totals, kept=totals.tokens)", "everywhere = totals", "tests/methods/test_forking_tokens.py"),
     ("method.py", "record.ratio = torch.where(mask, self.ratio(record), 1.0)", "record.ratio = self.ratio(record)", "tests/test_autograd.py -k forgets"),

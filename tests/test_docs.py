@@ -18,7 +18,7 @@ import torch
 from trl import GRPOConfig
 
 import hapo
-from hapo.cli.cards import option_docs
+from hapo.cli.cards import REFERENCE, option_docs
 from hapo.engines.records import RunRecords
 from hapo.engines.trl.metrics import NAMES
 from hapo.engines.trl.options import DECIDED_BY_METHOD, READ
@@ -76,9 +76,10 @@ def test_the_api_page_has_every_name_of_the_package():
 def test_every_method_has_a_page(name):
     page = (DOCS / "methods" / f"{name}.md").read_text()
     headings = [line[3:] for line in page.splitlines() if line.startswith("## ")]
-    sections = ["Equations", "What differs from GRPO", "Options", "When to use it", "Paper and released code"]
-    assert [h for h in headings if h in sections] == sections
     options = options_of(name)
+    differs = f"What differs from {REFERENCE[options.kind].upper()}"
+    sections = ["Equations", differs, "Options", "When to use it", "Paper and released code"]
+    assert [h for h in headings if h in sections] == sections
     made = runpy.run_path(str(ROOT / "scripts/docs_from_code.py"))
     assert f"::: {options.__module__}.{options.__name__}\n" in made["api_of_methods"]() + "\n"
     assert f"methods/{name}.md" in [page for entry in made["navigation"]()[1:] for page in entry.values()]

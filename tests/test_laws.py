@@ -67,7 +67,7 @@ def declared(name: str) -> list:
 
 
 VARIANTS += declared("VARIANTS")
-METHODS: list[tuple[str, dict]] = [(name, {}) for name in hapo.methods()]
+METHODS: list[tuple[str, dict]] = [(name, {}) for name in hapo.methods("policy")]
 EVERY = [
     pytest.param(hapo.method(name, **options), id=name + "".join(f"-{k}={v}" for k, v in options.items()))
     for name, options in (*METHODS, *VARIANTS)
@@ -85,7 +85,7 @@ def law(name: str, dtype: torch.dtype = torch.float32) -> Callable:
     def decorate(check: Callable) -> Callable:
         @pytest.mark.parametrize("method", [c for c in EVERY if name not in c.values[0].breaks])
         def test(method: hapo.Method, request: pytest.FixtureRequest) -> None:
-            examples = settings().max_examples // (1 if request.node.callspec.id in hapo.methods() else 5)
+            examples = settings().max_examples // (1 if request.node.callspec.id in hapo.methods("policy") else 5)
 
             @settings(max_examples=examples)
             @given(batch=batches(dtype), data=st.data())
@@ -435,7 +435,7 @@ def test_bounds_are_recorded_where_the_method_has_any(method):
 
 
 @pytest.mark.parametrize(("drawn", "weight"), [(1.5, 1.5), (0.5, 0.5), (8.0, 2.0)])
-@pytest.mark.parametrize("name", [name for name in hapo.methods() if hapo.method(name).sampler_cap])
+@pytest.mark.parametrize("name", [name for name in hapo.methods("policy") if hapo.method(name).sampler_cap])
 def test_the_sampler_s_weight_scales_the_surrogate(name, drawn, weight):
     """Every token `drawn` times likelier under the policy than where it was drawn: min(drawn, 2) times the gradient."""
     method, batch = hapo.method(name, kl_coef=0.0), ordinary()
@@ -447,7 +447,7 @@ def test_the_sampler_s_weight_scales_the_surrogate(name, drawn, weight):
 
 def test_every_method_has_a_limit():
     pairs = [*EVERY_LIMIT, *EVERY_GRADIENT_LIMIT, (("rloo", {}), ("dr_grpo", {}))]
-    assert {spec[0] for pair in pairs for spec in pair[:2]} == {*hapo.methods()}
+    assert {spec[0] for pair in pairs for spec in pair[:2]} == {*hapo.methods("policy")}
 
 
 def ordinary() -> hapo.TokenBatch:

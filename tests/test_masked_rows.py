@@ -32,7 +32,7 @@ def group_of_four(reward: list[float], masked: list[int]) -> hapo.TokenBatch:
     )
 
 
-@pytest.mark.parametrize("name", sorted({*hapo.methods()} - TOKEN_LEVEL - SHAPED))
+@pytest.mark.parametrize("name", sorted({*hapo.methods("policy")} - TOKEN_LEVEL - SHAPED))
 def test_two_right_answers_and_two_that_were_cut_off(name):
     """TRL and verl give the right ones (1 - 1/2) / sqrt(1/3) = 0.866; Dr. GRPO and RLOO do not divide."""
     method = hapo.method(name)
@@ -62,7 +62,7 @@ def test_methods_that_compare_tokens_or_entropies_read_no_row_without_any(name):
 
 
 @pytest.mark.parametrize("unscored", ["reward", "verdict"])
-@pytest.mark.parametrize("name", [*hapo.methods()])
+@pytest.mark.parametrize("name", [*hapo.methods("policy")])
 def test_one_answer_that_could_not_be_scored(name, unscored):
     """The group's other answers learn from one another."""
     method = hapo.method(name)

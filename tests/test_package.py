@@ -38,7 +38,7 @@ ORDERS = [
 
 THEN = """
 import hapo
-assert sorted(hapo.methods()) == hapo.methods() and hapo.method("hapo").name == "hapo"
+assert sorted(hapo.methods()) == [*hapo.methods()] and hapo.method("hapo").name == "hapo"
 assert hapo.Method is sys.modules["hapo.method"].Method
 assert hapo.methods is sys.modules["hapo.methods"].methods
 assert all(hasattr(hapo.parts, part.name) for part in pkgutil.iter_modules(hapo.parts.__path__))

@@ -30,7 +30,9 @@ from transformers import (
 )
 from trl.trainer.utils import add_fused_lm_head
 
+from hapo import scoring
 from hapo.parts.entropy import EntropyStats
+from hapo.parts.rank import expected_rank, target_rank
 from hapo.parts.temperature import bounded_factor
 from hapo.scoring import attach_scoring, score_hidden, score_tokens
 
@@ -117,6 +119,38 @@ def test_values_and_gradients_are_those_of_a_plain_float64_computation(t_base, s
         assert max(map(relative, got_grads, want_grads)) <= 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_ranks_are_those_of_all_logits_in_float64(dtype, chunk, monkeypatch):
+    monkeypatch.setitem(scoring.SORTED, "cpu", 700)  # two rows a sort
+    hidden, weight, bias, tokens = inputs(n=9, v=300, dtype=dtype)
+    with torch.no_grad():
+        weight[7] = weight[8]  # ties, of the bias too
+        bias[7] = bias[8]
+    tokens[0], tokens[1] = 7, 8
+    asked = {"bias": bias, "factor": factor, "softcap": 4.0, "t_base": 0.7, "chunk_tokens": chunk}
+    scores = score_hidden(hidden, weight, tokens, rank=True, expected_rank=True, **asked)
+    x = hidden.double() @ weight.double().T + bias.double()
+    logits = 4.0 * torch.tanh(x / 4.0) / 0.7
+    assert torch.equal(scores.rank.double(), target_rank(logits, tokens))
+    expected = {torch.float64: 1e-12}.get(dtype, 5e-6)
+    torch.testing.assert_close(scores.expected_rank.double(), expected_rank(logits), rtol=expected, atol=0)
+    assert scores.rank.dtype == scores.logp.dtype and not scores.rank.requires_grad
+    assert not scores.expected_rank.requires_grad
+    plain_scores = score_hidden(hidden, weight, tokens, **asked)
+    assert plain_scores.rank is None and plain_scores.expected_rank is None
+    for name in ("logp", "entropy", "sampler_logp"):
+        assert torch.equal(getattr(scores, name), getattr(plain_scores, name))
+
+
+def test_ranks_of_a_masked_vocabulary_and_of_an_impossible_target():
+    bias = torch.tensor([0.0, -math.inf, 1.0, -math.inf])
+    hidden, weight = torch.zeros(2, 1), torch.zeros(4, 1)
+    scores = score_hidden(hidden, weight, torch.tensor([0, 1]), bias=bias, rank=True, expected_rank=True)
+    assert scores.rank.tolist() == [2, 4]
+    torch.testing.assert_close(scores.expected_rank, torch.full((2,), 1 + 1 / (1 + math.e)))
+
+
 def test_gradients_agree_with_finite_differences():
     hidden, weight, bias, tokens = inputs(n=3, d=2, v=4, dtype=torch.float64)
 
@@ -177,7 +211,7 @@ def test_memory_does_not_grow_with_positions_times_vocabulary():
 
     hidden, weight, _, tokens = inputs(n=300, d=1, v=2**16)
     with Recorder() as seen, torch.no_grad():
-        score_hidden(hidden, weight, tokens)
+        score_hidden(hidden, weight, tokens, rank=True, expected_rank=True)
     assert seen.largest == 2**24  # the default budget; 300 * 2**16 is larger
 
 

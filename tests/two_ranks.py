@@ -1,6 +1,7 @@
 """One rank of a torchrun, for all tests of two ranks, since starting one takes longer than its runs: two_ranks FOLDER.
 
-Gradients on fixed completions go to FOLDER/NAME.safetensors for each of `SPLIT`. Then comes a run with dynamic
+Gradients on fixed completions go to FOLDER/NAME.safetensors for each of `SPLIT`, those on demonstrations for each of
+`SUPERVISED`. Then comes a run with dynamic
 sampling and records, in FOLDER/run, whose groups straddle ranks; it is resumed inside a rollout, and the metrics of
 both stand in FOLDER/first.jsonl and FOLDER/run/metrics.jsonl. The gradients of scoring are checked here. Last comes
 `hapo train`, in FOLDER/cli/demo.
@@ -19,7 +20,7 @@ from hapo.cli import main
 from hapo.engines.trl.rows import RolloutRows
 from hapo.trl import HAPOTrainer
 from tests.cli import small
-from tests.engines import fixed_rollout, tiny
+from tests.engines import fixed_rollout, supervised_run, tiny
 from tests.test_scoring import check_gradients_over_two_ranks
 
 
@@ -55,6 +56,9 @@ SPLIT = {
 }
 """Statistics of the rollout batch; a choice of tokens by the current policy in each optimiser step; several rewards,
 each normalised, with the entropy term and the off-policy mask; gates beside."""
+
+SUPERVISED = {"sft": {}, "ranktuner": {"estimator": "exact", "base_weight": 1}}
+"""Scored by TRL's fused head, and by `hapo.scoring`."""
 
 
 def run(folder: Path, checkpoint: Path | None):
@@ -92,6 +96,11 @@ if __name__ == "__main__":
         if trainer.accelerator.is_main_process:
             flat = {f"{i}.{n}": g for i, step in enumerate(gradients.steps) for n, g in step.items()}
             save_file(flat, folder / f"{name}.safetensors")
+    for name, options in SUPERVISED.items():
+        made = {"method": name, "method_options": options, "rows": 2, "accumulation": 2}
+        _, gradient, trainer = supervised_run.run(folder / "supervised", **made)
+        if trainer.accelerator.is_main_process:
+            save_file(gradient, folder / f"{name}.safetensors")
     trainer = run(folder / "run", None)
     trainer.accelerator.wait_for_everyone()
     if trainer.accelerator.is_main_process:

@@ -12,10 +12,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .batch import EntropyStats, StepTotals, TokenBatch
-    from .method import LossOutput, Method
+    from .batch import EntropyStats, LossOutput, StepTotals, TokenBatch
+    from .method import Method
     from .methods import method, methods
     from .stage import Record, Stage
+    from .supervised import Supervised
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ __all__ = [
     "Record",
     "Stage",
     "StepTotals",
+    "Supervised",
     "TokenBatch",
     "__version__",
     "method",
@@ -34,11 +36,12 @@ __all__ = [
 
 _HOMES = {
     "EntropyStats": ".batch",
-    "LossOutput": ".method",
+    "LossOutput": ".batch",
     "Method": ".method",
     "Record": ".stage",
     "Stage": ".stage",
     "StepTotals": ".batch",
+    "Supervised": ".supervised",
     "TokenBatch": ".batch",
     "method": ".methods",
     "methods": ".methods",

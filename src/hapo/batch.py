@@ -5,7 +5,7 @@ Shapes: B sequences, T tokens. Log-probabilities and entropies are in nats, of s
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ TOKEN_FIELDS = (
     "sampler_logp",
     "old_entropy",
     "entropy",
+    "rank",
+    "expected_rank",
     "advantage",
     "signal",
     "weight",
@@ -67,11 +69,13 @@ class StepTotals:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Responses as padded tensors. Immutable: every operation returns a new batch.
+    """Responses, or targets of demonstrations, as padded tensors. Immutable: every operation returns a new batch.
 
-    What stands at masked positions is never read. `logp` is the only tensor with a gradient. `advantage`,
-    `signal`, `weight`, `keep`, `stats` and `totals` are made by `Method.prepare` and `Method.step` and are
-    constants from then on. `hapo.stage.Record` is what the stages of a method see of it.
+    The mask alone is required of every batch: a policy method reads `old_logp`, `reward` and `group` beside it, a
+    supervised one `logp` and what its weight asks for. What stands at masked positions is never read. `logp` is
+    the only tensor with a gradient. `advantage`, `signal`, `weight`, `keep`, `stats` and `totals` are made by
+    `Method.prepare` and `Method.step` and are constants from then on. `hapo.stage.Record` is what the stages of a
+    method see of it.
 
     Raises:
         ValueError: a field has another shape, dtype or device than the contract says, named in the message.
@@ -79,11 +83,11 @@ class TokenBatch:
 
     mask: Bool[Tensor, "B T"]
     """Valid response tokens: end of sequence included; prompt, padding and tool output not."""
-    old_logp: Float[Tensor, "B T"]
+    old_logp: Float[Tensor, "B T"] | None = None
     """Log-probability of the taken token under the policy at rollout."""
-    reward: Float[Tensor, " B"]
+    reward: Float[Tensor, " B"] | None = None
     """Outcome reward of the response, with any length penalty; NaN where it could not be scored."""
-    group: Int[Tensor, " B"]
+    group: Int[Tensor, " B"] | None = None
     """Prompt id: rows with equal ids are samples of one prompt."""
     logp: Float[Tensor, "B T"] | None = None
     """Log-probability of the taken token under the current policy."""
@@ -95,6 +99,10 @@ class TokenBatch:
     """Full-vocabulary entropy of the policy at rollout, nats."""
     entropy: Float[Tensor, "B T"] | None = None
     """Full-vocabulary entropy of the current policy, nats."""
+    rank: Float[Tensor, "B T"] | None = None
+    """Rank of the taken token in the current policy: 1 is the likeliest; tokens of equal probability count."""
+    expected_rank: Float[Tensor, "B T"] | None = None
+    """Rank that the current policy expects of a token that it draws: sum_i i P_(i), P in decreasing order."""
     verdict: Float[Tensor, " B"] | None = None
     """The verifier's verdict before any shaping; group filtering acts on it. `reward` where absent."""
     rewards: Float[Tensor, "B K"] | None = None
@@ -146,7 +154,13 @@ class TokenBatch:
 
     @property
     def scored(self) -> Bool[Tensor, " B"]:
-        """True at the rows that could be scored: neither reward nor verdict is NaN."""
+        """True at the rows that could be scored: neither reward nor verdict is NaN.
+
+        Raises:
+            ValueError: the batch has no rewards.
+        """
+        if self.reward is None:
+            raise ValueError("the batch has no rewards: TokenBatch.reward is missing")
         nan = self.reward.isnan()
         return ~(nan if self.verdict is None else nan | self.verdict.isnan())
 
@@ -172,6 +186,19 @@ class TokenBatch:
         return self.replace(
             **{f.name: chosen(x) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
         )
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """What `Method.loss` and `Supervised.loss` return for a batch or a slice of it."""
+
+    loss: Float[Tensor, ""]
+    """This slice's share of the optimiser step's loss: the shares of all slices add up to it."""
+    metrics: dict[str, Tensor]
+    """Scalars, detached, shares like the loss: add them up over the slices of a step."""
+    tokens: dict[str, Tensor] = field(repr=False)
+    """Per token (B,T), detached. Of a policy method: ratio, advantage (as used), low and high bound, clipped,
+    kept, and the signal where the method has one. Of a supervised one: weight."""
 
 
 def working_dtype(x: Tensor) -> torch.dtype:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .batch import TOKEN_FIELDS, EntropyStats, StepTotals, TokenBatch, masked
+from .batch import TOKEN_FIELDS, EntropyStats, LossOutput, StepTotals, TokenBatch, masked
 from .parts.bounds import Bounds, constant_bounds, no_bounds
 from .parts.entropy import entropy_from_logits
 from .parts.penalty import k3
@@ -19,19 +19,6 @@ from .parts.reduce import token_mean
 from .parts.select import mixed_groups
 from .parts.surrogate import Surrogate, clipped_surrogate
 from .stage import Record, Stage, When, describe, part_of
-
-
-@dataclass(frozen=True)
-class LossOutput:
-    """What `Method.loss` returns for a batch or a slice of it."""
-
-    loss: Float[Tensor, ""]
-    """This slice's share of the optimiser step's loss: the shares of all slices add up to it."""
-    metrics: dict[str, Tensor]
-    """Scalars, detached, shares like the loss: add them up over the slices of a step."""
-    tokens: dict[str, Tensor] = field(repr=False)
-    """Per token (B,T), detached: ratio, advantage (as used), low and high bound, clipped, kept, and the signal
-    where the method has one."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -151,13 +138,15 @@ class Method:
             ValueError: a field that this method reads is missing.
         """
         batch = batch.replace(**dict.fromkeys(("advantage", "signal", "weight", "keep", "stats", "totals")))
+        rollout = Record(self.name, batch)
+        reward, group, _ = rollout.reward, rollout.group, rollout.old_logp  # what every policy method reads
         used = scored = batch.scored
         if self.filter_groups:
-            used = mixed_groups(batch.reward if batch.verdict is None else batch.verdict, batch.group, scored)
+            used = mixed_groups(rollout.verdict, group, scored)
         rewards = batch.rewards
         batch = batch.replace(
             mask=batch.mask & used.unsqueeze(1),
-            reward=batch.reward.masked_fill(~scored, torch.nan),
+            reward=reward.masked_fill(~scored, torch.nan),
             rewards=None if rewards is None else rewards.masked_fill(~scored.unsqueeze(1), torch.nan),
         )
         record = Record(self.name, batch)

@@ -25,11 +25,16 @@ When = Literal["prepare", "step", "loss"]
 
 MISSING = {
     "logp": "the log-prob of each token under the current policy",
+    "old_logp": "the log-prob of each token under the policy at rollout",
+    "reward": "the outcome reward of each response (B,)",
+    "group": "the prompt id of each response (B,): equal ids are samples of one prompt",
     "ref_logp": "the log-prob of each token under the reference policy; give it, or kl_coef=0 for no penalty",
     "sampler_logp": "the log-prob of each token under the distribution that drew it",
     "rewards": "the reward of each function (B,K), before they are weighted and added up",
     "old_entropy": "the policy's entropy at rollout, nats, taken in the same pass as old_logp",
     "entropy": "the current policy's entropy, nats, taken in the same pass as logp",
+    "rank": "the rank of each token in the current distribution; score_hidden(..., rank=True) gives it",
+    "expected_rank": "the rank that the distribution expects; score_hidden(..., expected_rank=True) gives it",
     "signal": "the stage `signal` makes it, at prepare(), step() or loss() as `signal_at` says",
     "advantage": "the stage `advantage` makes it, in prepare()",
     "weight": "prepare() makes it where sampler_logp is given and sampler_cap is not None",
@@ -40,6 +45,9 @@ MISSING = {
     "bounds": "the stage `bounds` makes it, in loss() after the ratio",
 }
 """Field of the record -> where it comes from."""
+
+SOURCE = {"verdict": "reward", "drawn_logp": "old_logp"}
+"""Field that stands for another where nobody gave it -> that other."""
 
 
 class MissingFieldError(ValueError, AttributeError):
@@ -66,6 +74,8 @@ class Record:
         sampler_logp: Float[Tensor, "B T"]
         old_entropy: Float[Tensor, "B T"]
         entropy: Float[Tensor, "B T"]
+        rank: Float[Tensor, "B T"]
+        expected_rank: Float[Tensor, "B T"]
         drawn_logp: Float[Tensor, "B T"]
         reward: Float[Tensor, " B"]
         rewards: Float[Tensor, "B K"]
@@ -92,9 +102,8 @@ class Record:
         value = self._given(name)
         nothing_to_count = name == "stats" and not self.mask.any()
         if value is None and not nothing_to_count:
-            raise MissingFieldError(
-                f"method {self._method!r} reads TokenBatch.{name}, and it is missing: {MISSING[name]}"
-            )
+            why = MISSING[SOURCE.get(name, name)]
+            raise MissingFieldError(f"method {self._method!r} reads TokenBatch.{name}, and it is missing: {why}")
         if name in TOKEN_FIELDS or name == "drawn_logp":
             value = masked(value if name == "logp" else value.detach(), self.mask)
         elif name in ("reward", "verdict"):
@@ -112,7 +121,7 @@ class Record:
         return self._batch.reward if value is None and name == "verdict" else value
 
 
-FIELDS = frozenset({"mask", "reward", "verdict", "group", *MISSING, "old_logp", "drawn_logp"})
+FIELDS = frozenset({"mask", "verdict", *MISSING, "drawn_logp"})
 """What a stage can read."""
 
 Out = TypeVar("Out")

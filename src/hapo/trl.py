@@ -1,8 +1,25 @@
-"""HAPO and its siblings in TRL: `HAPOTrainer` and `HAPOConfig`, drop-ins for `GRPOTrainer` and `GRPOConfig`.
+"""HAPO and its siblings in TRL: drop-ins for `GRPOTrainer` and `SFTTrainer`, and for their configurations.
 
-`AuxiliaryLoss`, `Sampler` and `Scorer` are for subclasses of the trainer.
+`HAPOTrainer` takes policy methods, `SupervisedTrainer` supervised ones. `AuxiliaryLoss`, `Sampler` and `Scorer`
+are for subclasses of `HAPOTrainer`.
 """
 
-from .engines.trl import AuxiliaryLoss, HAPOConfig, HAPOTrainer, Sampler, Scorer
+from .engines.trl import (
+    AuxiliaryLoss,
+    HAPOConfig,
+    HAPOTrainer,
+    Sampler,
+    Scorer,
+    SupervisedConfig,
+    SupervisedTrainer,
+)
 
-__all__ = ["AuxiliaryLoss", "HAPOConfig", "HAPOTrainer", "Sampler", "Scorer"]
+__all__ = [
+    "AuxiliaryLoss",
+    "HAPOConfig",
+    "HAPOTrainer",
+    "Sampler",
+    "Scorer",
+    "SupervisedConfig",
+    "SupervisedTrainer",
+]

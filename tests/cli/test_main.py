@@ -71,8 +71,8 @@ def test_the_list_has_paper_stages_and_own_options_of_every_method(capsys, monke
     text = " ".join(" ".join(lines).split())
     for name in hapo.methods():
         paper = options_of(name).paper
-        assert f" {name} {paper.year} {paper.arxiv} " in text
-    assert "no KL stages: filter, bounds, reduce, no penalty filter_groups=True, eps_high=0.28 dr_grpo" in text
+        assert f" {name} {hapo.methods()[name]} {paper.year} {paper.arxiv} " in text
+    assert "no KL stages: filter, bounds, reduce, no penalty filter_groups=True, eps_high=0.28 dft" in text
     assert "stages: the reference of this list kl_coef=0.04 grpo_s" in text
     assert "temperature={'tau': 0.1}, eps_high=0.28, components='ABCD'," in text
 
@@ -92,6 +92,9 @@ def test_a_card_has_stages_options_defaults_and_their_meaning(name, capsys, monk
     for option, value in defaults(cls).items():
         shown = "{'tau': 0.1}" if isinstance(value, TemperatureOptions) else repr(value)
         assert [option, shown, option_docs(cls)[option]] in rows
+    if cls.kind == "supervised":
+        assert f"{name} (supervised): " in out and "temperature" not in out
+        return
     for f in fields(TemperatureOptions):
         assert [f.name, repr(f.default), option_docs(TemperatureOptions)[f.name]] in rows
 
@@ -113,7 +116,7 @@ def test_the_list_and_a_card_import_no_torch_once_they_are_in_the_cache(tmp_path
     assert "torch" in first and not {"trl", "transformers", "datasets"} & first
     kept, second = loaded_by(tmp_path, ["methods"], ["methods", "hapo"])
     assert "torch" not in second
-    assert made == kept and "hapo: " in kept
+    assert made == kept and "hapo (policy): " in kept
 
 
 def test_help_and_the_examination_of_a_run_import_only_what_they_use(tmp_path):
@@ -175,14 +178,14 @@ def test_a_broken_cache_is_made_anew(broken, made, tmp_path):
 def test_a_cache_that_cannot_be_written_to_is_no_error(made, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert sorted(cards.cards().methods) == hapo.methods()
+    assert sorted(cards.cards().methods) == [*hapo.methods()]
 
     def home():
         raise RuntimeError("no home")
 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", home)
-    assert sorted(cards.cards().methods) == hapo.methods()
+    assert sorted(cards.cards().methods) == [*hapo.methods()]
     assert len(made) == 2
 
 

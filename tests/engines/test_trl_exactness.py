@@ -54,7 +54,7 @@ OF_TINY_MODEL = {
         ("hapo", {"components": "BCD", "sampler_cap": None}),
         ("forking_tokens", {"entropy_source": "old"}),
         ("stapo", {"tau_p": 0.5}),
-        *[(name, OF_TINY_MODEL.get(name, {})) for name in hapo.methods()],
+        *[(name, OF_TINY_MODEL.get(name, {})) for name in hapo.methods("policy")],
     ],
 )
 def test_engine_equals_core(method, options):

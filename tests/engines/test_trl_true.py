@@ -207,9 +207,9 @@ def later_config(without):
 @pytest.mark.parametrize(
     "without",
     [
-        {"vllm_importance_sampling_cap", "delta"},
-        {"loss_type", "sapo_temperature_neg", "vespo_k_pos"},
-        {"mask_truncated_completions", "off_policy_mask_threshold"},
+        ["vllm_importance_sampling_cap", "delta"],
+        ["loss_type", "sapo_temperature_neg", "vespo_k_pos"],
+        ["mask_truncated_completions", "off_policy_mask_threshold"],
     ],
     ids=" ".join,
 )

@@ -135,7 +135,7 @@ def test_a_wrong_kernel_stops_the_run_and_a_right_one_waits_once(monkeypatch):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("name", hapo.methods())
+@pytest.mark.parametrize("name", hapo.methods("policy"))
 def test_methods_compute_what_they_do_on_a_cpu(name):
     method = hapo.method(name)
     g = torch.Generator().manual_seed(1)

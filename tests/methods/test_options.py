@@ -59,6 +59,10 @@ OPTIONS = [
     ("entropy_adv", {"entropy_source": "new"}, "entropy_source must be one of 'current', 'old'"),
     ("edge_grpo", {"clamp": (2.0, 10.0)}, "clamp must be 0 < low <= 1 <= high"),
     ("gtpo", {"variant": "joint"}, "variant must be one of 'padded', 'own'"),
+    ("ranktuner", {"estimator": "sorted"}, "estimator must be one of 'approx', 'exact', got 'sorted'"),
+    ("ranktuner", {"base_weight": "1"}, "base_weight must be 'p' or the number 1, got '1'"),
+    ("ranktuner", {"base_weight": True}, "base_weight must be 'p' or the number 1, got True"),
+    ("sft", {"tau": 0.1}, "method 'sft' has no option 'tau'"),
     ("grpo_s", {"variant": "paper"}, "variant must be one of 'padded', 'joint', 'own'"),
 ]
 

@@ -28,7 +28,7 @@ import hapo
 from ..engines.identity import differences
 from ..engines.records import RunRecords, manifest, weights_hash
 from ..insight.run import parse_arm
-from ..methods import options_of
+from ..methods import options_of, policy
 from ..outputs import file_hash, write_whole
 from ..samplers.transformers import ids_only
 from ..tasks import Task, TaskConfig, load_task
@@ -97,7 +97,11 @@ class Arm:
     def __post_init__(self) -> None:
         try:
             name, given = parse_arm(self.label)
-            known = set() if name.startswith(TRL) else {f.name for f in fields(options_of(name))} - {"kl_coef"}
+            known = (
+                set()
+                if name.startswith(TRL)
+                else {f.name for f in fields(options_of(name, "policy"))} - {"kl_coef"}
+            )
         except ValueError as error:
             raise UsageError(f"arm {self.label!r}: {error}; arms are methods, or {TRL}LOSS_TYPE") from error
         kind = GRPOConfig if name.startswith(TRL) else HAPOConfig
@@ -118,7 +122,7 @@ class Arm:
         object.__setattr__(self, "flags", {k: v for k, v in given.items() if k not in known})
         try:
             if not self.of_trl:
-                hapo.method(name, **self.options)
+                policy(name, **self.options)
         except ValueError as error:
             raise UsageError(f"arm {self.label!r}: {error}") from error
 

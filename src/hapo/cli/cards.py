@@ -20,11 +20,14 @@ from typing import TYPE_CHECKING, Any
 import hapo
 
 if TYPE_CHECKING:
-    from ..methods import Options
+    from ..methods._options import MethodOptions
 
 PACKAGE = Path(hapo.__file__).parent
-SOURCES = ("batch.py", "stage.py", "method.py", "methods/*.py", "parts/*.py", "cli/cards.py")
+SOURCES = ("batch.py", "stage.py", "method.py", "supervised.py", "methods/*.py", "parts/*.py", "cli/cards.py")
 """The files of the package that a card depends on."""
+
+REFERENCE = {"policy": "grpo", "supervised": "sft"}
+"""Kind of method -> the one that the others of its kind are told apart from."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Card:
     """A method in words."""
 
     name: str
+    kind: str
+    """"policy" or "supervised"."""
     summary: str
     title: str
     """Of its paper."""
@@ -40,9 +45,9 @@ class Card:
     breaks: list[str]
     """Laws that it breaks by its definition."""
     stages: dict[str, str]
-    """The part that is each of its stages, with its options; "none" where GRPO has the stage and it has not."""
+    """The part that is each of its stages, with its options; "none" where the reference has one and it has not."""
     differs: list[str]
-    """Stages in which it differs from GRPO."""
+    """Stages in which it differs from the reference of its kind: GRPO, or SFT."""
     own: list[str]
     """The options that set it apart."""
     options: dict[str, list[str]]
@@ -110,6 +115,7 @@ def make_card(name: str) -> Card:
     differs, values, docs = differences(name), defaults(cls), option_docs(cls)
     return Card(
         name=name,
+        kind=cls.kind,
         summary=cls.summary,
         title=cls.paper.title,
         year=cls.paper.year,
@@ -140,13 +146,14 @@ def option_docs(cls: type) -> dict[str, str]:
 
 
 def differences(name: str) -> dict[str, str]:
-    """The stages in which a method differs from GRPO, with its choice: "none" where it leaves GRPO's out."""
-    base, own = hapo.method("grpo").stages, hapo.method(name).stages
+    """The stages in which a method differs from the reference of its kind, with its choice: "none" where it has
+    none and the reference has one."""
+    base, own = hapo.method(REFERENCE[hapo.methods()[name]]).stages, hapo.method(name).stages
     stages = {**own, **{stage: "none" for stage in base if stage not in own}}
     return {stage: choice for stage, choice in stages.items() if choice != base.get(stage)}
 
 
-def defaults(cls: type[Options]) -> dict[str, Any]:
+def defaults(cls: type[MethodOptions]) -> dict[str, Any]:
     """The options of a method with their defaults: first those that set it apart, then the shared ones."""
     built = cls()
     values = {f.name: getattr(built, f.name) for f in fields(cls)}

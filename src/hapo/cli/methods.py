@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import UsageError
-from .cards import Card, cards, make_card
+from .cards import REFERENCE, Card, cards, make_card
 
 
 def main(argv: list[str]) -> int:
@@ -34,31 +34,35 @@ def main(argv: list[str]) -> int:
 
 def _print_list(console: Console, methods: Iterable[Card]) -> None:
     table = Table(box=box.SIMPLE, leading=1)
-    for column in ("method", "year", "arXiv", "what it is"):
+    for column in ("method", "kind", "year", "arXiv", "what it is"):
         table.add_column(column, no_wrap=column != "what it is")
     for card in methods:
         stages = [f"no {stage}" if card.stages[stage] == "none" else stage for stage in card.differs]
         what = Text(card.summary)
         what.append(f"\nstages: {', '.join(stages) or 'the reference of this list'}", style="cyan")
         what.append(f"\n{', '.join(card.own)}", style="dim")
-        table.add_row(card.name, str(card.year), card.arxiv, what)
+        table.add_row(card.name, card.kind, str(card.year), card.arxiv, what)
     console.print(table)
-    console.print("stages: where it differs from GRPO; below them, its own options at their defaults")
+    console.print("kind: policy methods learn from rollouts and rewards, supervised ones from demonstrations")
+    console.print("stages: where it differs from GRPO, or SFT; below them, its own options at their defaults")
     console.print("hapo methods NAME: stages, all options and their meaning, paper")
 
 
 def _print_card(console: Console, card: Card, temperature: Mapping[str, list[str]]) -> None:
-    console.print(f"{card.name}: {card.summary}", style="bold")
+    console.print(f"{card.name} ({card.kind}): {card.summary}", style="bold")
     console.print(f"{card.title} ({card.year})")
     console.print(f"https://arxiv.org/abs/{card.arxiv}")
     for broken in card.breaks:
         console.print(f"breaks the {broken} law by its definition (docs/laws.md)")
-    stages = Table(box=box.SIMPLE, title="stages (* differs from GRPO)", title_justify="left", show_header=False)
+    console.print(f"stages (* differs from {REFERENCE[card.kind].upper()})", style="italic")
+    stages = Table(box=box.SIMPLE, show_header=False)
     for stage, choice in card.stages.items():
         stages.add_row(f"{stage} *" if stage in card.differs else stage, choice)
     console.print(stages)
-    _print_options(console, "options (method_options), its own first", card.options)
-    _print_options(console, "keys of the option temperature", temperature)
+    if card.options:
+        _print_options(console, "options (method_options), its own first", card.options)
+    if "temperature" in card.options:
+        _print_options(console, "keys of the option temperature", temperature)
 
 
 def _print_options(console: Console, title: str, options: Mapping[str, list[str]]) -> None:

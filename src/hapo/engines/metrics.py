@@ -38,6 +38,7 @@ def rollout_metrics(
         sampled_with: the statistics that the batch was drawn with; None: at `t_base`.
         t_base: the base temperature.
     """
+    assert batch.group is not None and batch.reward is not None
     metrics: dict[str, float] = {}
     rows = scored.any(1)
     if rows.any():
@@ -60,7 +61,7 @@ def rollout_metrics(
 
 def sampler_gap(batch: TokenBatch) -> dict[str, float]:
     """|old - sampler| over the valid tokens, nats; empty where the sampler's log-probs are not known."""
-    if batch.sampler_logp is None or not batch.mask.any():
+    if batch.old_logp is None or batch.sampler_logp is None or not batch.mask.any():
         return {}
     gap = (batch.old_logp - batch.sampler_logp)[batch.mask].abs()
     name = "sampling/sampling_logp_difference"

@@ -180,6 +180,7 @@ class RunRecords:
             "clipped": made["clipped"] & batch.mask,
             "kept": made["kept"],
         }
+        assert batch.group is not None and batch.reward is not None
         row, position = mask.nonzero(as_tuple=True)
         columns: dict[str, Any] = {
             "response": response.cpu()[row].numpy(),
@@ -213,6 +214,7 @@ class RunRecords:
         They have no line of their own: the file's metadata has them. The arguments are those of `add_tokens`.
         """
         self._told = {"rollout": str(rollout), "responses": str(responses)}
+        assert batch.group is not None and batch.reward is not None
         rows = (batch.scored & ~mask.any(1)).nonzero().squeeze(1)
         verdict = batch.reward if batch.verdict is None else batch.verdict
         columns = (x[rows].tolist() for x in (response, batch.group, batch.reward, verdict))

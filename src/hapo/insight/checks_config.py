@@ -46,7 +46,7 @@ class Plan:
         from ..methods import options_of
 
         assert not isinstance(self.args.method_options, str)
-        return options_of(self.args.method)(**(self.args.method_options or {}))
+        return options_of(self.args.method, "policy")(**(self.args.method_options or {}))
 
     @cached_property
     def method(self) -> Method:

@@ -129,7 +129,9 @@ class Run:
         options = dict(self.config.get("method_options") or {})
         if self.config.get("beta") is not None:
             options["kl_coef"] = self.config["beta"]
-        return hapo.method(self.config["method"], **options)
+        from ..methods import policy
+
+        return policy(self.config["method"], **options)
 
     def rollout(self, first: int) -> Rollout:
         """A recorded rollout batch as tensors.
@@ -230,8 +232,10 @@ def parse_method(spec: str) -> Method:
     Raises:
         ValueError: unknown method or option, a value out of range, or a text of another form.
     """
+    from ..methods import policy
+
     name, options = parse_arm(spec)
-    return hapo.method(name, **options)
+    return policy(name, **options)
 
 
 def parse_arm(spec: str) -> tuple[str, dict[str, Any]]:

@@ -6,19 +6,22 @@ A file of this folder that registers a class of options is a method; its name be
 import importlib
 import pkgutil
 
-from ._options import ClippedOptions, GroupOptions, Options, Paper, TemperatureOptions
-from ._registry import method, methods, options_of, register
+from ._options import ClippedOptions, GroupOptions, Options, Paper, SupervisedOptions, TemperatureOptions
+from ._registry import method, methods, options_of, policy, register, supervised
 
 __all__ = [
     "ClippedOptions",
     "GroupOptions",
     "Options",
     "Paper",
+    "SupervisedOptions",
     "TemperatureOptions",
     "method",
     "methods",
     "options_of",
+    "policy",
     "register",
+    "supervised",
 ]
 
 for _file in pkgutil.iter_modules(__path__):

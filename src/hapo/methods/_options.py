@@ -20,6 +20,10 @@ from ..parts.penalty import kl_penalty, unbiased_kl_penalty
 from ..parts.select import on_policy
 from ..parts.temperature import bounded_factor, zscore_factor
 from ..stage import Stage, When
+from ..supervised import Supervised
+
+Kind = Literal["policy", "supervised"]
+"""What a method learns from: rollouts and rewards, or demonstrations."""
 
 
 @dataclass(frozen=True)
@@ -94,16 +98,39 @@ class TemperatureOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(ABC):
-    """What every method can be told; each method adds its own.
+class MethodOptions(ABC):
+    """What the options of a method say of it, whatever its kind."""
+
+    name: ClassVar[str]
+    kind: ClassVar[Kind]
+    paper: ClassVar[Paper]
+    summary: ClassVar[str]
+
+    @abstractmethod
+    def build(self) -> Method | Supervised:
+        """The method with these options."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedOptions(MethodOptions, ABC):
+    """Options of the methods that learn from demonstrations; each adds its own."""
+
+    kind: ClassVar[Kind] = "supervised"
+
+    @abstractmethod
+    def build(self) -> Supervised:
+        """The method with these options."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(MethodOptions, ABC):
+    """What every policy method can be told; each method adds its own.
 
     Raises:
         ValueError: a value is out of its range, named in the message.
     """
 
-    name: ClassVar[str]
-    paper: ClassVar[Paper]
-    summary: ClassVar[str]
+    kind: ClassVar[Kind] = "policy"
 
     filter_groups: bool = False
     """Drop groups whose verdicts are all equal (DAPO's dynamic sampling)."""

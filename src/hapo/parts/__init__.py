@@ -6,6 +6,7 @@ from . import (  # noqa: F401 - each is there after `import hapo`, as hapo.parts
     entropy,
     groups,
     penalty,
+    rank,
     ratio,
     reduce,
     select,

@@ -1,4 +1,4 @@
-"""The TRL engine: TRL's GRPO trainer with the advantage, loss, scoring and sampling of a `Method`."""
+"""The TRL engine: TRL's GRPO trainer with the stages of a `Method`, its SFT trainer with a `Supervised`'s."""
 
 from ..version import require
 
@@ -8,6 +8,15 @@ from .auxiliary import AuxiliaryLoss  # noqa: E402
 from .config import HAPOConfig  # noqa: E402
 from .sampler import Sampler  # noqa: E402
 from .scorer import Scorer  # noqa: E402
+from .supervised import SupervisedConfig, SupervisedTrainer  # noqa: E402
 from .trainer import HAPOTrainer  # noqa: E402
 
-__all__ = ["AuxiliaryLoss", "HAPOConfig", "HAPOTrainer", "Sampler", "Scorer"]
+__all__ = [
+    "AuxiliaryLoss",
+    "HAPOConfig",
+    "HAPOTrainer",
+    "Sampler",
+    "Scorer",
+    "SupervisedConfig",
+    "SupervisedTrainer",
+]

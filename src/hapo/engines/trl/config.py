@@ -13,7 +13,7 @@ from trl import GRPOConfig
 import hapo
 
 from ...method import Method
-from ...methods import options_of
+from ...methods import options_of, policy
 from .options import DECIDED_BY_METHOD, LOSS_TYPES, NO_TEMPERATURE, check_generation, done_by
 from .vllm import check_rule
 
@@ -146,7 +146,7 @@ class HAPOConfig(GRPOConfig):
             raise ValueError(
                 "use_bias_correction_kl=True and method_options['unbiased_kl']=False disagree; set one"
             )
-        self.refuse_what_the_method_decides(hapo.method(self.method, **options))
+        self.refuse_what_the_method_decides(policy(self.method, **options))
         self._check_schedule()
         least = {"max_num_gen_batches": 1, "overlong_buffer": 0, "record_tokens_every": 0, "record_tokens_rows": 1}
         for name, low in least.items():
@@ -197,7 +197,7 @@ class HAPOConfig(GRPOConfig):
             if name not in done or value != done[name]:
                 remedy = DECIDED_BY_METHOD[name]
                 if name == "loss_type":
-                    known = f'choose method="{value}"' if value in hapo.methods() else remedy
+                    known = f'choose method="{value}"' if value in hapo.methods("policy") else remedy
                     remedy = LOSS_TYPES.get(str(value), known)
                 does = "" if done.get(name) is None else f", in {method.name} it is {done[name]!r}"
                 raise ValueError(f"{name}={value!r} cannot be honoured: the method decides it{does}; {remedy}")
@@ -236,13 +236,13 @@ def resolve_method(method: Method | None, args: HAPOConfig) -> Method:
         args.beta = weight  # TRL loads a reference model where this is not 0
         return method
     if args.beta is None:
-        args.beta = options_of(args.method).kl_coef
+        args.beta = options_of(args.method, "policy").kl_coef
     options = {**(args.method_options or {}), "kl_coef": args.beta}  # type: ignore[dict-item]
     if args.use_bias_correction_kl:
         options["unbiased_kl"] = True
     if options.get("multi_objective_aggregation") == "normalize_then_sum":
         options.setdefault("reward_weights", args.reward_weights)
-    named = hapo.method(args.method, **options)
+    named = policy(args.method, **options)
     if named.penalty is not None and not args.beta:
         raise ValueError(
             f"method {named.name!r} has a KL penalty, and TRL loads a reference model only with beta > 0: "

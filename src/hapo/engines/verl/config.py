@@ -12,6 +12,7 @@ from typing import Any
 import hapo
 
 from ...method import Method
+from ...methods import policy
 from ...methods._options import check_names
 from ...parts.penalty import kl_penalty
 from ...samplers.rule import TESTED_VLLM, temperature_of
@@ -51,7 +52,7 @@ class Settings:
     """
 
     method: str
-    """A method of `hapo.methods()`."""
+    """A method of `hapo.methods("policy")`."""
     options: dict[str, Any] = field(default_factory=dict)
     """Options of the method, but for `kl_coef` and `sampler_cap`, which are verl's to set."""
     run_records: bool = True
@@ -81,7 +82,8 @@ class Settings:
         """Read the section of a whole configuration."""
         section = config.get(NAME)
         if not section or not section.get("method"):
-            raise ValueError(f"{MODE}={NAME} needs a method: set +hapo.method=hapo, or any of {hapo.methods()}")
+            known = ", ".join(hapo.methods("policy"))
+            raise ValueError(f"{MODE}={NAME} needs a method: set +hapo.method=hapo, or any of {known}")
         check_names("the section hapo of the configuration", section, [f.name for f in fields(cls)])
         return cls(**section)
 
@@ -131,7 +133,7 @@ def resolve_method(config: Mapping[str, Any], settings: Settings) -> Method:
     Raises:
         ValueError: unknown method or option, or a penalty per token without a reference model.
     """
-    named = hapo.method(settings.method, **settings.options)
+    named = policy(settings.method, **settings.options)
     changes: dict[str, Any] = {"sampler_cap": _cap(config)}
     weight = named.options["kl_coef"] if named.penalty is not None else 0.0
     own, uses_kl = _own_penalty(named), bool(select(config, f"{ACTOR}.use_kl_loss"))
@@ -149,7 +151,7 @@ def resolve_method(config: Mapping[str, Any], settings: Settings) -> Method:
                 stacklevel=2,
             )
         changes["kl_coef"] = 0.0
-    return hapo.method(settings.method, **{**settings.options, **changes})
+    return policy(settings.method, **{**settings.options, **changes})
 
 
 def check(config: Mapping[str, Any], method: Method) -> None:

@@ -17,10 +17,9 @@ from verl.utils.distributed import initialize_global_process_group_ray
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 from verl.workers.utils.padding import no_padding_2_padding, response_to_nested
 
-import hapo
-
 from ...batch import StepTotals, TokenBatch
 from ...method import Method
+from ...methods import policy
 from ...parts.entropy import entropy_from_logits
 from .loss import micro_batch, shares, token_batch
 from .plan import RolloutPlan
@@ -74,7 +73,7 @@ class HAPOActor(TrainingWorker):
         """The method that the trainer named."""
         key = plan.method, repr(plan.options)
         if self._method is None or self._method[0] != key:
-            self._method = key, hapo.method(plan.method, **plan.options)
+            self._method = key, policy(plan.method, **plan.options)
         return self._method[1]
 
     def _begin_step(self, data: TensorDict, method: Method, plan: RolloutPlan) -> None:

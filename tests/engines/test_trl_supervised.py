@@ -1,0 +1,207 @@
+"""SupervisedTrainer: TRL's own numbers where they are right, and what the core computes, however a batch is cut."""
+
+import gc
+from collections.abc import Iterator
+from functools import cache
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from safetensors.torch import load_file
+from trl import SFTConfig, SFTTrainer
+
+import hapo
+from hapo.parts.rank import expected_rank, target_rank
+from hapo.parts.reduce import sequence_mean
+from hapo.trl import HAPOConfig, SupervisedConfig, SupervisedTrainer
+from tests.engines import tiny
+from tests.engines.supervised_run import CPU, TEXTS, data, run
+from tests.two_ranks import SUPERVISED
+
+LAYOUTS = {
+    "padded": {},
+    "packed": {"packing": True, "max_length": 24},
+    "padding_free": {"padding_free": True, "max_length": None},
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _little_to_collect() -> Iterator[None]:
+    """Every run of transformers' trainer collects garbage: most of its time, unless what is here already is left out."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def close(a, b, tolerance=1e-6):
+    assert a.keys() == b.keys() and a
+    assert max(x.abs().max() for x in a.values()) > 1e-3, "a gradient of zero shows nothing"
+    for name, x in a.items():
+        torch.testing.assert_close(x, b[name], rtol=0, atol=tolerance)
+
+
+@cache
+def core(method: str, **options):
+    """Loss and gradient by plain logits of each text alone, over the targets of all."""
+    net = tiny.model()
+    rows = [tiny.tokenizer()(text + "<eos>")["input_ids"] for text in TEXTS]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    mask = torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
+    logits = net(input_ids=ids, attention_mask=mask.long()).logits[:, :-1]
+    targets, log_p = ids[:, 1:], logits.log_softmax(-1)
+    batch = hapo.TokenBatch(
+        mask=mask[:, 1:],
+        logp=log_p.gather(-1, targets[..., None])[..., 0],
+        entropy=-(log_p.exp() * log_p).sum(-1).detach(),
+        rank=target_rank(logits.detach(), targets),
+        expected_rank=expected_rank(logits.detach()),
+    )
+    loss = hapo.method(method, **options).loss(batch).loss
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in net.named_parameters()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("name", "theirs"), [("sft", "nll"), ("dft", "dft")])
+def test_sft_and_dft_are_trl_s_nll_and_dft(name, theirs, layout, tmp_path):
+    for accumulation in (1, 4):
+        cut = {"rows": 8 // accumulation, "accumulation": accumulation, **LAYOUTS[layout]}
+        loss, gradient, _ = run(tmp_path, method=name, **cut)
+        loss_of_trl, gradient_of_trl, _ = run(tmp_path, SFTTrainer, loss_type=theirs, **cut)
+        assert loss == pytest.approx(loss_of_trl, abs=1e-6)
+        close(gradient, gradient_of_trl)
+
+
+EXACT = {"estimator": "exact", "base_weight": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "layout", "accumulation"),
+    [
+        ("sft", {}, "padded", 4),
+        ("chord_phi", {}, "packed", 4),
+        ("ranktuner", {}, "padding_free", 4),
+        ("ranktuner", EXACT, "padded", 1),
+        ("ranktuner", EXACT, "padded", 4),
+        ("ranktuner", EXACT, "packed", 1),
+        ("ranktuner", EXACT, "padding_free", 1),
+    ],
+)
+def test_the_gradient_is_the_core_s_however_the_batch_is_cut(name, options, layout, accumulation, tmp_path):
+    expected, gradient_of_core = core(name, **options)
+    cut = {"rows": 8 // accumulation, "accumulation": accumulation, **LAYOUTS[layout]}
+    loss, gradient, _ = run(tmp_path, method=name, method_options=options, **cut)
+    assert loss == pytest.approx(expected, abs=1e-5)
+    close(gradient, gradient_of_core, 2e-6)
+
+
+@pytest.mark.xdist_group("two_ranks")
+@pytest.mark.parametrize("name", SUPERVISED)
+def test_the_gradient_does_not_depend_on_the_ranks(name, two_ranks):
+    close(load_file(two_ranks / f"{name}.safetensors"), core(name, **SUPERVISED[name])[1], 2e-6)
+
+
+def test_trl_s_nll_depends_on_the_split_where_a_model_takes_no_token_counts_and_ours_does_not(tmp_path):
+    """`accepts_loss_kwargs = False`, as several models of transformers have it: TRL takes the mean of the means."""
+
+    def net():
+        made = tiny.model()
+        made.accepts_loss_kwargs = False
+        return made
+
+    expected, gradient_of_core = core("sft")
+    losses = {}
+    for kind in (SFTTrainer, SupervisedTrainer):
+        for accumulation in (1, 4):
+            cut = {"rows": 8 // accumulation, "accumulation": accumulation}
+            losses[kind, accumulation], gradient, _ = run(tmp_path, kind, net=net(), **cut)
+            if kind is SupervisedTrainer:
+                close(gradient, gradient_of_core, 2e-6)
+    assert losses[SFTTrainer, 1] == pytest.approx(expected, abs=1e-5)
+    assert abs(losses[SFTTrainer, 4] - expected) > 0.02  # of about 5 nats
+    for accumulation in (1, 4):
+        assert losses[SupervisedTrainer, accumulation] == pytest.approx(expected, abs=1e-5)
+
+
+def test_completions_alone_metrics_and_evaluation_are_trl_s(tmp_path):
+    figures = []
+    for kind in (SFTTrainer, SupervisedTrainer):
+        given = {"dataset": data("completion"), "eval_dataset": data("completion")}
+        loss, gradient, trainer = run(tmp_path, kind, rows=2, accumulation=4, **given)
+        figures.append((gradient, {"loss": loss, **trainer.state.log_history[0], **trainer.evaluate()}))
+    (trls, theirs), (ours, mine) = figures
+    close(ours, trls)
+    for name in ("loss", "entropy", "mean_token_accuracy", "num_tokens", "eval_loss", "eval_entropy"):
+        assert mine[name] == pytest.approx(theirs[name], abs=1e-6), name
+
+
+def test_ranks_leave_the_metrics_of_trl_as_they_are_and_add_the_weight(tmp_path):
+    _, _, plain = run(tmp_path, SFTTrainer)
+    _, _, trainer = run(tmp_path, method="ranktuner", eval_dataset=data())
+    theirs, mine = plain.state.log_history[0], {**trainer.state.log_history[0], **trainer.evaluate()}
+    for name in ("entropy", "mean_token_accuracy", "num_tokens"):
+        assert mine[name] == pytest.approx(theirs[name], abs=1e-6), name
+    assert 0 < mine["weight"] < 1 and mine["eval_weight"] == pytest.approx(mine["weight"], abs=1e-6)
+
+
+def test_adapters_are_trained_by_ranks(tmp_path):
+    """A fresh LoRA changes nothing: the loss is the core's, and the adapters alone get a gradient."""
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    loss, gradient, _ = run(tmp_path, method="ranktuner", peft_config=lora)
+    assert loss == pytest.approx(core("ranktuner")[0], abs=1e-5)
+    assert all("lora" in name for name in gradient) and any(x.any() for x in gradient.values())
+
+
+@pytest.mark.parametrize("name", ["sft", "ranktuner"])
+def test_a_batch_without_targets_has_loss_0(name, tmp_path):
+    rows = {"input_ids": [[3, 4, 5]] * 4, "labels": [[-100] * 3] * 4}
+    made = {"dataset": Dataset.from_dict(rows), "dataset_kwargs": {"skip_prepare_dataset": True}}
+    loss, gradient, _ = run(tmp_path, method=name, rows=4, **made)
+    assert loss == 0 and not any(x.any() for x in gradient.values())
+
+
+def test_a_method_of_one_s_own_is_taken_as_an_object(tmp_path):
+    half = hapo.method("sft").replace(name="half", weight=lambda batch: torch.full_like(batch.logp, 0.5))
+    loss, _, _ = run(tmp_path, method_object=half)
+    assert loss == pytest.approx(core("sft")[0] / 2, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "grpo"}, "method 'grpo' is a policy method: .*HAPOTrainer"),
+        ({"method": "rantuner"}, "did you mean 'ranktuner'"),
+        ({"method_options": "exact"}, "method_options must be a mapping"),
+        ({"loss_type": "dft"}, 'the method decides the loss; choose method="dft"'),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 cannot be honoured"),
+        ({"average_tokens_across_devices": False}, "average_tokens_across_devices=False cannot be honoured"),
+    ],
+)
+def test_options_that_cannot_be_honoured_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        SupervisedConfig("unused", **CPU, **options)
+
+
+def test_loss_type_may_say_what_the_method_does(tmp_path):
+    loss, _, trainer = run(tmp_path, method="dft", loss_type="dft")
+    assert loss == pytest.approx(core("dft")[0], abs=1e-5) and trainer.method.name == "dft"
+
+
+def test_what_a_trainer_cannot_take_is_refused():
+    args = SupervisedConfig("unused", **CPU)
+    with pytest.raises(TypeError, match="method must be a Supervised, got Method"):
+        SupervisedTrainer(tiny.model(), args, method=hapo.method("grpo"))
+    with pytest.raises(TypeError, match="args must be a SupervisedConfig, got SFTConfig"):
+        SupervisedTrainer(tiny.model(), SFTConfig("unused", **CPU))
+    with pytest.raises(ValueError, match="reduces by sequence_mean"):
+        SupervisedTrainer(tiny.model(), args, method=hapo.method("sft").replace(reduce=sequence_mean))
+    with pytest.raises(ValueError, match="compute_loss_func cannot be honoured"):
+        SupervisedTrainer(tiny.model(), args, compute_loss_func=torch.nn.functional.mse_loss)
+
+
+def test_the_policy_engine_refuses_a_supervised_method():
+    with pytest.raises(ValueError, match="method 'ranktuner' is a supervised method: .*SupervisedTrainer"):
+        HAPOConfig("unused", **CPU, method="ranktuner")
