@@ -215,7 +215,7 @@ def later_config(without):
 )
 def test_a_field_that_a_later_trl_takes_away_breaks_no_refusal(tmp_path, monkeypatch, without):
     module, spec, later = later_config(without)
-    assert not without & {f.name for f in dataclasses.fields(later)}
+    assert not {*without} & {f.name for f in dataclasses.fields(later)}
     monkeypatch.setattr(trl, "GRPOConfig", later)
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
