@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import warnings
 from dataclasses import dataclass, field, fields
@@ -191,7 +192,8 @@ class HAPOConfig(GRPOConfig):
     def refuse_what_the_method_decides(self, method: Method) -> None:
         """Raise a ValueError, unless all that was asked for is what the method does."""
         done = done_by(method)
-        for name, value in self.asked.items():
+        # The loss first: with another method the other options may be what it does.
+        for name, value in sorted(self.asked.items(), key=lambda item: item[0] != "loss_type"):
             if name == "scale_rewards" and isinstance(value, bool):
                 value = "group" if value else "none"
             if name not in done or value != done[name]:
@@ -199,6 +201,7 @@ class HAPOConfig(GRPOConfig):
                 if name == "loss_type":
                     known = f'choose method="{value}"' if value in hapo.methods("policy") else remedy
                     remedy = LOSS_TYPES.get(str(value), known)
+                remedy = remedy.replace("...", json.dumps(value, default=str))
                 does = "" if done.get(name) is None else f", in {method.name} it is {done[name]!r}"
                 raise ValueError(f"{name}={value!r} cannot be honoured: the method decides it{does}; {remedy}")
 

@@ -85,6 +85,9 @@ class MetricLog:
             shares = {NAMES[k]: v for k, v in out.metrics.items() if k in NAMES}
             shares["entropy"] = torch.where(batch.mask, batch.entropy, 0.0).sum() / batch.totals.tokens
         taken = {"loss", "entropy", *NAMES.values()}
+        if auxiliary:  # under TRL's name: the loss without them
+            taken.add("policy_loss")
+            shares["policy_loss"] = out.loss.detach().float()
         for name, _, value in auxiliary:
             if name in taken:
                 raise ValueError(

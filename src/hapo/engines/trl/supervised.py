@@ -137,7 +137,7 @@ class SupervisedTrainer(SFTTrainer):
         targets = inputs.pop("labels")[:, 1:]
         mask = targets != -100
         asked = {name: name in self.method.reads for name in RANKS} | {"rank": True}
-        request = {"tokens": targets, "mask": mask, "t_base": 1.0, "factor": None, **asked}
+        request = {"tokens": targets, "mask": mask, **asked}
         scores = model(**inputs, hapo_score=request)
         outputs = FusedCausalLMOutput(
             log_probs=scores["logp"],

@@ -309,7 +309,8 @@ class HAPOTrainer(RecordedTrainer):
             self._step_metrics.flush()
             if train and self._entropy_term.acts:
                 self._entropy_term.end_of_step(partial(self.accelerator.reduce, reduction="sum"))
-                self._log_value("entropy_coef", self._entropy_term.coef)
+                self.entropy_coef = self._entropy_term.coef  # where TRL keeps it
+                self._log_value("entropy_coef", self.entropy_coef)
             self._say_if_far_from_policy()
             if records is not None:
                 records.write_tokens(step)
@@ -380,6 +381,7 @@ class HAPOTrainer(RecordedTrainer):
         self._step = state.micro_step
         self._metrics["train"] = defaultdict(list, state.metrics)
         self._entropy_term.take_up(state.entropy_term)
+        self.entropy_coef = self._entropy_term.coef
         if self._dynamic is not None:
             self._dynamic.prompts.position, self._dynamic.share = state.fresh_prompts, state.mixed_share
         if state.rollout is not None:
