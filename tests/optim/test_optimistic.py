@@ -171,8 +171,9 @@ def test_n_steps_take_n_plus_1_gradients_and_a_closure_is_called_once(kind, opti
 
 def test_with_a_constant_metric_oadagrad_is_osg():
     class Frozen(OptimisticAdagrad):
-        def _metrics(self, states, group, looks_ahead=False):
-            return [torch.full_like(state["sum"], group["delta"]) for state in states]
+        @staticmethod
+        def _metrics(states, group, into=None):
+            return into or [torch.full_like(state["sum"], group["delta"]) for state in states]
 
     for lag in (0, 1):
         frozen, _ = trajectory(Frozen, 50, delta=1.0, lag=lag)

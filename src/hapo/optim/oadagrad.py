@@ -106,34 +106,41 @@ class OptimisticAdagrad(Optimistic):
             xs, added, counted = zs, last, k > 1 or (k and group["include_g0"])
         else:
             xs, added, counted = [real(state["x"]) for state in states], gradients, k or group["include_g0"]
+        h = self._metrics(states, group)
         if k:
-            h = self._metrics(states, group)
             if group["lag"]:
                 torch._foreach_addcdiv_(xs, last, h, [state["lr"] for state in states])
             torch._foreach_addcdiv_(xs, gradients, h, -lr)
-            del h  # as large as the parameters
         if counted:
             torch._foreach_addcmul_(sums, added, added)
-        h = self._metrics(states, group, looks_ahead=True)
-        torch._foreach_copy_(zs, torch._foreach_addcdiv(xs, gradients, h, -lr))
+            if k:  # z_1 is made with H_0, which has no gradient
+                self._metrics(states, group, h)
+        if zs[0].dtype == xs[0].dtype:
+            torch._foreach_copy_(zs, xs)
+            torch._foreach_addcdiv_(zs, gradients, h, -lr)
+        else:
+            torch._foreach_copy_(zs, torch._foreach_addcdiv(xs, gradients, h, -lr))
         if group["lag"]:
             torch._foreach_copy_(last, gradients)
             for state in states:
                 state["lr"] = lr
 
     @staticmethod
-    def _metrics(states: list[State], group: State, looks_ahead: bool = False) -> list[Tensor]:
-        """H of the next step with a gradient of each parameter; new tensors.
+    def _metrics(states: list[State], group: State, into: list[Tensor] | None = None) -> list[Tensor]:
+        """H of each parameter from its sum, into these tensors or new ones.
 
-        z_1 is made with H_0 = delta while the sum has g_0 already, and x_1 must be made with the same.
+        The sum of g_0 is no part of H_0 = delta, with which both z_1 and x_1 are made.
         """
         sums = [state["sum"] for state in states]
-        steps = states[0]["step"] + looks_ahead
-        if steps <= 1 and not group["lag"]:
-            return [torch.full_like(s, group["delta"]) for s in sums]
-        h = list(torch._foreach_sqrt(sums))
-        torch._foreach_add_(h, group["delta"])
-        return h
+        if into is None:
+            if states[0]["step"] <= 1:
+                return [torch.full_like(s, group["delta"]) for s in sums]
+            into = list(torch._foreach_sqrt(sums))
+        else:  # memory as large as the parameters is dear to get anew
+            torch._foreach_copy_(into, sums)
+            torch._foreach_sqrt_(into)
+        torch._foreach_add_(into, group["delta"])
+        return into
 
     @torch.no_grad()
     def metric(self, p: Tensor) -> Tensor:
