@@ -55,8 +55,8 @@ def contend(baton: Baton, *, kind: str, layout: str, steps: int) -> dict[str, fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args()
     result: dict[str, Any] = {"machine": machine(), "pairs": given.pairs, "steps": given.steps}
