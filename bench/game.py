@@ -5,10 +5,10 @@
     python -m bench.game plot bench/results/game_*.json --output docs/evidence/game.svg
 
 `ring` is a GAN with the non-saturating loss on eight Gaussians in the plane; `digits` is WGAN-GP on scikit-learn's
-8 x 8 digits (`pip install scikit-learn`). Both gradients are taken at the same point before either player moves, so
-that all contenders pay one gradient per step. The outcome is the energy distance between generated points and ones
-that were held out, mean of the last five measurements: lower is better. Each contender's learning rate is chosen on
-seeds of its own; the seeds of the comparison are paired: a seed decides weights, batches and noise.
+8 x 8 digits (`pip install scikit-learn`). Both gradients are taken at the same point before either player moves,
+so that all contenders pay one gradient per step. The outcome is the energy distance between generated points and
+those that were held out, mean of the last five measurements: lower is better. Each contender's learning rate is
+chosen on seeds of its own; the seeds of the comparison are paired: a seed decides weights, batches and noise.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ CONTENDERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], tuple[float, .
 
 def layers(*sizes: int) -> nn.Sequential:
     made: list[nn.Module] = []
-    for a, b in zip(sizes, sizes[1:], strict=False):
+    for a, b in pairwise(sizes):
         made += [nn.Linear(a, b), nn.LeakyReLU(0.2)]
     return nn.Sequential(*made[:-1])
 
