@@ -45,6 +45,9 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("parts/shaping.py", "applies: Bool[Tensor, \"B T\"] = inside ^ (signal > 0)", "applies: Bool[Tensor, \"B T\"] = inside == (signal > 0)", "tests/methods/test_hapo.py"),
     ("parts/select.py", "return mask & ~(candidate & (h < threshold))", "return mask & ~(candidate & (h <= threshold))", "tests/methods/test_stapo.py"),
     ("parts/select.py", "return (advantage >= 0) | (away <= threshold)", "return away <= threshold", "tests/parts"),
+    ("parts/select.py", "for key in reversed(keys):", "for key in keys:", "tests/methods/test_sent.py"),
+    ("methods/sent.py", "over = certain if cov_mean == \"low\" else mask", "over = mask", "tests/methods/test_sent.py"),
+    ("methods/sent.py", "if not len(of) or bool((of == of[0]).all()):", "if not len(of):", "tests/methods/test_sent.py"),
     ("parts/entropy.py", "down = max(-stats.h_min, SCALE_FLOOR) * (1 if variant == \"paper\" else -1)", "down = max(-stats.h_min, SCALE_FLOOR)", "tests/methods/test_hapo.py"),
     ("parts/temperature.py", "return 1.0 + tau * entropy_signal(entropy, stats, variant).clamp(-1.0, 1.0)", "return 1.0 + tau * entropy_signal(entropy, stats, variant)", "tests/parts tests/methods/test_hapo.py tests/samplers"),
     # methods and the core call

@@ -53,7 +53,7 @@ class HAPOConfig(GRPOConfig):
         default=None,
         metadata={
             "help": "Weight of the method's KL penalty; above 0 a reference model is loaded. Default: the "
-            "method's own (grpo 0.04, archer and aspo 0.001, others 0)."
+            "method's own (grpo 0.04, sent 0.1, archer and aspo 0.001, others 0)."
         },
     )
     max_num_gen_batches: int = field(
