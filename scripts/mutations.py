@@ -59,6 +59,9 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("method.py", "everywhere = replace(totals, kept=totals.tokens)", "everywhere = totals", "tests/methods/test_forking_tokens.py"),
     ("method.py", "record.ratio = torch.where(mask, self.ratio(record), 1.0)", "record.ratio = self.ratio(record)", "tests/test_autograd.py -k forgets"),
     ("batch.py", "return torch.where(mask, x.to(working_dtype(x)), 0.0)", "return x.to(working_dtype(x)) * mask", LAWS + " -k test_mask"),
+    ("tasks/semantic.py", "same(one, other) or same(other, one)", "same(one, other)", "tests/tasks/test_semantic.py"),
+    ("engines/trl/stages.py", "seed + 1_000_003 * stage + turn", "seed + 1_000_003 * stage", "tests/engines/test_stages.py"),
+    ("engines/trl/rollout.py", "0 if self.stages is None else self.stages.of(inputs[0])", "0", "tests/cli/test_curriculum.py"),
     # scoring
     ("scoring.py", "gain = self.scale / (self.softcap or self.t_base)", "gain = self.scale / self.t_base", SCORES),
     ("scoring.py", "return (scaling if config.model_type == \"hyperclovax\" else 1.0 / scaling), softcap", "return scaling, softcap", SCORES),

@@ -71,6 +71,14 @@ class HAPOConfig(GRPOConfig):
             "then holds up to twice the responses."
         },
     )
+    stage_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the training data with each prompt's stage, a whole number: the stages come one "
+            "after another, the smallest first (with a minus before the name the largest), shuffled inside, each "
+            "for a share of the training in proportion to its prompts; none: no order, also with a curriculum."
+        },
+    )
     tokens_per_pass: int | None = field(
         default=None,
         metadata={
