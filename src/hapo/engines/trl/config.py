@@ -56,7 +56,7 @@ class HAPOConfig(GRPOConfig):
         default=None,
         metadata={
             "help": "Weight of the method's KL penalty; above 0 a reference model is loaded. Default: the "
-            "method's own (grpo 0.04, archer and aspo 0.001, others 0)."
+            "method's own (grpo 0.04, sent 0.1, archer and aspo 0.001, others 0)."
         },
     )
     max_num_gen_batches: int = field(
@@ -72,6 +72,14 @@ class HAPOConfig(GRPOConfig):
             "help": "Dynamic sampling: the first round holds the further prompts that will be needed, judged by "
             "the share of groups with unequal rewards so far, so that one round is mostly enough; generation "
             "then holds up to twice the responses."
+        },
+    )
+    stage_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the training data with each prompt's stage, a whole number: the stages come one "
+            "after another, the smallest first (with a minus before the name the largest), shuffled inside, each "
+            "for a share of the training in proportion to its prompts; none: no order, also with a curriculum."
         },
     )
     tokens_per_pass: int | None = field(

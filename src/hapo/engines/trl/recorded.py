@@ -9,6 +9,7 @@ from typing import Any
 from accelerate.utils import is_peft_model
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from trl import GRPOTrainer
+from trl.trainer.utils import RepeatSampler
 
 from ...method import Method
 from ...outputs import write_whole
@@ -19,6 +20,7 @@ from .finite import check, check_weights
 from .optimizer import NamedOptimizer
 from .recorder import Recorder, open_records
 from .rollout import EpochSampler
+from .stages import Stages, StageSampler
 
 
 class RecordedTrainer(NamedOptimizer, GRPOTrainer):
@@ -32,6 +34,8 @@ class RecordedTrainer(NamedOptimizer, GRPOTrainer):
     recipe: dict[str, Any]
     """What beside `args` the run was told (model, task); written to config.yaml."""
     _records: Recorder | None = None
+    _stages: Stages | None = None
+    """Of the prompts, where they have any."""
 
     def _run_state(self) -> RunState:
         """What a checkpoint holds beside TRL's; called on all ranks."""
@@ -41,8 +45,11 @@ class RecordedTrainer(NamedOptimizer, GRPOTrainer):
         """Go on from where a checkpoint was written."""
         raise NotImplementedError
 
-    def _get_train_sampler(self, dataset: Any = None) -> EpochSampler:
-        return EpochSampler.like(super()._get_train_sampler(dataset), lambda: self.state)
+    def _get_train_sampler(self, dataset: Any = None) -> RepeatSampler:
+        template = super()._get_train_sampler(dataset)
+        if self._stages is not None:
+            return StageSampler(template, self._stages, self)
+        return EpochSampler.like(template, lambda: self.state)
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """As in TRL. A checkpoint is checked before any work; the run folder is opened for records.

@@ -45,6 +45,7 @@ from .rollout import DynamicSampling, check_prompts
 from .rows import RolloutRows, prepare_rows, scored_tokens, step_rows
 from .sampler import Request, Sampler, VLLMSampler
 from .scorer import Scored, Scorer, Sequences, is_reference
+from .stages import Stages
 
 LOG = logging.getLogger(__name__)
 
@@ -129,9 +130,11 @@ class HAPOTrainer(RecordedTrainer):
         self._entropy_term = EntropyTerm(args)
         self._sharded = passes.is_sharded(self.accelerator.distributed_type)
         check_prompts(self.train_dataset, args)
+        if args.stage_column not in (None, "none"):
+            self._stages = Stages(self.train_dataset, args.stage_column)
         self._dynamic: DynamicSampling | None = None
         if self.method.filter_groups and args.max_num_gen_batches > 1:
-            self._dynamic = DynamicSampling(self.train_dataset, args, self.accelerator)
+            self._dynamic = DynamicSampling(self.train_dataset, args, self.accelerator, self._stages)
 
     # -- what a subclass may override -----------------------------------------------------------------------
 

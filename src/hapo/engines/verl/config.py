@@ -191,9 +191,10 @@ def check(config: Mapping[str, Any], method: Method) -> None:
         )
     sequence = f"{ACTOR}.ulysses_sequence_parallel_size"
     if method.step_reads_policy and select(config, sequence, 1) > 1:
+        old = ", or +hapo.options.entropy_source=old" if "entropy_source" in method.options else ""
         raise ValueError(
             f"method {method.name!r} scores the current policy before each step, which was not tested with "
-            f"{sequence}={select(config, sequence)}: set it to 1, or +hapo.options.entropy_source=old"
+            f"{sequence}={select(config, sequence)}: set it to 1{old}"
         )
     verdict = select(config, "algorithm.filter_groups.metric", "reward")
     reward_model = select(config, "reward.reward_model", {})
