@@ -170,6 +170,7 @@ def build_trainer(task: Task, args: HAPOConfig, model_config: ModelConfig) -> HA
         eval_dataset=task.eval if args.eval_strategy != "no" else None,
         quantization_config=get_quantization_config(model_config),
         peft_config=get_peft_config(model_config),
+        demonstrations=task.demonstrations,
     )
     trainer.args.model_init_kwargs = given  # the run's config.yaml has them under the names that the user gave
     return trainer

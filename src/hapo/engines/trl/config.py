@@ -15,7 +15,7 @@ import hapo
 
 from ...method import Method
 from ...methods import options_of, policy
-from .demonstrations import check_options
+from .demonstrations import Weight, check_options
 from .options import DECIDED_BY_METHOD, LOSS_TYPES, NO_TEMPERATURE, check_generation, done_by
 from .vllm import check_rule
 
@@ -172,6 +172,8 @@ class HAPOConfig(GRPOConfig):
                 "use_bias_correction_kl=True and method_options['unbiased_kl']=False disagree; set one"
             )
         self.refuse_what_the_method_decides(policy(self.method, **options))
+        if self.demonstration_weight is not None:  # the command line gives text
+            self.demonstration_weight = Weight(self.demonstration_weight).given
         check_options(self)
         self._check_schedule()
         least = {"max_num_gen_batches": 1, "overlong_buffer": 0, "record_tokens_every": 0, "record_tokens_rows": 1}

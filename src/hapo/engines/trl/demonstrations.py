@@ -63,6 +63,8 @@ class Weight:
         steps = [str(step) for step in points]
         if not all(step.isdecimal() for step in steps):
             _refuse(given)
+        self.given: float | dict[str, float] = given
+        """As it was given, a mapping or a number."""
         self.points = sorted(zip(map(int, steps), map(float, points.values()), strict=True))
 
     def at(self, step: int) -> float:
@@ -83,13 +85,11 @@ def _refuse(given: Any) -> None:
 
 
 def check_options(args: Any) -> None:
-    """Refuse a weight, a method or a number of demonstrations that cannot be, before anything is loaded.
+    """Refuse a method or a number of demonstrations that cannot be, before anything is loaded.
 
     Raises:
         ValueError: which option of the `HAPOConfig`, its value, and what it must be.
     """
-    if args.demonstration_weight is not None:
-        Weight(args.demonstration_weight)
     options = args.demonstration_method_options or {}
     if not isinstance(options, dict):
         raise ValueError(
@@ -366,7 +366,7 @@ def check_given(dataset: Any, args: Any) -> None:
     if dataset is not None:
         return
     for name, default in OPTIONS.items():
-        if (value := getattr(args, name)) != default:
+        if (value := getattr(args, name)) not in (default, 0):
             raise ValueError(
                 f"{name}={value!r} and no demonstrations: give them to the trainer, HAPOTrainer(..., "
                 "demonstrations=...), or name them, `hapo train --demonstrations SOURCE`"
