@@ -6,6 +6,8 @@ import pytest
 import yaml
 
 from hapo.cli import main
+from hapo.cli.arms import split_task
+from hapo.tasks import TaskConfig
 from tests.cli import small
 
 
@@ -48,3 +50,12 @@ def test_options_without_demonstrations_and_rows_without_answers_are_refused(tmp
     assert main(small.train(tmp_path / "run", demonstrations=file)) == 1
     assert "Set question_column and demonstration_column" in capsys.readouterr().err
     assert not (tmp_path / "run/manifest.json").exists()
+
+
+def test_demonstrations_of_tuning_problems_are_left_out():
+    config = TaskConfig(train_size=40, eval_size=4, demonstrations="addition", demonstration_size=40)
+    task, tuning = split_task(config, 0, 10)
+    assert len(tuning) == 10 and not {*tuning["question"]} & {*task.demonstrations["question"]}
+    assert {*task.demonstrations["question"]} == {
+        *task.train["question"]
+    }  # the embedded ones are of the same seed
