@@ -17,6 +17,7 @@ import hapo
 from ...method import Method
 from ...methods import options_of, policy
 from . import optimizer
+from .demonstrations import Weight, check_options
 from .options import DECIDED_BY_METHOD, LOSS_TYPES, NO_TEMPERATURE, check_generation, done_by
 from .vllm import check_rule
 
@@ -40,7 +41,9 @@ class HAPOConfig(GRPOConfig):
             optimiser step would span two rollout batches.
     """
 
-    _VALID_DICT_FIELDS: ClassVar = [*GRPOConfig._VALID_DICT_FIELDS, "method_options"]
+    _VALID_DICT_FIELDS: ClassVar = [
+        *GRPOConfig._VALID_DICT_FIELDS, "method_options", "demonstration_method_options",
+    ]  # fmt: skip
 
     steps_per_generation: int | None = field(
         default=None,
@@ -99,6 +102,27 @@ class HAPOConfig(GRPOConfig):
     )
     overlong_factor: float = field(
         default=1.0, metadata={"help": "Largest length penalty, reached at max_completion_length."}
+    )
+    demonstration_weight: float | str | dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "mu of L = (1 - mu) L_RL + mu L_E, L_E the loss on demonstrations: a number in [0, 1), or a "
+            'mapping of optimiser steps to such numbers, as {"0": 0.5, "200": 0.1}, linear between them. Default: '
+            "0.1 where there are demonstrations."
+        },
+    )
+    demonstration_method: str = field(
+        default="sft", metadata={"help": "Supervised method of L_E; `hapo methods` lists them with their kind."}
+    )
+    demonstration_method_options: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Options of that method; `hapo methods NAME`."}
+    )
+    demonstrations_per_step: int | None = field(
+        default=None,
+        metadata={
+            "help": "Demonstrations of an optimiser step, on all ranks together. Default: one for each "
+            "num_generations responses of the step."
+        },
     )
     run_records: bool = field(
         default=False,
@@ -160,6 +184,9 @@ class HAPOConfig(GRPOConfig):
                 "use_bias_correction_kl=True and method_options['unbiased_kl']=False disagree; set one"
             )
         self.refuse_what_the_method_decides(policy(self.method, **options))
+        if self.demonstration_weight is not None:  # the command line gives text
+            self.demonstration_weight = Weight(self.demonstration_weight).given
+        check_options(self)
         self._check_schedule()
         least = {"max_num_gen_batches": 1, "overlong_buffer": 0, "record_tokens_every": 0, "record_tokens_rows": 1}
         for name, low in least.items():
