@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
@@ -17,6 +18,7 @@ from ...parts.reduce import token_mean
 from ...scoring import attach_scoring
 from ...stage import part_of
 from ...supervised import Supervised
+from .gates import GateLogits, gate_losses, has_gates, recorded
 
 RANKS = frozenset({"rank", "expected_rank"})
 """What TRL's own pass does not give."""
@@ -75,6 +77,9 @@ class SupervisedTrainer(SFTTrainer):
     model says of itself. So the gradient does not depend on accumulation, packing or ranks. Methods that read
     ranks are scored by `hapo.scoring`, the others by TRL's fused head; neither makes all logits.
 
+    The entropy of the gates of a GateRA adapter is added with the weight of its config, normalised alike, while
+    the model trains; an evaluation logs it and leaves its loss the method's.
+
     Args:
         method: a `Supervised` object, in the place of `args.method` and `args.method_options`.
         model, args, ...: as in `SFTTrainer`; `args` is a `SupervisedConfig`.
@@ -103,6 +108,7 @@ class SupervisedTrainer(SFTTrainer):
             raise ValueError("compute_loss_func cannot be honoured: the method decides the loss; leave it out")
         self.method = _resolve(method, args)
         self._tag_names = ["trl", "sft", "hapo"]
+        self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         args = copy.copy(args)
         args.loss_type = "nll"  # TRL then sums the log-probs and divides; any weight is the method's
         super().__init__(model, args, *trl_args, **trl_kwargs)
@@ -126,10 +132,27 @@ class SupervisedTrainer(SFTTrainer):
         def with_method(**inputs: Any) -> Any:
             if not inputs.get("fused_lm_head"):
                 return model(**inputs)
-            outputs = self._scores(model, inputs) if self.method.reads & RANKS else (model(**inputs), {})
-            return self._weighted(*outputs)
+            with recorded(model) as gates:
+                outputs, ranks = (
+                    self._scores(model, inputs) if self.method.reads & RANKS else (model(**inputs), {})
+                )
+            if gates is None:
+                return self._weighted(outputs, ranks)
+            predicting = gates.take()[:, :-1].to(outputs.log_probs.device)
+            return self._weighted(outputs, ranks, GateLogits(predicting, gates.names, gates.check_gradient))
 
         return super().compute_loss(with_method, inputs, return_outputs, num_items_in_batch)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in TRL, with the means of what the method made over all targets since the line before."""
+        mode = "train" if self.model.training else "eval"
+        if sums := self._sums[mode]:
+            names = sorted(sums)
+            made = self.accelerator.reduce(torch.stack([sums[name] for name in names]), "sum")
+            for name, (total, n) in zip(names, made.tolist(), strict=True):
+                self._metrics[mode][name] = [total / n if n else 0.0]
+            sums.clear()
+        super().log(logs, start_time)
 
     def _scores(self, model: Callable[..., Any], inputs: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
         """One pass of `hapo.scoring` in the form of TRL's, and the ranks."""
@@ -137,7 +160,7 @@ class SupervisedTrainer(SFTTrainer):
         targets = inputs.pop("labels")[:, 1:]
         mask = targets != -100
         asked = {name: name in self.method.reads for name in RANKS} | {"rank": True}
-        request = {"tokens": targets, "mask": mask, **asked}
+        request = {"tokens": targets, "mask": mask, "t_base": 1.0, "factor": None, **asked}
         scores = model(**inputs, hapo_score=request)
         outputs = FusedCausalLMOutput(
             log_probs=scores["logp"],
@@ -147,22 +170,34 @@ class SupervisedTrainer(SFTTrainer):
         )
         return outputs, {name: scores[name] for name in RANKS if scores[name] is not None}
 
-    def _weighted(self, outputs: Any, ranks: dict[str, Tensor]) -> Any:
+    def _weighted(self, outputs: Any, ranks: dict[str, Tensor], gates: GateLogits | None = None) -> Any:
         """The outputs with the method's loss in the place of the log-probs, whose sum TRL takes."""
-        mask, entropy = outputs.label_mask, outputs.entropy.detach()
+        mask, entropy, train = outputs.label_mask, outputs.entropy.detach(), self.model.training
         batch = TokenBatch(mask=mask, logp=outputs.log_probs, entropy=entropy, totals=ONE)
         out = self.method.loss(batch.replace(**ranks))
+        loss, sums = out.loss, {}
         if self.method.weight is not None:
-            total, n = (self.accelerator.gather_for_metrics(x.sum()).sum() for x in (out.tokens["weight"], mask))
-            mode = "train" if self.model.training else "eval"
-            self._metrics[mode]["weight"].append((total / n).item() if n else 0.0)
-        outputs.log_probs = -out.loss.unsqueeze(0)
+            sums["weight"] = out.tokens["weight"].sum()
+        for name, weight, value in gate_losses(gates, batch, self.accelerator.unwrap_model(self.model)):
+            sums[name] = value
+            if weight and train:
+                loss = loss + weight * value
+        kept = self._sums["train" if train else "eval"]
+        for name, value in sums.items():
+            of_batch = torch.stack([value.detach().float(), mask.sum().float()])
+            kept[name] = kept[name] + of_batch if name in kept else of_batch
+        outputs.log_probs = -loss.unsqueeze(0)
         return outputs
 
     def _check_parallelism(self) -> None:
         config = self.accelerator.parallelism_config
         if config is None:
             return
+        if has_gates(self.model) and (config.sp_enabled or config.cp_enabled):
+            raise ValueError(
+                "the gates of a GateRA adapter are not read in sequences that are cut over ranks: set sp_size=1 "
+                "and cp_size=1"
+            )
         if config.sp_enabled or (config.cp_enabled and self.method.reads & RANKS):
             raise ValueError(
                 f"method {self.method.name!r} cannot be trained with sequences that are cut over ranks: set "
