@@ -37,9 +37,9 @@ def mask_token(config: Any, tokenizer: Any) -> int:
         kind = getattr(config, "model_type", type(config).__name__)
         raise ValueError(
             f"a model of the type {kind!r} has no mask token, neither in its tokenizer nor as mask_token_id "
-            "in its configuration, and the estimate of its likelihood hides tokens behind one. A diffusion model whose "
-            "noise is random tokens (DiffusionGemma) cannot be trained with it; where the token has another name, "
-            "set tokenizer.mask_token"
+            "in its configuration, and the estimate of its likelihood hides tokens behind one. A diffusion model "
+            "whose noise is random tokens (DiffusionGemma) cannot be trained with it; where the token has another "
+            "name, set tokenizer.mask_token"
         )
     return int(found)
 

@@ -1,4 +1,4 @@
-"""Unmasking of masked-diffusion language models, block by block, the surest tokens first, as LLaDA and Dream do it.
+"""Unmasking of masked-diffusion language models, block by block, the surest tokens first, as in LLaDA and Dream.
 
 Shapes: B prompts of P columns, L positions of a response, V vocabulary.
 """
