@@ -44,6 +44,8 @@ class HAPOConfig(GRPOConfig):
     _VALID_DICT_FIELDS: ClassVar = [
         *GRPOConfig._VALID_DICT_FIELDS, "method_options", "demonstration_method_options",
     ]  # fmt: skip
+    trains_diffusion: ClassVar[bool] = False
+    """Whether the trainer of this configuration has the views that a method's `likelihood` asks for."""
 
     steps_per_generation: int | None = field(
         default=None,
@@ -264,7 +266,34 @@ class HAPOConfig(GRPOConfig):
 
 
 def resolve_method(method: Method | None, args: HAPOConfig) -> Method:
-    """The method that a trainer was given, or that its config names; `args.beta` then holds its KL weight."""
+    """The method that a trainer was given, or that its config names; `args.beta` then holds its KL weight.
+
+    Raises:
+        ValueError: its options disagree with those of `args`, or its log-probs are of another kind of model.
+    """
+    resolved = _resolve(method, args)
+    check_likelihood(resolved, diffusion=args.trains_diffusion)
+    return resolved
+
+
+def check_likelihood(method: Method, *, diffusion: bool) -> None:
+    """Raise a ValueError, unless the method's log-probs are those of this kind of model."""
+    if method.likelihood is not None and not diffusion:
+        raise ValueError(
+            f"method {method.name!r} is one of masked-diffusion models: its log-probs come from views of a "
+            f"response with tokens hidden, {method.likelihood}, which no autoregressive model has. Train such a "
+            "model with hapo.trl.DiffusionTrainer, or choose another method"
+        )
+    if method.likelihood is None and diffusion:
+        known = [name for name in hapo.methods("policy") if hapo.method(name).likelihood is not None]
+        raise ValueError(
+            f"method {method.name!r} reads the log-prob of each token given those before it, which a "
+            f"masked-diffusion model does not have: choose one of {', '.join(known)}, or train an autoregressive "
+            "model with HAPOTrainer"
+        )
+
+
+def _resolve(method: Method | None, args: HAPOConfig) -> Method:
     if method is not None:
         if not isinstance(method, Method):
             raise TypeError(f"method must be a Method, got {method!r}; a name goes into HAPOConfig(method=...)")

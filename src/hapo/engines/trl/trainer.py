@@ -297,7 +297,9 @@ class HAPOTrainer(RecordedTrainer):
                 torch.no_grad(),
                 disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
             ):
-                scored = self.scorer.current(self.model, Sequences.of(micro_batches[i], rows[i].batch.mask))
+                scored = self.scorer.current(
+                    self.model, self.scorer.sequences(micro_batches[i], rows[i].batch.mask)
+                )
             assert scored.entropy is not None
             return scored.logp, scored.entropy
 
@@ -313,8 +315,7 @@ class HAPOTrainer(RecordedTrainer):
         records = self._records if self._records and train and self._records.takes_tokens(step) else None
         # Tokens of dropped groups count nowhere, but records show them.
         mask = RolloutRows.of(inputs).batch.mask if records is None else scored_tokens(inputs)
-        whole = self._sharded or self.aux_loss_enabled or "split" in self.method.breaks
-        *earlier, last = passes.split(inputs, mask, 0 if whole else self.args.tokens_per_pass)
+        *earlier, last = self._passes(inputs, mask)
         if records is not None:
             records.add_rewards(step, inputs)
         before = torch.zeros((), device=mask.device)
@@ -342,12 +343,17 @@ class HAPOTrainer(RecordedTrainer):
                 records.write_tokens(step)
         return loss
 
+    def _passes(self, inputs: dict[str, Any], mask: Tensor) -> list[tuple[dict[str, Any], Tensor]]:
+        """Inputs and mask of each pass over a micro-batch."""
+        whole = self._sharded or self.aux_loss_enabled or "split" in self.method.breaks
+        return passes.split(inputs, mask, 0 if whole else self.args.tokens_per_pass)
+
     def _pass_loss(
         self, model: nn.Module, inputs: dict[str, Any], mask: Tensor, records: Recorder | None
     ) -> Tensor:
         """Of some rows, scored at the tokens of `mask` (B,T)."""
         router = self.aux_loss_enabled and torch.is_grad_enabled()
-        scored = self.scorer.current(model, Sequences.of(inputs, mask), router)
+        scored = self.scorer.current(model, self.scorer.sequences(inputs, mask), router)
         assert scored.entropy is not None
         batch = RolloutRows.of(inputs).batch.replace(logp=scored.logp, entropy=scored.entropy.detach())
         out = self.method.loss(batch)

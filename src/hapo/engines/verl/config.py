@@ -131,9 +131,15 @@ def resolve_method(config: Mapping[str, Any], settings: Settings) -> Method:
     """The method with the KL weight and the sampler's cap that verl's configuration says.
 
     Raises:
-        ValueError: unknown method or option, or a penalty per token without a reference model.
+        ValueError: unknown method or option, a method of diffusion models, or a penalty per token without a
+            reference model.
     """
     named = policy(settings.method, **settings.options)
+    if named.likelihood is not None:
+        raise ValueError(
+            f"method {named.name!r} is one of masked-diffusion models, which verl does not train: use "
+            "hapo.trl.DiffusionTrainer, or choose another method"
+        )
     changes: dict[str, Any] = {"sampler_cap": _cap(config)}
     weight = named.options["kl_coef"] if named.penalty is not None else 0.0
     own, uses_kl = _own_penalty(named), bool(select(config, f"{ACTOR}.use_kl_loss"))
