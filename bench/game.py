@@ -270,7 +270,7 @@ def plot(files: list[Path], output: Path) -> None:
         .mark_line()
         .encode(
             x=alt.X("gradients:Q").scale(type="log"),
-            y=alt.Y("cumulative norm:Q").scale(type="log").title("mean |g₁:k| of a coordinate"),
+            y=alt.Y("cumulative norm:Q").scale(type="log").title("mean cumulative norm of a coordinate"),
             color=alt.Color("optimiser:N").sort(list(CONTENDERS)).scale(range=OKABE_ITO["light"]),
         )
         .facet(column=alt.Column("task:N").title(None))
