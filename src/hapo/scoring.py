@@ -47,13 +47,13 @@ class Scores:
     """Full-vocabulary entropy, nats, of the same distribution. Differentiable."""
     sampler_logp: Float[Tensor, "*n"] | None
     """Log-probability, nats, under softmax(logits / (t_base factor(entropy))). Detached; None without a factor."""
-    beside: Float[Tensor, "*n M"] | None = None
-    """What `score_tokens` was asked to keep of the positions that predict the tokens. Differentiable."""
     rank: Float[Tensor, "*n"] | None = None
     """Number of tokens that are at least as likely, itself included: 1 is the best, ties count against it.
     Detached; None unless it was asked for."""
     expected_rank: Float[Tensor, "*n"] | None = None
     """sum_i i P_(i), the rank of a token that the policy draws, P in decreasing order. Detached; None likewise."""
+    beside: Float[Tensor, "*n M"] | None = None
+    """What `score_tokens` was asked to keep of the positions that predict the tokens. Differentiable."""
 
 
 def score_hidden(
@@ -189,7 +189,7 @@ def _score_forward(
     from .prompts import response_states  # transformers, which comes with the model: not needed before
 
     # A dict, not Scores: FSDP finds the tensors of an output by its pytree and hooks their gradients.
-    tokens, mask, beside = request["tokens"], request["mask"], request["beside"]
+    tokens, mask, beside = request["tokens"], request["mask"], request.get("beside")
     config = model.config
     if not args and set(kwargs) == {"input_ids", "attention_mask"} and config.get_text_config() is config:
         states, *more = response_states(model, **kwargs, response_mask=mask, beside=beside)
@@ -206,12 +206,9 @@ def _score_forward(
         weight,
         tokens[mask].to(weight.device),
         bias=bias,
-        t_base=request["t_base"],
-        factor=request["factor"],
         logit_scale=scale,
         softcap=softcap,
-        rank=request["rank"],
-        expected_rank=request["expected_rank"],
+        **{name: request[name] for name in ("t_base", "factor", "rank", "expected_rank") if name in request},
     )
 
     def scatter(values: Tensor | None) -> Tensor | None:

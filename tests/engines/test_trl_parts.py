@@ -413,6 +413,8 @@ def test_the_entropy_term_is_the_mean_entropy_and_its_weight_follows_it():
     assert logged(trainer, "entropy_coef") == pytest.approx([0.4, 0.45, 0.45])
     losses, plain = logged(trainer, "loss"), logged(without, "loss")
     assert losses[0] == pytest.approx(plain[0], abs=1e-6)
+    assert logged(trainer, "policy_loss")[:2] == pytest.approx(plain[:2], abs=1e-5)  # under TRL's names
+    assert trainer.entropy_coef == pytest.approx(0.45)
     assert losses[1] == pytest.approx(plain[1] - 0.4 * entropies[1], abs=1e-5)  # step 1 left the same weights
     _, trainer = fixed_rollout.run(4, 4, 8, 1, **adaptive, entropy_target=1.5, max_steps=3)
     assert logged(trainer, "entropy_coef") == pytest.approx([0.2, 0.1, 0.0], abs=1e-12)

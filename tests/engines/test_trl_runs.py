@@ -33,6 +33,7 @@ from hapo.parts.penalty import kl_penalty
 from hapo.stage import Stage
 from hapo.trl import HAPOConfig, HAPOTrainer
 from tests.engines import tiny
+from tests.two_ranks import SPLIT
 
 ROOT = Path(__file__).parents[2]
 CLOCKS = {"step_time", "wall_seconds", "train_runtime", "train_samples_per_second", "train_steps_per_second"} | {
@@ -108,8 +109,18 @@ def kill(folder: Path, options: dict) -> None:
             },
             "raised",
         ),
+        (
+            {
+                "save_steps": 3,
+                "method": "egspo",
+                "demonstrations": SPLIT["hybrid"]["demonstrations"],
+                "demonstration_weight": {"0": 0.5, "8": 0.0},
+                "demonstration_method": "chord_phi",
+            },
+            "killed",
+        ),
     ],
-    ids=["dynamic-sampling", "inside-a-rollout", "second-epoch", "several-rewards"],
+    ids=["dynamic-sampling", "inside-a-rollout", "second-epoch", "several-rewards", "demonstrations"],
 )
 def test_kill_and_resume_equals_the_uninterrupted_run_bit_for_bit(tmp_path, options, how):
     options = {"max_steps": 9, "save_strategy": "steps", "run_records": True, "record_tokens_every": 2, **options}
@@ -480,7 +491,9 @@ def test_the_default_schedule_takes_four_updates(tmp_path):
             ({"loss_type": theirs}, f'method="{ours}"')
             for theirs, ours in {"cispo": "cispo", "sapo": "sapo", "dr_grpo": "dr_grpo", "bnpo": "dapo"}.items()
         ),
-        ({"loss_type": "luspo"}, 'method="luspo"'),
+        ({"importance_sampling_level": "sequence", "loss_type": "luspo"}, 'method="luspo"'),
+        ({"importance_sampling_level": "sequence"}, 'method="gspo" or "luspo"'),
+        ({"delta": 2.5}, 'method_options={"dual_clip": 2.5}'),
         ({"vespo_k_pos": 1.0}, 'choose method="vespo", method_options'),
         ({"multi_objective_aggregation": "normalize_then_sum"}, "multi_objective_aggregation"),
         ({"epsilon": 0.2, "method_options": {"eps_low": 0.1}}, "epsilon=0.2 .* in hapo it is 0.1"),
@@ -490,7 +503,6 @@ def test_the_default_schedule_takes_four_updates(tmp_path):
         ({"epsilon": 0.3}, 'set method_options={"eps_low"'),
         ({"scale_rewards": "batch"}, "scale_rewards='batch'"),
         ({"top_entropy_quantile": 0.2}, 'choose method="forking_tokens"'),
-        ({"importance_sampling_level": "sequence"}, 'method="gspo"'),
         ({"vllm_importance_sampling_mode": "sequence_mask"}, "per token, truncated"),
         ({"vllm_importance_sampling_correction": False}, "sampler_cap"),
         ({"vllm_importance_sampling_clip_max": 5.0}, "sampler_cap"),
@@ -533,9 +545,9 @@ def test_what_the_method_does_may_be_asked_for(tmp_path, options):
     ("given", "message"),
     [
         ({"do_sample": False}, "is greedy, and all answers of a group are equal"),
-        ({"temperature": 0.5}, "set temperature=, which scoring reads too"),
-        ({"num_return_sequences": 2}, "set num_generations="),
-        ({"max_new_tokens": 4}, "set max_completion_length="),
+        ({"temperature": 0.5}, "set the option temperature, which scoring reads too"),
+        ({"num_return_sequences": 2}, "set the option num_generations"),
+        ({"max_new_tokens": 4}, "set the option max_completion_length"),
         ({"num_beams": 2}, "is beam sample, and policies are sampled"),
         ({"prompt_lookup_num_tokens": 2}, "is assisted generation, and policies are sampled"),
         ({"output_scores": True}, "rollouts are token ids"),

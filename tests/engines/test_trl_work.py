@@ -95,7 +95,7 @@ def test_the_draw_serves_as_the_score_of_the_rollout(tmp_path):
 
     prepare, trainer._prepare = trainer._prepare, compare
     trainer.train()
-    assert rows == [32]  # the first of three rollouts, as a check
+    assert rows == [32, 32]  # the first two of three rollouts, as a check
     assert len(worst) == 6 and max(worst) < 2e-5
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from scipy.stats import chisquare
-from transformers import GenerationConfig, LlamaConfig, MistralConfig
+from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM, MistralConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
+from hapo.prompts import cache_of
 from hapo.samplers.decoding import draw
 from hapo.samplers.transformers import sampling
 
@@ -105,6 +106,32 @@ def test_where_rows_cannot_move_all_are_kept(options):
     prompts, tokens, draws, rows = sample(model, disable_compile=True, **options)
     assert set(rows) == {len(prompts)}
     check(model, prompts, tokens, draws)
+
+
+class WithFeatures(LlamaForCausalLM):
+    """Adds a vector per row to the prompt's embeddings, as features of images are added, from a list of rows."""
+
+    def forward(self, input_ids=None, features=None, **kwargs):
+        embeds = self.get_input_embeddings()(input_ids)
+        if features is not None and cache_of(kwargs).get_seq_length() == 0:
+            embeds = embeds + torch.stack(features).unsqueeze(1)
+        return super().forward(inputs_embeds=embeds, **kwargs)
+
+
+def test_equal_tokens_with_other_features_are_no_equal_prompts():
+    model = tiny(LlamaConfig(**SHAPE))
+    model.__class__ = WithFeatures
+    ids, features = torch.tensor([[5, 9, 2]] * 4), [x * torch.ones(32) for x in (0.0, 0.05, 0.1, 0.1)]
+    with sampling(model) as record:
+        model.generate(
+            ids,
+            features=features,
+            generation_config=GenerationConfig(do_sample=True, top_k=0, max_new_tokens=1, pad_token_id=PAD),
+        )
+    with torch.no_grad():
+        want = model(ids, features=features, cache=DynamicCache()).logits[:, -1].log_softmax(-1)
+    torch.testing.assert_close(record.draws.policy_logp, want.gather(1, record.draws.tokens))
+    assert (want[0] - want[1]).abs().max() > 0.01
 
 
 def test_draws_follow_the_softmax():

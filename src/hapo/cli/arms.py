@@ -283,7 +283,10 @@ def split_task(config: TaskConfig, seed: int, tune_size: int) -> tuple[Task, Any
     parts = task.train.train_test_split(test_size=tune_size, seed=0)
     tuning = {normalise(question) for question in parts["test"]["question"]}
     train = parts["train"].filter(lambda row: normalise(row["question"]) not in tuning)
-    return replace(task, train=train), parts["test"]
+    shown = task.demonstrations
+    if shown is not None:
+        shown = shown.filter(lambda row: normalise(row["question"]) not in tuning)
+    return replace(task, train=train, demonstrations=shown), parts["test"]
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,7 @@ def _measure_task(
     console: Console,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Greedy and sampled accuracy on the held-out problems; figures, and a row for every answer."""
-    task = load_task(task_config, seed=args.seed)
+    task = load_task(task_config.without_demonstrations(), seed=args.seed)
     draw = start(args, model_config, options, path)
     figures: dict[str, Any] = {"model": path, "task": task.name, "fingerprint": task.fingerprint}
     rows: list[dict[str, Any]] = []

@@ -89,7 +89,8 @@ def main(argv: list[str]) -> int:
     prepare_process(options)
     task = load_task(task_config, seed=args.seed)
     folder = Path(args.output_dir)
-    _check_same_data(task, gather_object([task.fingerprint]), Run(folder).manifest if checkpoint else {})
+    shown = "" if task.demonstrations is None else task.demonstrations._fingerprint
+    _check_same_data(task, gather_object([task.fingerprint + shown]), Run(folder).manifest if checkpoint else {})
     trainer = build_trainer(task, args, model_config)
     trainer.recipe = told(task_config, model_config, options)
     console.print(
@@ -173,6 +174,7 @@ def build_trainer(task: Task, args: HAPOConfig, model_config: ModelConfig) -> HA
         eval_dataset=task.eval if args.eval_strategy != "no" else None,
         quantization_config=get_quantization_config(model_config),
         peft_config=get_peft_config(model_config),
+        demonstrations=task.demonstrations,
     )
     trainer.args.model_init_kwargs = given  # the run's config.yaml has them under the names that the user gave
     return trainer
@@ -313,8 +315,8 @@ def _is_finished(argv: list[str]) -> bool:
 def _check_same_data(task: Task, everywhere: list[str], manifest: dict[str, Any]) -> None:
     """Raise a ValueError unless all processes, and the run that goes on, have the same data.
 
-    `everywhere` are the fingerprints of the task in all processes. Another version of `datasets` may take
-    another fingerprint of the same rows, so nothing is said where that has changed since the run began.
+    `everywhere` are the fingerprints of task and demonstrations in all processes. Another version of `datasets`
+    may take another fingerprint of the same rows, so nothing is said where that has changed since the run began.
     """
     if len(set(everywhere)) > 1:
         raise ValueError(

@@ -52,6 +52,30 @@ def smallest(k: int, keys: Sequence[Float[Tensor, "B T"]], mask: Bool[Tensor, "B
     return chosen.view_as(mask)
 
 
+def largest_share(
+    entropy: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    rho: float,
+    ties: Literal["all", "first"] = "all",
+) -> Float[Tensor, "B T"]:
+    """1 at the max(1, floor(rho N)) valid tokens of highest entropy, 0 elsewhere (EGSPO, arXiv 2602.03309).
+
+    1e-9 is added to rho N before rounding down, so that an exact product stays what it is. Of tokens that tie with
+    the last, "all" have 1, whatever the order of the rows, or the "first" ones of the batch, row by row.
+    """
+    n = int(mask.sum())
+    if n == 0:
+        return torch.zeros_like(entropy)
+    k = max(1, math.floor(rho * n + 1e-9))
+    h = torch.where(mask, entropy.detach(), -torch.inf).flatten()
+    if ties == "all":
+        chosen = h >= h.topk(k).values[-1]
+    else:
+        chosen = torch.zeros_like(h, dtype=torch.bool)
+        chosen[h.sort(descending=True, stable=True).indices[:k]] = True
+    return (mask & chosen.view_as(mask)).to(entropy.dtype)
+
+
 def on_policy(
     logp: Float[Tensor, "B T"],
     drawn_logp: Float[Tensor, "B T"],

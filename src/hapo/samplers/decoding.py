@@ -78,6 +78,9 @@ def decode(
     prompts, size = input_ids, len(input_ids)
     tensors = {name: x for name, x in model_kwargs.items() if isinstance(x, Tensor)}
     plain = all(name in ROW_FIELDS and x.ndim == 2 for name, x in tensors.items())
+    # Anything else may hold rows, as the features of images do: equal tokens are then no equal prompts.
+    others = (x for name, x in model_kwargs.items() if name not in tensors and x is not cache_of(model_kwargs))
+    plain = plain and all(x is None or isinstance(x, bool | int | float | str) for x in others)
     plain = plain and rows_can_move(cache_of(model_kwargs))
     may_leave = plain and all(type(f) in STATELESS for f in (*logits_processor, *stopping_criteria))
     synced = (is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)) and _ranks() > 1

@@ -8,7 +8,7 @@ import json
 import logging
 import random
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from .answers import normalise
 from .columns import columns_of, problem_columns
 from .config import REASONING_GYM, TaskConfig
 from .curriculum import in_stages
+from .demonstrations import load_demonstrations
 from .files import Row, data_files, is_local, read_hub, read_local
 from .reading import gold_text
 from .rewards import RewardFunction, exact_reward, load_rewards, math_verify_reward
@@ -51,6 +52,8 @@ class Task:
     reward_funcs: list[RewardFunction]
     fingerprint: str
     """SHA-256 of all rows of both data sets, in order."""
+    demonstrations: Dataset | None = field(default=None, kw_only=True)
+    """To learn from beside rollouts; columns prompt, completion and question."""
     majority_share: float
     """Share of the most common gold answer in `eval`: what a constant answer would score."""
     staged: bool = False
@@ -97,6 +100,7 @@ def load_task(config: TaskConfig, *, seed: int) -> Task:
         fingerprint=_fingerprint(train, evaluation),
         majority_share=share,
         staged=config.curriculum is not None,
+        demonstrations=load_demonstrations(config, (row["question"] for row in evaluation), seed=seed),
     )
 
 

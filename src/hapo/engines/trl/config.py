@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
+from transformers import TrainingArguments
 from trl import GRPOConfig
 
 import hapo
 
 from ...method import Method
 from ...methods import options_of, policy
+from . import optimizer
+from .demonstrations import Weight, check_options
 from .options import DECIDED_BY_METHOD, LOSS_TYPES, NO_TEMPERATURE, check_generation, done_by
 from .vllm import check_rule
 
@@ -37,7 +41,9 @@ class HAPOConfig(GRPOConfig):
             optimiser step would span two rollout batches.
     """
 
-    _VALID_DICT_FIELDS: ClassVar = [*GRPOConfig._VALID_DICT_FIELDS, "method_options"]
+    _VALID_DICT_FIELDS: ClassVar = [
+        *GRPOConfig._VALID_DICT_FIELDS, "method_options", "demonstration_method_options",
+    ]  # fmt: skip
 
     steps_per_generation: int | None = field(
         default=None,
@@ -97,6 +103,27 @@ class HAPOConfig(GRPOConfig):
     overlong_factor: float = field(
         default=1.0, metadata={"help": "Largest length penalty, reached at max_completion_length."}
     )
+    demonstration_weight: float | str | dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "mu of L = (1 - mu) L_RL + mu L_E, L_E the loss on demonstrations: a number in [0, 1), or a "
+            'mapping of optimiser steps to such numbers, as {"0": 0.5, "200": 0.1}, linear between them. Default: '
+            "0.1 where there are demonstrations."
+        },
+    )
+    demonstration_method: str = field(
+        default="sft", metadata={"help": "Supervised method of L_E; `hapo methods` lists them with their kind."}
+    )
+    demonstration_method_options: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Options of that method; `hapo methods NAME`."}
+    )
+    demonstrations_per_step: int | None = field(
+        default=None,
+        metadata={
+            "help": "Demonstrations of an optimiser step, on all ranks together. Default: one for each "
+            "num_generations responses of the step."
+        },
+    )
     run_records: bool = field(
         default=False,
         metadata={"help": "Write config.yaml, manifest.json, metrics.jsonl and tokens/ into output_dir."},
@@ -108,6 +135,7 @@ class HAPOConfig(GRPOConfig):
     record_tokens_rows: int = field(
         default=128, metadata={"help": "Responses of a token record, at most: whole groups, the first ones."}
     )
+    optim: str = field(default=TrainingArguments.default_optim, metadata=optimizer.HELP)
     use_bias_correction_kl: bool = field(
         default=False,
         metadata={"help": "Multiply the KL penalty by the importance ratio, the method's option unbiased_kl."},
@@ -139,7 +167,8 @@ class HAPOConfig(GRPOConfig):
         if self.steps_per_generation is None and self.generation_batch_size is None:
             self.steps_per_generation = UPDATES_PER_ROLLOUT * self.gradient_accumulation_steps
         filled = self.filled_in()
-        GRPOConfig.__post_init__(filled)
+        with optimizer.checked(filled):
+            GRPOConfig.__post_init__(filled)
         # A later TRL may have taken any of them away.
         unasked = {name for name in DECIDED_BY_METHOD if getattr(self, name, None) is None}
         self.__dict__.update({name: value for name, value in vars(filled).items() if name not in unasked})
@@ -155,6 +184,9 @@ class HAPOConfig(GRPOConfig):
                 "use_bias_correction_kl=True and method_options['unbiased_kl']=False disagree; set one"
             )
         self.refuse_what_the_method_decides(policy(self.method, **options))
+        if self.demonstration_weight is not None:  # the command line gives text
+            self.demonstration_weight = Weight(self.demonstration_weight).given
+        check_options(self)
         self._check_schedule()
         least = {"max_num_gen_batches": 1, "overlong_buffer": 0, "record_tokens_every": 0, "record_tokens_rows": 1}
         for name, low in least.items():
@@ -199,7 +231,8 @@ class HAPOConfig(GRPOConfig):
     def refuse_what_the_method_decides(self, method: Method) -> None:
         """Raise a ValueError, unless all that was asked for is what the method does."""
         done = done_by(method)
-        for name, value in self.asked.items():
+        # The loss first: with another method the other options may be what it does.
+        for name, value in sorted(self.asked.items(), key=lambda item: item[0] != "loss_type"):
             if name == "scale_rewards" and isinstance(value, bool):
                 value = "group" if value else "none"
             if name not in done or value != done[name]:
@@ -207,6 +240,7 @@ class HAPOConfig(GRPOConfig):
                 if name == "loss_type":
                     known = f'choose method="{value}"' if value in hapo.methods("policy") else remedy
                     remedy = LOSS_TYPES.get(str(value), known)
+                remedy = remedy.replace("...", json.dumps(value, default=str))
                 does = "" if done.get(name) is None else f", in {method.name} it is {done[name]!r}"
                 raise ValueError(f"{name}={value!r} cannot be honoured: the method decides it{does}; {remedy}")
 

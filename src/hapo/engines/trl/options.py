@@ -18,7 +18,7 @@ DECIDED_BY_METHOD = {
     "epsilon": 'set method_options={"eps_low": ...}',
     "epsilon_high": 'set method_options={"eps_high": ...}',
     "delta": 'set method_options={"dual_clip": ...}',
-    "importance_sampling_level": 'method="gspo" has one ratio a response, the others one a token',
+    "importance_sampling_level": 'method="gspo" or "luspo" has one ratio per response, the others one per token',
     "scale_rewards": 'set method_options={"scale_rewards": ...}, where `hapo methods NAME` lists it',
     "multi_objective_aggregation": (
         'set method_options={"multi_objective_aggregation": "normalize_then_sum"}, where `hapo methods NAME` '
@@ -37,7 +37,7 @@ DECIDED_BY_METHOD = {
     "vllm_importance_sampling_clip_max": 'set method_options={"sampler_cap": ...}',
     "vllm_importance_sampling_clip_min": "the correction has no lower bound",
     "vllm_importance_sampling_cap": 'set method_options={"sampler_cap": ...}',
-    "use_liger_kernel": "log-probs come from hapo.scoring, which makes no logits either",
+    "use_liger_kernel": "leave it out: log-probs come from hapo.scoring, which makes no logits either",
 }
 """TRL options that a method decides, and what to do where they ask for something else."""
 
@@ -105,14 +105,14 @@ def done_by(method: Method) -> dict[str, Any]:
 
 
 INSTEAD = {
-    "temperature": "set temperature=, which scoring reads too",
-    "top_p": "set top_p=",
-    "top_k": "set top_k=",
-    "max_new_tokens": "set max_completion_length=",
-    "max_tokens": "set max_completion_length=",
-    "max_length": "set max_completion_length=",
-    "num_return_sequences": "set num_generations=",
-    "n": "set num_generations=",
+    "temperature": "set the option temperature, which scoring reads too",
+    "top_p": "set the option top_p",
+    "top_k": "set the option top_k",
+    "max_new_tokens": "set the option max_completion_length",
+    "max_tokens": "set the option max_completion_length",
+    "max_length": "set the option max_completion_length",
+    "num_return_sequences": "set the option num_generations",
+    "n": "set the option num_generations",
     "return_dict_in_generate": "rollouts are token ids, and the sampler records their log-probs",
     "output_scores": "rollouts are token ids, and the sampler records their log-probs",
     "output_logits": "rollouts are token ids, and the sampler records their log-probs",
