@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hapo.assets import tiny_model_path
 from hapo.cli import curriculum, main
+from hapo.cli.arms import Arm
 from hapo.tasks import TaskConfig, load_task
 from hapo.tasks.curriculum import in_stages
 from hapo.tasks.semantic import semantic_entropy, stages
@@ -227,3 +228,20 @@ def test_training_takes_stage_after_stage_and_a_resumed_run_has_equal_bits(tmp_p
     ).read_bytes()
     assert any(len(json.loads(stages)) != 16 for _, _, stages in seen["whole"])  # fresh prompts, of their stage
     assert main(["train", "--resume", str(tmp_path / "whole"), "--max_steps", "12"]) == 2
+
+
+def test_arms_of_a_comparison_may_differ_in_the_order_of_the_stages(made, tmp_path, capsys):
+    assert [Arm(f"grpo:stage_column={name}").flags for name in ("none", "-stage")] == [
+        {"stage_column": "none"},
+        {"stage_column": "-stage"},
+    ]
+    words = flags(
+        train_size=9,
+        eval_size=4,
+        curriculum=made / "curriculum.jsonl",
+        output_dir=tmp_path / "c",
+        seeds=2,
+        task_seed=42,
+    )
+    assert main(["compare", "--arms", "grpo", "trl:grpo", *words]) == 2
+    assert "TRL's trainer takes prompts in no order of stages" in capsys.readouterr().err

@@ -84,15 +84,20 @@ def test_the_means_of_the_covariance():
 
 def test_advantages_of_uncertain_tokens_do_not_matter_to_a_covariance_over_the_certain():
     batch, other = example(**ROWS), ADVANTAGE.clone()
-    other[0, 1] = 1e6
+    other[0, 1] = -1e6
     given = (batch.logp, batch.entropy)
     told = {"low": 0.05, "high": 0.2, "high_cov_ratio": 0.25}
     assert torch.equal(covariance_weights(*given, other, batch.mask, **told), weights())
+    of_all = covariance_weights(*given, other, batch.mask, **told, cov_mean="all")
+    close(of_all, [[0.05, 0.0, 0.05], [0.2, 0.05]])  # A - mean is nearly one number: the likeliest token leads
 
 
 def test_equal_tokens():
     """Entropies all equal: the likelier tokens are certain. Advantages all equal: covariances are 0, not rounding."""
-    logp, same = torch.tensor([[-1.0, -0.1, -0.7, -3.0, -0.2]]), torch.full((1, 5), 0.3)
+    logp, same = (
+        torch.tensor([[-1.0, -0.1, -0.7, -3.0, -0.2]]).double(),
+        torch.full((1, 5), 0.1, dtype=torch.float64),
+    )
     mask = torch.ones(1, 5, dtype=torch.bool)
     told = {"low": 1.0, "high": 3.0, "low_share": 0.6, "high_cov_ratio": 0.4}
     found = covariance_weights(logp, same, same, mask, **told)
