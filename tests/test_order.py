@@ -19,7 +19,7 @@ import hapo
 SOURCE = Path(hapo.__file__).parent
 
 ROWS = """
-    assets outputs
+    assets outputs companions
     batch
     parts
     stage

@@ -492,7 +492,7 @@ def test_the_default_schedule_takes_four_updates(tmp_path):
             for theirs, ours in {"cispo": "cispo", "sapo": "sapo", "dr_grpo": "dr_grpo", "bnpo": "dapo"}.items()
         ),
         ({"importance_sampling_level": "sequence", "loss_type": "luspo"}, 'method="luspo"'),
-        ({"importance_sampling_level": "sequence"}, '"gspo" and "luspo"'),
+        ({"importance_sampling_level": "sequence"}, 'method="gspo" or "luspo"'),
         ({"delta": 2.5}, 'method_options={"dual_clip": 2.5}'),
         ({"vespo_k_pos": 1.0}, 'choose method="vespo", method_options'),
         ({"multi_objective_aggregation": "normalize_then_sum"}, "multi_objective_aggregation"),

@@ -9,12 +9,14 @@ import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
+from transformers import TrainingArguments
 from trl import GRPOConfig
 
 import hapo
 
 from ...method import Method
 from ...methods import options_of, policy
+from . import optimizer
 from .demonstrations import Weight, check_options
 from .options import DECIDED_BY_METHOD, LOSS_TYPES, NO_TEMPERATURE, check_generation, done_by
 from .vllm import check_rule
@@ -125,6 +127,7 @@ class HAPOConfig(GRPOConfig):
     record_tokens_rows: int = field(
         default=128, metadata={"help": "Responses of a token record, at most: whole groups, the first ones."}
     )
+    optim: str = field(default=TrainingArguments.default_optim, metadata=optimizer.HELP)
     use_bias_correction_kl: bool = field(
         default=False,
         metadata={"help": "Multiply the KL penalty by the importance ratio, the method's option unbiased_kl."},
@@ -156,7 +159,8 @@ class HAPOConfig(GRPOConfig):
         if self.steps_per_generation is None and self.generation_batch_size is None:
             self.steps_per_generation = UPDATES_PER_ROLLOUT * self.gradient_accumulation_steps
         filled = self.filled_in()
-        GRPOConfig.__post_init__(filled)
+        with optimizer.checked(filled):
+            GRPOConfig.__post_init__(filled)
         # A later TRL may have taken any of them away.
         unasked = {name for name in DECIDED_BY_METHOD if getattr(self, name, None) is None}
         self.__dict__.update({name: value for name, value in vars(filled).items() if name not in unasked})

@@ -16,11 +16,12 @@ from .card import model_card
 from .checkpoint import RunState, check_checkpoint, layout_of, load_state, save_state, state_of
 from .config import HAPOConfig
 from .finite import check, check_weights
+from .optimizer import NamedOptimizer
 from .recorder import Recorder, open_records
 from .rollout import EpochSampler
 
 
-class RecordedTrainer(GRPOTrainer):
+class RecordedTrainer(NamedOptimizer, GRPOTrainer):
     """TRL's trainer with run records, and with checkpoints that a resumed run continues bit for bit.
 
     A subclass sets `method` and `recipe`, and says what of it a checkpoint holds.

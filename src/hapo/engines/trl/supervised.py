@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor
+from transformers import TrainingArguments
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -17,6 +18,7 @@ from ...parts.reduce import token_mean
 from ...scoring import attach_scoring
 from ...stage import part_of
 from ...supervised import Supervised
+from . import optimizer
 
 RANKS = frozenset({"rank", "expected_rank"})
 """What TRL's own pass does not give."""
@@ -43,10 +45,12 @@ class SupervisedConfig(SFTConfig):
         default=None,
         metadata={"help": 'Options of the method, e.g. {"estimator": "exact"}; `hapo methods NAME`.'},
     )
+    optim: str = field(default=TrainingArguments.default_optim, metadata=optimizer.HELP)
 
     def __post_init__(self) -> None:
         """TRL's checks, then ours."""
-        super().__post_init__()
+        with optimizer.checked(self):
+            super().__post_init__()
         options = self.method_options or {}
         if not isinstance(options, dict):
             raise ValueError(f"method_options must be a mapping of option names to values, got {options!r}")
@@ -68,7 +72,7 @@ class SupervisedConfig(SFTConfig):
             )
 
 
-class SupervisedTrainer(SFTTrainer):
+class SupervisedTrainer(optimizer.NamedOptimizer, SFTTrainer):
     """TRL's `SFTTrainer` with the loss of a supervised method; all else is TRL's.
 
     The loss of an optimiser step is normalised by its targets, over all micro-batches and ranks, whatever the

@@ -72,6 +72,8 @@ class HAPOTrainer(RecordedTrainer):
         method: a `Method` object, in the place of `args.method` and `args.method_options`.
         demonstrations: a data set with `prompt` and `completion`, or `messages`, that is learnt from beside the
             rollouts: L = (1 - mu) L_RL + mu L_E, as the options `demonstration_*` of `args` say.
+        optimizer_cls_and_kwargs: class and options of an optimiser, in the place of `args.optim`; an argument of
+            transformers' `Trainer` that `GRPOTrainer` does not hand on.
         model, reward_funcs, args, ...: as in `GRPOTrainer`; `args` is a `HAPOConfig`.
 
     Raises:
@@ -88,6 +90,7 @@ class HAPOTrainer(RecordedTrainer):
         *trl_args: Any,
         method: Method | None = None,
         demonstrations: Any = None,
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
         **trl_kwargs: Any,
     ) -> None:
         if args is None:
@@ -115,6 +118,10 @@ class HAPOTrainer(RecordedTrainer):
         """Seconds by phase; pause it around what is no training."""
         self.recipe = {}
         super().__init__(model, reward_funcs, args, *trl_args, **trl_kwargs)
+        if optimizer_cls_and_kwargs is not None:
+            if self.optimizer is not None:
+                raise ValueError("optimizers and optimizer_cls_and_kwargs are both given: leave one out")
+            self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
         attach_scoring(self.model)
         if self.ref_model is not None:
             attach_scoring(self.accelerator.unwrap_model(self.ref_model))
