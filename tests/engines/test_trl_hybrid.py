@@ -130,7 +130,7 @@ def test_a_run_resumed_inside_a_rollout_has_equal_bits(begun, tmp_path):
         ({"demonstration_weight": 0.5}, "demonstration_weight"),
         ({"demonstration_method": "sft"}, "demonstration_method"),
         ({"demonstrations": ROWS[:-1]}, "demonstrations: '9 rows"),
-        ({"demonstrations_per_step": 7}, "demonstrations_per_step: 4 there, 7 here"),
+        ({"demonstrations_per_step": 7}, "with other demonstrations .demonstrations_per_step: 4 there, 7 here"),
     ],
 )
 def test_a_checkpoint_of_other_demonstrations_is_refused(begun, tmp_path, changes, named):
