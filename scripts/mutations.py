@@ -46,6 +46,9 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("parts/shaping.py", "applies: Bool[Tensor, \"B T\"] = inside ^ (signal > 0)", "applies: Bool[Tensor, \"B T\"] = inside == (signal > 0)", "tests/methods/test_hapo.py"),
     ("parts/select.py", "return mask & ~(candidate & (h < threshold))", "return mask & ~(candidate & (h <= threshold))", "tests/methods/test_stapo.py"),
     ("parts/select.py", "return (advantage >= 0) | (away <= threshold)", "return away <= threshold", "tests/parts"),
+    ("parts/select.py", "for key in reversed(keys):", "for key in keys:", "tests/methods/test_sent.py"),
+    ("methods/sent.py", "over = certain if cov_mean == \"low\" else mask", "over = mask", "tests/methods/test_sent.py"),
+    ("methods/sent.py", "if not len(of) or bool((of == of[0]).all()):", "if not len(of):", "tests/methods/test_sent.py"),
     ("parts/entropy.py", "down = max(-stats.h_min, SCALE_FLOOR) * (1 if variant == \"paper\" else -1)", "down = max(-stats.h_min, SCALE_FLOOR)", "tests/methods/test_hapo.py"),
     ("parts/temperature.py", "return 1.0 + tau * entropy_signal(entropy, stats, variant).clamp(-1.0, 1.0)", "return 1.0 + tau * entropy_signal(entropy, stats, variant)", "tests/parts tests/methods/test_hapo.py tests/samplers"),
     # methods and the core call
@@ -60,6 +63,9 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("method.py", "everywhere = replace(totals, kept=totals.tokens)", "everywhere = totals", "tests/methods/test_forking_tokens.py"),
     ("method.py", "record.ratio = torch.where(mask, self.ratio(record), 1.0)", "record.ratio = self.ratio(record)", "tests/test_autograd.py -k forgets"),
     ("batch.py", "return torch.where(mask, x.to(working_dtype(x)), 0.0)", "return x.to(working_dtype(x)) * mask", LAWS + " -k test_mask"),
+    ("tasks/semantic.py", "same(one, other) or same(other, one)", "same(one, other)", "tests/tasks/test_semantic.py"),
+    ("engines/trl/stages.py", "seed + 1_000_003 * stage + turn", "seed + 1_000_003 * stage", "tests/engines/test_stages.py"),
+    ("engines/trl/rollout.py", "0 if self.stages is None else self.stages.of(inputs[0])", "0", "tests/cli/test_curriculum.py"),
     # scoring
     ("scoring.py", "gain = self.scale / (self.softcap or self.t_base)", "gain = self.scale / self.t_base", SCORES),
     ("scoring.py", "return (scaling if config.model_type == \"hyperclovax\" else 1.0 / scaling), softcap", "return scaling, softcap", SCORES),

@@ -29,6 +29,7 @@ ROWS = """
     kernels
     prompts
     scoring
+    masked
     adapters optim
     samplers
     tasks

@@ -1,10 +1,10 @@
 """One rank of a torchrun, for all tests of two ranks, since starting one takes longer than its runs: two_ranks FOLDER.
 
 Gradients on fixed completions go to FOLDER/NAME.safetensors for each of `SPLIT`, those on demonstrations for each of
-`SUPERVISED`. Then comes a run with dynamic
-sampling and records, in FOLDER/run, whose groups straddle ranks; it is resumed inside a rollout, and the metrics of
-both stand in FOLDER/first.jsonl and FOLDER/run/metrics.jsonl. The gradients of scoring are checked here. Last comes
-`hapo train`, in FOLDER/cli/demo.
+`SUPERVISED`, and those of ours and TRL's for each of `trl_pairs`. Then comes a run with dynamic sampling and
+records, in FOLDER/run, whose groups straddle ranks; it is resumed inside a rollout, and the metrics of both stand in
+FOLDER/first.jsonl and FOLDER/run/metrics.jsonl. The gradients of scoring are checked here. Last comes `hapo train`,
+in FOLDER/cli/demo.
 """
 
 import shutil
@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from peft import get_peft_model
 from safetensors.torch import save_file
+from trl import SFTTrainer
 
 from hapo.adapters import GateRAConfig
 from hapo.cli import main
@@ -29,13 +30,18 @@ def some_digits(completions: list[str], **_) -> list[float | None]:
     return [None if text[:1].isalpha() else float(sum(c.isdigit() for c in text)) for text in completions]
 
 
+def gated(net=None):
+    """A model with a GateRA adapter that has moved, and the entropy of its gates in the loss."""
+    torch.manual_seed(1)
+    config = GateRAConfig(r=4, gate_std=0.5, init_weights=False, entropy_weight=0.5, task_type="CAUSAL_LM")
+    return get_peft_model(tiny.model() if net is None else net, config)
+
+
 class Gated(HAPOTrainer):
-    """With a GateRA adapter that has moved, and the entropy of its gates in the loss."""
+    """On such a model."""
 
     def __init__(self, model, *args, **kwargs):
-        torch.manual_seed(1)
-        config = GateRAConfig(r=4, gate_std=0.5, init_weights=False, entropy_weight=0.5, task_type="CAUSAL_LM")
-        super().__init__(get_peft_model(model, config), *args, **kwargs)
+        super().__init__(gated(model), *args, **kwargs)
 
 
 SPLIT = {
@@ -65,8 +71,31 @@ SPLIT = {
 """Statistics of the rollout batch; a choice of tokens by the current policy in each optimiser step; several rewards,
 each normalised, with the entropy term and the off-policy mask; gates beside; demonstrations, fewer than micro-batches."""
 
-SUPERVISED = {"sft": {}, "ranktuner": {"estimator": "exact", "base_weight": 1}}
-"""Scored by TRL's fused head, and by `hapo.scoring`."""
+
+SUPERVISED = {
+    "sft": {"method": "sft"},
+    "ranktuner": {"method": "ranktuner", "method_options": {"estimator": "exact", "base_weight": 1}},
+    "gates": {"method": "dft", "net": gated},
+}
+"""Scored by TRL's fused head, by `hapo.scoring`, and with gates beside."""
+
+LAYOUTS = {
+    "padded": {},
+    "packed": {"packing": True, "max_length": 24},
+    "padding_free": {"padding_free": True, "max_length": None},
+}
+TRLS = {"sft": "nll", "dft": "dft"}
+"""A method, and TRL's `loss_type` of the same loss."""
+
+
+def trl_pairs(rows: int):
+    """Each supervised method that TRL has, in each layout, with accumulation 1 and 4: (name, ours, TRL's)."""
+    for name, theirs in TRLS.items():
+        for layout, options in LAYOUTS.items():
+            for accumulation in (1, 4):
+                cut = {"rows": rows // accumulation, "accumulation": accumulation, **options}
+                label = f"{name}-{layout}-{accumulation}"
+                yield label, {"method": name, **cut}, {"kind": SFTTrainer, "loss_type": theirs, **cut}
 
 
 def run(folder: Path, checkpoint: Path | None):
@@ -105,10 +134,15 @@ if __name__ == "__main__":
             flat = {f"{i}.{n}": g for i, step in enumerate(gradients.steps) for n, g in step.items()}
             save_file(flat, folder / f"{name}.safetensors")
     for name, options in SUPERVISED.items():
-        made = {"method": name, "method_options": options, "rows": 2, "accumulation": 2}
-        _, gradient, trainer = supervised_run.run(folder / "supervised", **made)
+        options = {**options, "net": options["net"]()} if "net" in options else options
+        _, gradient, trainer = supervised_run.run(folder / "supervised", rows=2, accumulation=2, **options)
         if trainer.accelerator.is_main_process:
             save_file(gradient, folder / f"{name}.safetensors")
+    for label, *both in trl_pairs(rows=4):
+        for side, options in zip(("ours", "trl"), both, strict=True):
+            loss, gradient, trainer = supervised_run.run(folder / "supervised", **options)
+            if trainer.accelerator.is_main_process:
+                save_file({**gradient, "loss": torch.tensor(loss)}, folder / f"{label}-{side}.safetensors")
     trainer = run(folder / "run", None)
     trainer.accelerator.wait_for_everyone()
     if trainer.accelerator.is_main_process:

@@ -17,6 +17,7 @@ from hapo.insight.microscope import microscope
 from hapo.insight.run import Run, recompute
 from tests.browser.conftest import Opened
 from tests.insight.conftest import make_run
+from tests.insight.demonstrations import make_demonstrations
 
 Open = Callable[..., Opened]
 
@@ -398,3 +399,18 @@ def test_text_can_be_read_on_every_colour(file: Path, open_page: Open, scheme: s
     }""")
     assert len(contrasts) == 3
     assert min(contrasts) >= 4.5
+
+
+def test_targets_of_demonstrations_are_coloured_by_weight_and_have_no_verdict(open_page, tmp_path):
+    folder = make_demonstrations(tmp_path / "r")
+    opened = open_page(page_of(tmp_path, [Run(folder)], against=["sft"]))
+    page = opened.page
+    assert page.locator(".mx-right, .mx-wrong").count() == 0
+    assert "reward" not in page.locator("#mx-text").inner_text()
+    page.locator('#mx-quantities button[data-key="target_weight"]').click()
+    assert page.locator('#mx-text span[class*=" k"]').count() > 0
+    shown = page.locator("#mx-token tr.on td").first.inner_text()
+    assert float(shown) == pytest.approx(Run(folder).tokens(1)["weight"].iloc[0], rel=1e-5)
+    page.locator('#mx-quantities button[data-key="behind"]').click()
+    assert page.locator('#mx-text span[class*=" p "], #mx-text span[class*=" n "]').count() > 0
+    assert opened.complaints == [] and page.locator("#mx-token").inner_text().count("expected rank") == 1

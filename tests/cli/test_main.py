@@ -54,6 +54,7 @@ def test_help_lists_every_command_on_one_line(capsys):
         "report",
         "compare",
         "doctor",
+        "curriculum",
         "calibrate",
         "methods",
     ]

@@ -1,6 +1,7 @@
 """SupervisedTrainer: TRL's own numbers where they are right, and what the core computes, however a batch is cut."""
 
 import gc
+import tempfile
 from collections.abc import Iterator
 from functools import cache
 
@@ -12,18 +13,13 @@ from safetensors.torch import load_file
 from trl import SFTConfig, SFTTrainer
 
 import hapo
+from hapo.adapters import record_gates
 from hapo.parts.rank import expected_rank, target_rank
 from hapo.parts.reduce import sequence_mean
 from hapo.trl import HAPOConfig, SupervisedConfig, SupervisedTrainer
 from tests.engines import tiny
 from tests.engines.supervised_run import CPU, TEXTS, data, run
-from tests.two_ranks import SUPERVISED
-
-LAYOUTS = {
-    "padded": {},
-    "packed": {"packing": True, "max_length": 24},
-    "padding_free": {"padding_free": True, "max_length": None},
-}
+from tests.two_ranks import LAYOUTS, SUPERVISED, gated, trl_pairs
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -64,15 +60,19 @@ def core(method: str, **options):
     return loss.item(), {name: p.grad for name, p in net.named_parameters()}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("name", "theirs"), [("sft", "nll"), ("dft", "dft")])
-def test_sft_and_dft_are_trl_s_nll_and_dft(name, theirs, layout, tmp_path):
-    for accumulation in (1, 4):
-        cut = {"rows": 8 // accumulation, "accumulation": accumulation, **LAYOUTS[layout]}
-        loss, gradient, _ = run(tmp_path, method=name, **cut)
-        loss_of_trl, gradient_of_trl, _ = run(tmp_path, SFTTrainer, loss_type=theirs, **cut)
-        assert loss == pytest.approx(loss_of_trl, abs=1e-6)
-        close(gradient, gradient_of_trl)
+@pytest.mark.parametrize(("ours", "theirs"), [pytest.param(*both, id=label) for label, *both in trl_pairs(rows=8)])
+def test_sft_and_dft_are_trl_s_nll_and_dft(ours, theirs, tmp_path):
+    loss, gradient, _ = run(tmp_path, **ours)
+    loss_of_trl, gradient_of_trl, _ = run(tmp_path, **theirs)
+    assert loss == pytest.approx(loss_of_trl, abs=1e-6)
+    close(gradient, gradient_of_trl)
+
+
+@pytest.mark.xdist_group("two_ranks")
+@pytest.mark.parametrize("label", [label for label, *_ in trl_pairs(rows=4)])
+def test_sft_and_dft_are_trl_s_on_two_ranks(label, two_ranks):
+    """Loss and gradient; packed rows are no multiple of the ranks, and both trainers repeat the same ones."""
+    close(*(load_file(two_ranks / f"{label}-{side}.safetensors") for side in ("ours", "trl")))
 
 
 EXACT = {"estimator": "exact", "base_weight": 1}
@@ -99,9 +99,10 @@ def test_the_gradient_is_the_core_s_however_the_batch_is_cut(name, options, layo
 
 
 @pytest.mark.xdist_group("two_ranks")
-@pytest.mark.parametrize("name", SUPERVISED)
+@pytest.mark.parametrize("name", ["sft", "ranktuner"])
 def test_the_gradient_does_not_depend_on_the_ranks(name, two_ranks):
-    close(load_file(two_ranks / f"{name}.safetensors"), core(name, **SUPERVISED[name])[1], 2e-6)
+    options = SUPERVISED[name].get("method_options", {})
+    close(load_file(two_ranks / f"{name}.safetensors"), core(name, **options)[1], 2e-6)
 
 
 def test_trl_s_nll_depends_on_the_split_where_a_model_takes_no_token_counts_and_ours_does_not(tmp_path):
@@ -153,6 +154,64 @@ def test_adapters_are_trained_by_ranks(tmp_path):
     loss, gradient, _ = run(tmp_path, method="ranktuner", peft_config=lora)
     assert loss == pytest.approx(core("ranktuner")[0], abs=1e-5)
     assert all("lora" in name for name in gradient) and any(x.any() for x in gradient.values())
+
+
+@cache
+def whole_gates():
+    """Log and gradient of a step over all texts at once, with the entropy of the gates in the loss."""
+    folder = tempfile.mkdtemp()
+    loss, gradient, trainer = run(folder, method="dft", net=gated(), eval_dataset=data())
+    return loss, gradient, {**trainer.state.log_history[0], **trainer.evaluate()}
+
+
+def test_the_entropy_of_gates_is_added_over_the_targets_of_the_step():
+    """Against plain logits of each text alone; the evaluation logs it, and its loss is the method's."""
+    net, loss, entropies, gates = gated(), [], [], []
+    for text in TEXTS:
+        ids = torch.tensor([tiny.tokenizer()(text + "<eos>")["input_ids"]])
+        with record_gates(net) as found:
+            log_p = net(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        logp = log_p.gather(-1, ids[0, 1:, None])[:, 0]
+        loss.append(-logp.exp().detach() * logp)
+        p = found.take()[0, :-1].sigmoid()
+        entropies.append(-(p * p.log() + (1 - p) * (-p).log1p()))
+        gates.append(p.detach())
+    own, entropy, mean = (torch.cat(x).mean() for x in (loss, entropies, gates))
+    (own + 0.5 * entropy).backward()
+    logged_loss, gradient, log = whole_gates()
+    close(gradient, {n: p.grad for n, p in net.named_parameters() if p.grad is not None}, 2e-6)
+    assert log["gate_entropy"] == pytest.approx(entropy.item(), abs=1e-5)
+    assert log["gate/mean"] == pytest.approx(mean.item(), abs=1e-5)
+    assert log["gate/layer_01"] == pytest.approx(torch.cat(gates)[:, 5:].mean().item(), abs=1e-5)
+    assert logged_loss == pytest.approx((own + 0.5 * entropy).item(), abs=1e-5)
+    assert log["eval_loss"] == pytest.approx(own.item(), abs=1e-5)
+    assert log["eval_gate_entropy"] == pytest.approx(entropy.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize(("layout", "accumulation"), [("padded", 4), ("packed", 4), ("padding_free", 1)])
+def test_the_entropy_of_gates_does_not_depend_on_the_split(layout, accumulation, tmp_path):
+    loss, gradient, log = whole_gates()
+    cut = {"rows": 8 // accumulation, "accumulation": accumulation, **LAYOUTS[layout]}
+    loss2, gradient2, trainer = run(tmp_path, method="dft", net=gated(), **cut)
+    close(gradient2, gradient, 2e-6)
+    assert loss2 == pytest.approx(loss, abs=1e-5)
+    for name in ("gate_entropy", "gate/mean", "gate/layer_00", "weight"):
+        assert trainer.state.log_history[0][name] == pytest.approx(log[name], abs=1e-5), name
+
+
+@pytest.mark.xdist_group("two_ranks")
+def test_the_entropy_of_gates_does_not_depend_on_the_ranks(two_ranks):
+    close(load_file(two_ranks / "gates.safetensors"), whole_gates()[1], 2e-6)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")  # TRL's
+def test_gates_that_checkpointing_cuts_off_are_refused(tmp_path):
+    options = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
+    with pytest.raises(RuntimeError, match="entropy_weight=0"):
+        run(tmp_path, net=gated(), **options)
+    kept = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
+    _, gradient, _ = run(tmp_path, method="ranktuner", net=gated(), **kept)
+    close(gradient, run(tmp_path, method="ranktuner", net=gated())[1])
 
 
 @pytest.mark.parametrize("name", ["sft", "ranktuner"])

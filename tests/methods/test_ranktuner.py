@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import hapo
 from hapo.parts.rank import approx_weight, exact_weight, expected_rank, target_rank
+from tests.methods.smollm2_logits import POSITIONS, smollm2_logits
 
 LOGITS = [[2.0, 1.0, 0.0, -1.0], [0.5, 0.4, 0.3, 0.2], [4.0, 0.0, 0.0, 0.0]]
 TARGETS = [1, 2, 0]
@@ -137,6 +138,12 @@ def test_bounds_of_ranks_scales_and_weights(seed, v, spread):
     assert (exact_weight(batch.logp, rank + 1, expected, power=0.0) > scale).all()
     assert (exact_weight(batch.logp, rank, expected + 1, power=0.0) < scale).all()
 
+    apart = ((rank - expected) / expected).abs() > 1e-3  # the quotient of logarithms is exact enough
+    exponent = -scale.log() / (expected / rank).log()
+    ends = torch.stack([x / (x + 1) / torch.log2(x + 1) ** 2 for x in (rank, expected)])
+    between = (exponent >= ends.amin(0) - 1e-6) & (exponent <= ends.amax(0) + 1e-6)
+    assert between[apart].all()
+
     s = 2**bits / 4 + 1
     approx = approx_weight(batch.logp, rank, batch.entropy, power=0.0)
     undecided = (p * s - 1).abs() < tiny
@@ -159,3 +166,30 @@ def test_a_shift_of_the_logits_and_an_order_of_the_vocabulary_change_nothing(see
     permuted = scored(logits[:, order], order.argsort()[targets])
     for other in (shifted, permuted):
         torch.testing.assert_close(method.loss(other).tokens["weight"], weight, rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(
+    row=st.integers(0, POSITIONS - 1),
+    cooler=st.sampled_from([1.0, 1.0, 0.5, 2.0]),
+    others=st.lists(st.integers(0, 49151), max_size=8),
+)
+def test_bounds_on_logits_of_smollm2(row, cooler, others):
+    """R <= 1/p, E >= 2^H / 4 + 1 for H >= 2 bits, S in (0.5, 2), at the token of the text and at any others."""
+    logits, targets = smollm2_logits()
+    targets = torch.tensor([targets[row].item(), *others, 49151])
+    batch = scored(cooler * logits[row].expand(len(targets), -1), targets)
+    p, rank, expected, bits = batch.logp.exp(), batch.rank, batch.expected_rank, batch.entropy / math.log(2)
+    assert (rank >= 1).all() and (rank * p <= 1 + 1e-9).all()
+    assert (expected >= 1).all() and (expected <= 49153 / 2).all()
+    assert (expected >= 2**bits / 4 + 1 - 1e-9)[bits >= 2].all()
+    scale = exact_weight(batch.logp, rank, expected, power=0.0)
+    assert (scale > 0.5).all() and (scale < 2).all() and ((scale > 1) == (rank > expected)).all()
+    assert (approx_weight(batch.logp, rank, batch.entropy) <= 1).all()
+
+
+def test_the_logits_of_smollm2_are_certain_here_and_uncertain_there():
+    """So that the bounds above are asked on both sides of 2 bits."""
+    log_p = smollm2_logits()[0].log_softmax(-1)
+    bits = -(log_p.exp() * log_p).sum(-1) / math.log(2)
+    assert (bits < 2).sum() >= 4 and (bits > 2).sum() >= 4 and bits.max() > 5

@@ -187,7 +187,7 @@ def add_gate_loss(model: Any) -> None:
         if "fused_lm_head" in kwargs:
             raise ValueError(
                 "TRL's SFTTrainer makes its loss itself, so that the entropy of the gates would be left out: take "
-                "transformers' Trainer, or record_gates in a compute_loss of your own with entropy_weight=0"
+                "hapo.trl.SupervisedTrainer, which adds it, without add_gate_loss"
             )
         with record_gates(model) as gates:
             output = forward(*args, **kwargs)

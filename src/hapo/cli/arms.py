@@ -71,7 +71,7 @@ ASIDE = "aside"
 NO_CONTENT = {
     *("config", "output_dir", "run_name", "disable_tqdm", "report", "hub_token"),  # names, looks, a secret
     *("seed", "method", "method_options"),  # of the arm and the job
-    *("eval_file", "rewards", "model_name_or_path"),  # files, whose content stands for them
+    *("eval_file", "rewards", "model_name_or_path", "curriculum"),  # files, whose content stands for them
 }
 """Options that say nothing of what a run of a comparison is."""
 

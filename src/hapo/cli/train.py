@@ -26,6 +26,7 @@ from ..engines.trl.checkpoint import complete_checkpoints, state_of
 from ..insight.run import Run
 from ..outputs import write_whole
 from ..tasks import Task, TaskConfig, load_task
+from ..tasks.curriculum import STAGE
 from ..trl import HAPOConfig, HAPOTrainer
 from . import INTERRUPTED, UsageError
 from .held_out import Course, HeldOut
@@ -161,6 +162,8 @@ def _report(folder: Path, console: Console) -> None:
 
 def build_trainer(task: Task, args: HAPOConfig, model_config: ModelConfig) -> HAPOTrainer:
     """The trainer of a task, its model loaded as the options say."""
+    if task.staged and args.stage_column is None:
+        args.stage_column = STAGE
     given = args.model_init_kwargs
     args.model_init_kwargs = model_options(model_config, given)
     trainer = HAPOTrainer(
@@ -329,9 +332,18 @@ def _check_same_data(task: Task, everywhere: list[str], manifest: dict[str, Any]
 
 
 def _prolong(config: Path, max_steps: int) -> None:
-    """Write the length of the run into its config.yaml, where it has changed."""
+    """Write the length of the run into its config.yaml, where it has changed.
+
+    Raises:
+        UsageError: the run has a curriculum, whose stages are shares of its length.
+    """
     told = yaml.safe_load(config.read_text())
     if told.get("max_steps", -1) != max_steps:
+        if told.get("stage_column") not in (None, "none"):
+            raise UsageError(
+                "--max_steps cannot prolong a run with a curriculum, for its stages are shares of its length: "
+                f"resume it as it is, or start a new run with --model {config.parent / 'model'}"
+            )
         write_whole(config, yaml.safe_dump({**told, "max_steps": max_steps}, sort_keys=False, allow_unicode=True))
 
 

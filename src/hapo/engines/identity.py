@@ -6,9 +6,10 @@ import json
 from typing import Any
 
 from ..method import Method
+from ..supervised import Supervised
 
 
-def identity(method: Method) -> dict[str, Any]:
+def identity(method: Method | Supervised) -> dict[str, Any]:
     """Name and options of a method, as JSON gives them back."""
     return json.loads(json.dumps({"method": method.name, **method.options}))
 

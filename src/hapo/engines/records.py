@@ -201,6 +201,51 @@ class RunRecords:
         table = pa.table({"rollout": np.full(n, rollout), "step": np.full(n, step), **columns})
         self._tokens.append(table.replace_schema_metadata(None))
 
+    def add_targets(
+        self,
+        step: int,
+        batch: TokenBatch,
+        weight: Float[Tensor, "B T"],
+        response: Int[Tensor, " B"],
+        ids: Int[Tensor, "B T"],
+        texts: list[list[str]],
+        prompts: list[str],
+        gate: Float[Tensor, "B T"] | None = None,
+    ) -> None:
+        """Hold the targets of demonstrations until `write_tokens`; each is a group, and the step their batch.
+
+        Args:
+            step: optimiser step, from 1.
+            batch: `mask`, and the current policy's `logp`, `entropy`, `rank` and `expected_rank`.
+            weight: of each target in the loss.
+            response: number of each demonstration within the step.
+            ids: token ids.
+            texts: a string a token.
+            prompts: a string a row.
+            gate: mean of a token's gates, where the model has some.
+        """
+        if not batch.mask.any():
+            return
+        self._told = {"rollout": str(step)}
+        row, position = batch.mask.cpu().nonzero(as_tuple=True)
+        number = response.cpu()[row].numpy()
+        columns: dict[str, Any] = {
+            "response": number,
+            "position": position.numpy(),
+            "prompt": pa.array(prompts).take(pa.array(row.numpy())),
+            "group": number,
+            "text": pa.array(
+                [texts[i][t] for i, t in zip(row.tolist(), position.tolist(), strict=True)], pa.string()
+            ),
+        }
+        scores = {name: getattr(batch, name) for name in ("entropy", "logp", "rank", "expected_rank")}
+        for name, x in {"id": ids, **scores, "weight": weight, "gate": gate}.items():
+            if x is not None:
+                x = x.detach().cpu()[batch.mask.cpu()]
+                columns[name] = (x.float() if x.is_floating_point() else x).numpy()
+        n = len(row)
+        self._tokens.append(pa.table({"rollout": np.full(n, step), "step": np.full(n, step), **columns}))
+
     def add_rewards(
         self,
         rollout: int,

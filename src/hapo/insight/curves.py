@@ -165,22 +165,87 @@ CURVES = (
 )
 
 
+SUPERVISED = (
+    Curve(
+        "loss",
+        "Loss",
+        "The weighted negative log-likelihood of the targets: it should fall. Methods weigh differently, so their "
+        "losses do not compare.",
+        "nats per target",
+        ({"loss": "loss"},),
+        "No step was logged yet.",
+    ),
+    Curve(
+        "weight",
+        "Weight of the targets",
+        "Mean over the targets; SFT is 1 everywhere and logs none.",
+        "mean weight",
+        ({"weight": "weight"},),
+        "It appears with methods that weigh the targets.",
+    ),
+    Curve(
+        "entropy",
+        "Entropy of the policy",
+        "At the targets. A fall is what fitting looks like; near 0 the policy has lost its alternatives.",
+        "mean entropy, nats",
+        ({"entropy": "entropy"},),
+        "No step with an entropy was logged yet.",
+    ),
+    Curve(
+        "token-accuracy",
+        "Targets ranked first",
+        "Share of the targets that are the model's first choice.",
+        "share of targets",
+        ({"first": "mean_token_accuracy"},),
+        "No step was logged yet.",
+        "share",
+    ),
+)
+"""Of runs that learnt from demonstrations; their gradient norm is that of `CURVES`."""
+
+
 def curves(runs: Sequence[Run]) -> list[Figure]:
     """The figures over optimiser steps, runs overlaid: reward, held-out accuracy, entropy, and the rest."""
+    if runs and all(run.supervised for run in runs):
+        of_loss, *of_rest = [_curve(runs, curve) for curve in (*SUPERVISED, *CURVES[-1:])]
+        measured = [accuracy(runs)] if any(len(run.evaluations) for run in runs) else []
+        return [of_loss, held_out_loss(runs), *measured, *of_rest]
     first, *rest = [_curve(runs, curve) for curve in CURVES]
     return [first, accuracy(runs), *rest, times(runs)]
 
 
 def others(runs: Sequence[Run]) -> list[Figure]:
     """A small figure for every number that was logged and that `curves` leaves out, by name."""
-    known = {m for curve in CURVES for choice in curve.choices for m in choice.values()}
-    known |= {m for curve in CURVES for m in curve.band or ()} | {"step", "wall_seconds", "epoch", "num_tokens"}
+    shown = SUPERVISED if runs and all(run.supervised for run in runs) else CURVES
+    known = {m for curve in shown for choice in curve.choices for m in choice.values()}
+    known |= {m for curve in shown for m in curve.band or ()} | {"step", "wall_seconds", "epoch", "num_tokens"}
     logged = {m for run in runs for m in run.metrics.select_dtypes("number")} - known
     found = []
     for n, metric in enumerate(sorted(m for m in logged if not m.startswith("time/"))):
         curve = Curve(f"other-{n}", metric, "As it was logged.", "", ({metric: metric},), "It was never a number.")
         found.append(_curve(runs, curve, points=POINTS // 4))
     return [figure for figure in found if figure.chart is not None]
+
+
+def held_out_loss(runs: Sequence[Run]) -> Figure:
+    """Loss on held-out demonstrations over steps."""
+    figure = Figure(
+        "held-out-loss",
+        "Held-out loss",
+        "On demonstrations that were not trained on: where it turns and rises, training learns by heart.",
+        missing="It appears when held-out demonstrations are measured (`evaluate`, on by default in `hapo sft`).",
+    )
+    rows = [
+        {"run": name, "line": "held out", "step": int(line.step), "loss": short(line.eval_loss)}
+        for run, name in zip(runs, labels(runs), strict=True)
+        for line in run.held_out_loss().itertuples()
+    ]
+    if not rows:
+        return figure
+    base = alt.Chart(alt.InlineData(values=rows)).encode(x=_steps(), **_colours(runs, ["held out"]))
+    y = alt.Y("loss:Q", title="nats per target", scale=alt.Scale(zero=False))
+    drawn = base.mark_line(strokeWidth=2, point=True).encode(y=y, tooltip=["run:N", "step:Q", "loss:Q"])
+    return replace(figure, chart=drawn)
 
 
 def accuracy(runs: Sequence[Run]) -> Figure:

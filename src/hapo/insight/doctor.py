@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from ..tasks import Task, TaskConfig
-from . import checks_config, checks_data, checks_policy, checks_reward
+from . import checks_config, checks_data, checks_policy, checks_reward, checks_supervised
 from .checks_config import Plan
 from .finding import Finding, in_verl
 from .run import Run
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from ..engines.trl import HAPOConfig
 
-__all__ = ["CONFIG_CHECKS", "RUN_CHECKS", "Finding", "examine_config", "examine_run"]
+__all__ = ["CONFIG_CHECKS", "RUN_CHECKS", "SUPERVISED_CHECKS", "Finding", "examine_config", "examine_run"]
 
 SEVERITIES = ("error", "warning", "note")
 
@@ -56,7 +56,17 @@ RUN_CHECKS: tuple[Callable[[Run], Finding | None], ...] = (
 )
 """Each looks for one thing, and has the name of its finding."""
 
+SUPERVISED_CHECKS: tuple[Callable[[Run], Finding | None], ...] = (
+    checks_policy.non_finite,
+    checks_supervised.learnt_by_heart,
+    checks_supervised.nothing_learnt,
+    checks_supervised.demonstrations_unfinished,
+    checks_reward.no_improvement,
+)
+"""Those of a run that learnt from demonstrations."""
+
 CAUSES = {
+    "nothing_learnt": ("no_improvement",),
     "constant_reward": (
         "zero_variance_groups",
         "ratio_always_one",
@@ -107,7 +117,7 @@ def examine_run(run: Run) -> list[Finding]:
     Raises:
         ValueError: a file of the run is broken.
     """
-    findings = _worst_first(check(run) for check in RUN_CHECKS)
+    findings = _worst_first(check(run) for check in (SUPERVISED_CHECKS if run.supervised else RUN_CHECKS))
     symptoms = {symptom for finding in findings for symptom in CAUSES.get(finding.name, ())}
     kept = [finding for finding in findings if finding.name not in symptoms]
     return [in_verl(finding) for finding in kept] if run.config.get("engine") == "verl" else kept

@@ -21,13 +21,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..method import Method
+from ..supervised import Supervised
 from .figures import labels
 from .run import Run, parse_method, recompute
+from .targets import method_of_targets, parse_supervised, reweigh
 
 PAGES = Environment(loader=PackageLoader("hapo.insight"), autoescape=True, undefined=StrictUndefined)
 BUDGET = 8 * 2**20
 """Characters of encoded data that a page may hold."""
 SHARED = ("entropy", "entropy_new", "temperature", "logp_old", "logp_new", "logp_sampler", "logp_ref", "gate")
+SHARED += ("logp", "rank", "expected_rank")
 """Columns that are the same under every method."""
 TREATMENT = (
     "signal",
@@ -63,7 +66,7 @@ class Encoded:
 def microscope(
     runs: Sequence[Run],
     *,
-    against: Sequence[str | Method] = (),
+    against: Sequence[str | Method | Supervised] = (),
     nonce: str,
     rollouts: Sequence[int] | None = None,
     budget: int = BUDGET,
@@ -83,7 +86,8 @@ def microscope(
         ValueError: an unknown method, a rollout batch that a run did not record, or records that lack what a
             method reads.
     """
-    others = [(spec, parse_method(spec)) if isinstance(spec, str) else (spec.name, spec) for spec in against]
+    parse = parse_supervised if runs and all(run.supervised for run in runs) else parse_method
+    others = [(spec, parse(spec)) if isinstance(spec, str) else (spec.name, spec) for spec in against]
     if twice := [name for name, n in Counter(name for name, _ in others).items() if n > 1]:
         raise ValueError(f"against has two methods called {twice[0]!r}: give one of them another name")
     index, blobs, empty = [], [], []
@@ -92,6 +96,9 @@ def microscope(
         if not run.rollouts:
             empty.append(name)
             continue
+        if any(isinstance(method, Supervised) != run.supervised for _, method in others):
+            kind = "supervised" if run.supervised else "policy"
+            raise ValueError(f"against: {run.folder} was trained with a {kind} method; name methods of that kind")
         if unknown := sorted(set(rollouts or ()) - set(run.rollouts)):
             raise ValueError(f"{run.folder} recorded no rollout batch {unknown[0]}, only {run.rollouts}")
         wanted = run.rollouts if rollouts is None else sorted(set(rollouts))
@@ -102,7 +109,7 @@ def microscope(
             {
                 "name": name,
                 "command": f"hapo report {shlex.quote(str(run.folder))} --rollouts",
-                "methods": [run.method().name, *(spec for spec, _ in others)],
+                "methods": [run.config["method"], *(spec for spec, _ in others)],
                 "rollouts": [{**asdict(item), "data": x} for x, item in zip(places, encoded, strict=True)],
                 "left": sorted(set(run.rollouts) - {item.rollout for item in encoded}),
             }
@@ -111,7 +118,7 @@ def microscope(
     return Markup(template.render(runs=index, blobs=blobs, empty=empty, nonce=nonce))
 
 
-def encode(run: Run, first: int, others: Sequence[Method], most: int | None = None) -> Encoded:
+def encode(run: Run, first: int, others: Sequence[Method | Supervised], most: int | None = None) -> Encoded:
     """A recorded rollout batch under its own method and under others; its first `most` responses if told.
 
     The methods see the whole rollout batch in any case.
@@ -119,20 +126,24 @@ def encode(run: Run, first: int, others: Sequence[Method], most: int | None = No
     Raises:
         ValueError: no such rollout batch, or its records lack what a method reads.
     """
-    rollout = run.rollout(first)
     tokens = run.tokens(first)
-    own, *rest = (recompute(rollout, method) for method in (run.method(), *others))
-    tables = [tokens.assign(push=own["push"]), *rest]
+    if run.supervised:
+        tables = [reweigh(tokens, method) for method in (method_of_targets(run), *others)]
+        complete = True
+    else:
+        rollout = run.rollout(first)
+        own, *rest = (recompute(rollout, method) for method in (run.method(), *others))
+        tables, complete = [tokens.assign(push=own["push"]), *rest], rollout.complete
     order = np.argsort(tokens.groupby("group", sort=False).ngroup().to_numpy(), kind="stable")
     number = tokens.iloc[order].groupby(["response", "step"], sort=False).ngroup().to_numpy()
     recorded = int(number.max()) + 1
     responses = recorded if most is None else min(most, recorded)
     order = order[number < responses]
     data = _pack(tokens.iloc[order], [table.iloc[order] for table in tables])
-    return Encoded(first, data, responses, recorded, rollout.complete)
+    return Encoded(first, data, responses, recorded, complete)
 
 
-def _fitting(run: Run, others: Sequence[Method], wanted: Sequence[int], budget: int) -> list[Encoded]:
+def _fitting(run: Run, others: Sequence[Method | Supervised], wanted: Sequence[int], budget: int) -> list[Encoded]:
     """As many of the wanted rollout batches as the budget holds, in the order of training; at least one."""
     taken: dict[int, Encoded] = {}
     for place in _farthest_first(len(wanted)):
@@ -173,7 +184,10 @@ def _pack(tokens: pd.DataFrame, treatments: Sequence[pd.DataFrame]) -> str:
                 "response": int(head["response"]),
                 "step": int(head["step"]),
                 "group": int(prompt.iloc[start]),
-                **{name: None if pd.isna(head[name]) else float(head[name]) for name in ("reward", "verdict")},
+                **{
+                    name: None if pd.isna(value := head.get(name, np.nan)) else float(value)
+                    for name in ("reward", "verdict")
+                },
                 "start": int(start),
                 "end": int(end),
             }

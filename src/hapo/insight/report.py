@@ -16,10 +16,11 @@ from ..outputs import check_made, check_page, write_made, write_page
 from ..tasks import TaskConfig
 from .curves import POINTS, SPAN, curves, others
 from .doctor import SEVERITIES, examine_run
-from .figures import labels, printable
+from .figures import Figure, labels, printable
 from .microscope import microscope
 from .page import new_nonce, render
 from .run import Run, of_runs, recompute
+from .targets import extremes, method_of_targets, reweigh, target_figures
 from .token_figures import ROLLOUTS, analysed, token_figures, visible
 
 PARTIAL = (
@@ -68,6 +69,7 @@ def write_report(
         "report.html",
         title=names[0] if len(runs) == 1 else f"{len(runs)} runs",
         nonce=nonce,
+        supervised=all(run.supervised for run in runs),
         figures=[*over, *more, *(figure for run in shown for figure in run["figures"])],
         runs=shown,
         findings=_findings(runs),
@@ -101,7 +103,7 @@ def write_figures(
     named = [(figure.name, figure) for figure in curves(runs)]
     for number, run in enumerate(runs, 1):
         suffix = "" if len(runs) == 1 else f"-{number}"
-        named += [(figure.name + suffix, figure) for figure in token_figures(analysed(run))]
+        named += [(figure.name + suffix, figure) for figure in _token_figures(run)]
     drawn = {f"{name}.{kind}": figure for name, figure in named if figure.chart is not None}
     check_made(output, drawn, of := of_runs(runs), replace)
     write_made(output, {name: figure.drawn(kind) for name, figure in drawn.items()}, of, replace)
@@ -111,15 +113,22 @@ def write_figures(
 def _shown(run: Run, name: str) -> dict[str, Any]:
     """What the template reads of one run."""
     tokens = analysed(run)
-    pushes, note = _pushes(run, tokens, name)
+    pushes, note = (_extremes if run.supervised else _pushes)(run, tokens, name)
     return {
         "label": name,
         "summary": _summary(run),
         "results": _results(run),
-        "figures": token_figures(tokens),
+        "figures": _token_figures(run, tokens),
+        "supervised": run.supervised,
         "pushes": pushes,
         "pushes_note": note,
     }
+
+
+def _token_figures(run: Run, tokens: pd.DataFrame | None = None) -> list[Figure]:
+    """Of the recorded tokens of a run, which are read unless given."""
+    tokens = analysed(run) if tokens is None else tokens
+    return target_figures(tokens) if run.supervised else token_figures(tokens)
 
 
 def _findings(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -147,8 +156,12 @@ def _summary(run: Run) -> str:
 
 
 def _results(run: Run) -> list[dict[str, Any]]:
-    """First and last measurement of held-out accuracy, greedy and sampled."""
+    """First and last measurement of held-out accuracy, greedy and sampled, and of held-out loss."""
     found = []
+    if len(losses := run.held_out_loss()):
+        first, last = (f"{losses['eval_loss'].iloc[i]:.4f}" for i in (0, -1))
+        before = first if len(losses) > 1 else ""
+        found.append({"what": "loss", "before": before, "after": last, "intervals": "", "size": "nats per target"})
     for how, lines in run.evaluations.groupby("how", sort=False):
         last = lines.iloc[-1]
         show = _percent if last["binary"] else "{:.3f}".format
@@ -233,17 +246,36 @@ def _pushes(run: Run, tokens: pd.DataFrame, name: str) -> tuple[dict[str, dict[s
         return {}, f"Neither made nor in the microscope, as the method cannot be rebuilt: {error}."
     rollouts = [run.rollout(first) for first in tokens["rollout"].unique()]
     push = [recompute(rollout, method)["push"] for rollout in rollouts]
-    text, position = tokens["text"], tokens["position"]
-    before = [text.shift(n, fill_value="").where(position >= n, "") for n in range(BEFORE, 0, -1)]
-    table = tokens.assign(push=pd.concat(push).to_numpy(), before=sum(before, text.str[:0]))
+    table = _with_before(tokens).assign(push=pd.concat(push).to_numpy())
     right = table["verdict"] > 0
     found = {}
     for among, some in (("all", table), ("wrong", table[~right]), ("right", table[right])):
         found[among] = {
-            "amplified": [_push(row, name) for row in _most(some[some["push"] > 0], ascending=False)],
-            "suppressed": [_push(row, name) for row in _most(some[some["push"] < 0], ascending=True)],
+            "Most amplified": [_push(row, name) for row in _most(some[some["push"] > 0], ascending=False)],
+            "Most suppressed": [_push(row, name) for row in _most(some[some["push"] < 0], ascending=True)],
         }
     return found, "" if all(rollout.complete for rollout in rollouts) else PARTIAL
+
+
+def _extremes(run: Run, tokens: pd.DataFrame, name: str) -> tuple[dict[str, dict[str, list[dict[str, Any]]]], str]:
+    """The heaviest and the lightest targets of a supervised run, as `_pushes` gives tokens."""
+    if tokens.empty:
+        return {}, "It is made of token records (`record_tokens_every`), and none were found."
+    try:
+        method = method_of_targets(run)
+    except ValueError as error:
+        return {}, f"Neither made nor in the microscope, as the method cannot be rebuilt: {error}."
+    tokens = tokens.reset_index(drop=True)
+    table = _with_before(tokens).assign(**reweigh(tokens, method)[["weight", "push"]])
+    tables = extremes(table, ROWS)
+    return {"all": {side: [_push(row, name) for row in some.itertuples()] for side, some in tables.items()}}, ""
+
+
+def _with_before(tokens: pd.DataFrame) -> pd.DataFrame:
+    """The table with the text before each token."""
+    text, position = tokens["text"], tokens["position"]
+    before = [text.shift(n, fill_value="").where(position >= n, "") for n in range(BEFORE, 0, -1)]
+    return tokens.assign(before=sum(before, text.str[:0]))
 
 
 def _most(table: pd.DataFrame, ascending: bool) -> Any:
@@ -262,7 +294,7 @@ def _push(row: Any, name: str) -> dict[str, Any]:
         "push": f"{row.push:+#.3g}".replace("-", "−"),
         "text": visible(row.text),
         "before": visible(row.before, most=60, tail=True),
-        "answer": "right" if row.verdict > 0 else "wrong",
+        "answer": "" if not hasattr(row, "verdict") else "right" if row.verdict > 0 else "wrong",
         "prompt": visible(row.prompt, most=160, marks=False),
         "step": row.step,
         "link": f"#microscope?{urlencode(place)}",

@@ -118,8 +118,18 @@ class Run:
         table = pd.concat([table for table in read if len(table)], ignore_index=True)
         return table.sort_values(["rollout", "response", "step", "position"], ignore_index=True)
 
+    @property
+    def supervised(self) -> bool:
+        """Whether it learnt from demonstrations: its records are of targets, see `hapo.insight.targets`."""
+        return hapo.methods().get(self.config.get("method", "")) == "supervised"
+
+    def held_out_loss(self) -> pd.DataFrame:
+        """One row a measurement of the loss on held-out demonstrations, with step, eval_loss and others."""
+        lines = [line for line in self._lines("metrics.jsonl") if "eval_loss" in line]
+        return pd.DataFrame(lines, columns=None if lines else ["step", "eval_loss"])
+
     def method(self) -> Method:
-        """The method that the run was trained with.
+        """The method that the run was trained with; of a supervised run see `hapo.insight.targets`.
 
         Raises:
             ValueError: it names none, as a baseline of TRL's own.

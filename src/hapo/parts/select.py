@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -35,6 +36,20 @@ def most_uncertain(entropy: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], rho
     k = max(1, math.ceil(rho * n - 1e-9))
     h = torch.where(mask, entropy.detach(), -torch.inf)
     return mask & (h >= h.flatten().topk(k).values[-1])
+
+
+def smallest(k: int, keys: Sequence[Float[Tensor, "B T"]], mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+    """The k valid tokens of smallest first key; where it is equal the second decides, and so on.
+
+    Of tokens that are equal in all keys those of the lower row come first, then of the lower position; all valid
+    tokens where k is above their number.
+    """
+    place = mask.flatten().nonzero().squeeze(1)
+    for key in reversed(keys):
+        place = place[key.detach().flatten()[place].argsort(stable=True)]
+    chosen = torch.zeros_like(mask).flatten()
+    chosen[place[:k]] = True
+    return chosen.view_as(mask)
 
 
 def largest_share(

@@ -101,6 +101,14 @@ class TaskConfig:
         default=None, metadata={"help": "options of a reasoning-gym task: a mapping, on the command line as JSON"}
     )
 
+    curriculum: str | None = field(
+        default=None,
+        metadata={
+            "help": "file with the columns question, answer and stage (hapo curriculum writes it): train on these "
+            "problems, stage after stage; none takes back what a recipe says"
+        },
+    )
+
     demonstrations: str | None = field(
         default=None,
         metadata={
@@ -127,7 +135,8 @@ class TaskConfig:
 
     def __post_init__(self) -> None:
         self._check_demonstrations()
-        for name in ("dataset_config", "test_split", "eval_file"):  # a flag over a recipe that sets them
+        # a flag over a recipe that sets them
+        for name in ("dataset_config", "test_split", "eval_file", "curriculum"):
             if getattr(self, name) == "none":
                 setattr(self, name, None)
         if isinstance(self.rewards, str):  # a YAML scalar

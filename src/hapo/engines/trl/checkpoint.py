@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 import hapo
 
 from ...method import Method
+from ...supervised import Supervised
 from ..identity import differences, identity
 from .config import HAPOConfig
 from .rows import without_step
@@ -45,23 +46,23 @@ def state_of(checkpoint: Path | str) -> TrainerState:
 class RunState:
     """What is restored of a run, on this rank."""
 
-    stats: hapo.EntropyStats | None
-    """Of the last rollout batch."""
-    sampled_with: hapo.EntropyStats | None
-    """Those that it was drawn with."""
-    micro_step: int
-    """Micro-batches so far."""
-    fresh_prompts: int
-    """Position in the order of dynamic sampling."""
-    mixed_share: float | None
-    """Its share of mixed groups."""
     metrics: dict[str, list[float]]
     """Logged since the last line."""
     loss: dict[str, float]
     """Sums of transformers: since_log, last_log, total."""
-    entropy_term: dict[str, float]
+    stats: hapo.EntropyStats | None = None
+    """Of the last rollout batch; what follows is of policy runs alone."""
+    sampled_with: hapo.EntropyStats | None = None
+    """Those that it was drawn with."""
+    micro_step: int = 0
+    """Micro-batches so far."""
+    fresh_prompts: int = 0
+    """Position in the order of dynamic sampling."""
+    mixed_share: float | None = None
+    """Its share of mixed groups."""
+    entropy_term: dict[str, float] = field(default_factory=dict)
     """Of `EntropyTerm`."""
-    rollout: list[dict[str, Any]] | None
+    rollout: list[dict[str, Any]] | None = None
     """Micro-batches of the rollout batch in progress, prepared; None between two."""
 
 
@@ -77,7 +78,7 @@ def layout_of(args: HAPOConfig, processes: int) -> dict[str, Any]:
 
 
 def check_checkpoint(
-    resume: bool | str | None, folder: Path, method: Method, layout: dict[str, Any]
+    resume: bool | str | None, folder: Path, method: Method | Supervised, layout: dict[str, Any]
 ) -> str | None:
     """The checkpoint to resume from, as a path; None for a fresh start.
 
@@ -119,7 +120,11 @@ def check_checkpoint(
 
 
 def save_state(
-    folder: Path, state: RunState, accelerator: Accelerator, method: Method, layout: dict[str, Any]
+    folder: Path,
+    state: RunState,
+    accelerator: Accelerator,
+    method: Method | Supervised,
+    layout: dict[str, Any],
 ) -> None:
     """Write the files of this module into a checkpoint that TRL has just written."""
     rest = None
@@ -157,7 +162,8 @@ def load_state(folder: Path, accelerator: Accelerator) -> RunState:
         rollout = _unpack({k: v.to(accelerator.device) for k, v in load_file(file).items()}, rollout)
     names = ("micro_step", "fresh_prompts", "mixed_share", "metrics", "loss", "entropy_term")
     plain = {name: read[name] for name in names}
-    return RunState(_from_json(read["stats"]), _from_json(read["sampled_with"]), rollout=rollout, **plain)
+    stats = {name: _from_json(read[name]) for name in ("stats", "sampled_with")}
+    return RunState(**stats, rollout=rollout, **plain)
 
 
 class OnceAtBegin(TrainerCallback):

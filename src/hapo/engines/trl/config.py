@@ -44,6 +44,8 @@ class HAPOConfig(GRPOConfig):
     _VALID_DICT_FIELDS: ClassVar = [
         *GRPOConfig._VALID_DICT_FIELDS, "method_options", "demonstration_method_options",
     ]  # fmt: skip
+    trains_diffusion: ClassVar[bool] = False
+    """Whether the trainer of this configuration has the views that a method's `likelihood` asks for."""
 
     steps_per_generation: int | None = field(
         default=None,
@@ -59,7 +61,7 @@ class HAPOConfig(GRPOConfig):
         default=None,
         metadata={
             "help": "Weight of the method's KL penalty; above 0 a reference model is loaded. Default: the "
-            "method's own (grpo 0.04, archer and aspo 0.001, others 0)."
+            "method's own (grpo 0.04, sent 0.1, archer and aspo 0.001, others 0)."
         },
     )
     max_num_gen_batches: int = field(
@@ -75,6 +77,14 @@ class HAPOConfig(GRPOConfig):
             "help": "Dynamic sampling: the first round holds the further prompts that will be needed, judged by "
             "the share of groups with unequal rewards so far, so that one round is mostly enough; generation "
             "then holds up to twice the responses."
+        },
+    )
+    stage_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the training data with each prompt's stage, a whole number: the stages come one "
+            "after another, the smallest first (with a minus before the name the largest), shuffled inside, each "
+            "for a share of the training in proportion to its prompts; none: no order, also with a curriculum."
         },
     )
     tokens_per_pass: int | None = field(
@@ -256,7 +266,34 @@ class HAPOConfig(GRPOConfig):
 
 
 def resolve_method(method: Method | None, args: HAPOConfig) -> Method:
-    """The method that a trainer was given, or that its config names; `args.beta` then holds its KL weight."""
+    """The method that a trainer was given, or that its config names; `args.beta` then holds its KL weight.
+
+    Raises:
+        ValueError: its options disagree with those of `args`, or its log-probs are of another kind of model.
+    """
+    resolved = _resolve(method, args)
+    check_likelihood(resolved, diffusion=args.trains_diffusion)
+    return resolved
+
+
+def check_likelihood(method: Method, *, diffusion: bool) -> None:
+    """Raise a ValueError, unless the method's log-probs are those of this kind of model."""
+    if method.likelihood is not None and not diffusion:
+        raise ValueError(
+            f"method {method.name!r} is one of masked-diffusion models: its log-probs come from views of a "
+            f"response with tokens hidden, {method.likelihood}, which no autoregressive model has. Train such a "
+            "model with hapo.trl.DiffusionTrainer, or choose another method"
+        )
+    if method.likelihood is None and diffusion:
+        known = [name for name in hapo.methods("policy") if hapo.method(name).likelihood is not None]
+        raise ValueError(
+            f"method {method.name!r} reads the log-prob of each token given those before it, which a "
+            f"masked-diffusion model does not have: choose one of {', '.join(known)}, or train an autoregressive "
+            "model with HAPOTrainer"
+        )
+
+
+def _resolve(method: Method | None, args: HAPOConfig) -> Method:
     if method is not None:
         if not isinstance(method, Method):
             raise TypeError(f"method must be a Method, got {method!r}; a name goes into HAPOConfig(method=...)")

@@ -1,4 +1,4 @@
-"""The gates of a GateRA adapter in `HAPOTrainer`: their entropy in the loss, their means in the log.
+"""The gates of a GateRA adapter in the trainers of this folder: their entropy in the loss, their means in the log.
 
 Models without gates need no PEFT, so nothing of `hapo.adapters` is imported before a gated layer is seen.
 """
@@ -37,9 +37,14 @@ class GateLogits(NamedTuple):
         return torch.sigmoid(self.logits.detach()).mean(-1)
 
 
+def has_gates(model: nn.Module) -> bool:
+    """Whether there is a GateRA adapter on a model."""
+    return any(hasattr(module, "gatera_gate") for module in model.modules())
+
+
 def recorded(model: nn.Module) -> AbstractContextManager[Gates | None]:
     """Records the gates of the forward pass inside; None where the model has none."""
-    if not any(hasattr(module, "gatera_gate") for module in model.modules()):
+    if not has_gates(model):
         return nullcontext(None)
     from ...adapters import record_gates
 

@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import is_peft_model
+from transformers import Trainer
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from trl import GRPOTrainer
+from trl.trainer.utils import RepeatSampler
 
 from ...method import Method
 from ...outputs import write_whole
+from ...supervised import Supervised
+from ..records import RunRecords
 from .card import model_card
 from .checkpoint import RunState, check_checkpoint, layout_of, load_state, save_state, state_of
 from .config import HAPOConfig
@@ -19,19 +23,27 @@ from .finite import check, check_weights
 from .optimizer import NamedOptimizer
 from .recorder import Recorder, open_records
 from .rollout import EpochSampler
+from .stages import Stages, StageSampler
 
 
-class RecordedTrainer(NamedOptimizer, GRPOTrainer):
-    """TRL's trainer with run records, and with checkpoints that a resumed run continues bit for bit.
+class Recorded(NamedOptimizer, Trainer):
+    """A trainer with run records, and with checkpoints that a resumed run continues bit for bit.
 
-    A subclass sets `method` and `recipe`, and says what of it a checkpoint holds.
+    Put it before a trainer of TRL. A subclass sets `method` and `recipe`, and says what of it a checkpoint holds.
     """
 
-    args: HAPOConfig
-    method: Method
+    method: Method | Supervised
     recipe: dict[str, Any]
     """What beside `args` the run was told (model, task); written to config.yaml."""
-    _records: Recorder | None = None
+    _run_folder: RunRecords | None = None
+
+    def _open_records(self, checkpoint: str | None) -> None:
+        """Open the run folder as `_run_folder`, with a checkpoint that of the run which goes on."""
+        raise NotImplementedError
+
+    def _layout(self) -> dict[str, Any]:
+        """How an optimiser step is cut, which a resumed run must share."""
+        raise NotImplementedError
 
     def _run_state(self) -> RunState:
         """What a checkpoint holds beside TRL's; called on all ranks."""
@@ -41,9 +53,6 @@ class RecordedTrainer(NamedOptimizer, GRPOTrainer):
         """Go on from where a checkpoint was written."""
         raise NotImplementedError
 
-    def _get_train_sampler(self, dataset: Any = None) -> EpochSampler:
-        return EpochSampler.like(super()._get_train_sampler(dataset), lambda: self.state)
-
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """As in TRL. A checkpoint is checked before any work; the run folder is opened for records.
 
@@ -52,9 +61,7 @@ class RecordedTrainer(NamedOptimizer, GRPOTrainer):
         folder = Path(self._get_output_dir(None))
         checkpoint = check_checkpoint(resume_from_checkpoint, folder, self.method, self._layout())
         if self.args.run_records:
-            net = self.accelerator.unwrap_model(self.model)
-            records = open_records(self.args, self.method, self.recipe, net, self.train_dataset, checkpoint)
-            self._records = Recorder(records, self.args, self.method, self._tokenizer.batch_decode)
+            self._open_records(checkpoint)
         if checkpoint is not None and self.is_last(checkpoint):
             return self.take_up_last(checkpoint)
         return super().train(resume_from_checkpoint=checkpoint, **kwargs)
@@ -73,42 +80,8 @@ class RecordedTrainer(NamedOptimizer, GRPOTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in TRL; the line goes to metrics.jsonl too."""
         super().log(logs, start_time)
-        if self._records is not None:
-            self._records.records.add_metrics(self.state.log_history[-1])
-
-    def create_model_card(
-        self, model_name: Any = None, dataset_name: Any = None, tags: Any = None, weights: str | None = None
-    ) -> None:
-        """Write the card of the model as it is now to README.md of the output folder; each checkpoint does.
-
-        Args:
-            model_name, dataset_name, tags: TRL's, not read: the card knows them from the run.
-            weights: folder of the weights, seen from the output folder; the repository on the Hub, if the model
-                goes to one, or else the checkpoint of this step.
-        """
-        if not self.is_world_process_zero():
-            return
-        folder, checkpoints = Path(self.args.output_dir), Path(self._get_output_dir(None))
-        last = checkpoints.relative_to(folder) / f"checkpoint-{self.state.global_step}"
-        net = self.accelerator.unwrap_model(self.model)
-        adapter = str(net.active_peft_config.peft_type.value) if is_peft_model(net) else None
-        card = model_card(
-            self.args,
-            self.method,
-            recipe=self.recipe,
-            base=str(self.recipe.get("model_name_or_path") or self.model.config._name_or_path or ""),
-            adapter=adapter,
-            rewards=self.reward_func_names,
-            prompts=len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None,
-            step=self.state.global_step,
-            tags=self._tag_names,
-            hub_id=self.hub_model_id,
-            weights=self.hub_model_id or weights or last.as_posix(),
-        )
-        write_whole(folder / "README.md", str(card))
-
-    def _layout(self) -> dict[str, Any]:
-        return layout_of(self.args, self.accelerator.num_processes)
+        if self._run_folder is not None:
+            self._run_folder.add_metrics(self.state.log_history[-1])
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
@@ -156,3 +129,59 @@ class RecordedTrainer(NamedOptimizer, GRPOTrainer):
         self._globalstep_last_logged = loss["last_log"]
         self._total_loss_scalar = loss["total"]
         self._initial_global_step = 0  # the mean loss is of the whole run
+
+
+class RecordedTrainer(Recorded, GRPOTrainer):
+    """TRL's trainer of policies with run records, and with a model card of ours."""
+
+    args: HAPOConfig
+    method: Method
+    _records: Recorder | None = None
+    _stages: Stages | None = None
+    """Of the prompts, where they have any."""
+
+    def _get_train_sampler(self, dataset: Any = None) -> RepeatSampler:
+        template = super()._get_train_sampler(dataset)
+        if self._stages is not None:
+            return StageSampler(template, self._stages, self)
+        return EpochSampler.like(template, lambda: self.state)
+
+    def _open_records(self, checkpoint: str | None) -> None:
+        net = self.accelerator.unwrap_model(self.model)
+        records = open_records(self.args, self.method, self.recipe, net, self.train_dataset, checkpoint)
+        self._run_folder = records
+        self._records = Recorder(records, self.args, self.method, self._tokenizer.batch_decode)
+
+    def create_model_card(
+        self, model_name: Any = None, dataset_name: Any = None, tags: Any = None, weights: str | None = None
+    ) -> None:
+        """Write the card of the model as it is now to README.md of the output folder; each checkpoint does.
+
+        Args:
+            model_name, dataset_name, tags: TRL's, not read: the card knows them from the run.
+            weights: folder of the weights, seen from the output folder; the repository on the Hub, if the model
+                goes to one, or else the checkpoint of this step.
+        """
+        if not self.is_world_process_zero():
+            return
+        folder, checkpoints = Path(self.args.output_dir), Path(self._get_output_dir(None))
+        last = checkpoints.relative_to(folder) / f"checkpoint-{self.state.global_step}"
+        net = self.accelerator.unwrap_model(self.model)
+        adapter = str(net.active_peft_config.peft_type.value) if is_peft_model(net) else None
+        card = model_card(
+            self.args,
+            self.method,
+            recipe=self.recipe,
+            base=str(self.recipe.get("model_name_or_path") or self.model.config._name_or_path or ""),
+            adapter=adapter,
+            rewards=self.reward_func_names,
+            prompts=len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None,
+            step=self.state.global_step,
+            tags=self._tag_names,
+            hub_id=self.hub_model_id,
+            weights=self.hub_model_id or weights or last.as_posix(),
+        )
+        write_whole(folder / "README.md", str(card))
+
+    def _layout(self) -> dict[str, Any]:
+        return layout_of(self.args, self.accelerator.num_processes)

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 from ...batch import EntropyStats, TokenBatch
 from ...method import LossOutput, Method
+from ...supervised import Supervised
 from ..records import RunRecords, manifest, weights_hash
 from .config import HAPOConfig
 from .options import DECIDED_BY_METHOD
@@ -24,11 +24,11 @@ NOT_TOLD = {"hub_token", "accelerator_config", "debug", "gradient_checkpointing"
 
 
 def open_records(
-    args: HAPOConfig,
-    method: Method,
+    args: TrainingArguments,
+    method: Method | Supervised,
     recipe: dict[str, Any],
     model: PreTrainedModel,
-    dataset: Dataset,
+    dataset: Any,
     checkpoint: str | None,
 ) -> RunRecords:
     """The run folder of `args.output_dir`: a new one, or with a checkpoint that of the run that goes on.
@@ -153,18 +153,19 @@ class Recorder:
         self.records.write_tokens(step)
 
 
-def options_told(method: Method) -> dict[str, Any]:
+def options_told(method: Method | Supervised) -> dict[str, Any]:
     """The options of a method, without what TRL's `beta` says."""
     return {k: v for k, v in method.options.items() if k not in ("method", "kl_coef")}
 
 
-def _told(args: HAPOConfig) -> dict[str, Any]:
-    """The options that differ from their defaults, as plain values: a recipe that `hapo train` reads back."""
+def _told(args: TrainingArguments) -> dict[str, Any]:
+    """The options that differ from their defaults, as plain values: a recipe that the command line reads back."""
     values = args.to_dict()
     told = {}
     for f in fields(args):
         default = f.default if f.default_factory is MISSING else f.default_factory()
-        value = values.get(f.name)
+        # transformers writes <EOS_TOKEN> and the like in the place of every token, secret or not.
+        value = getattr(args, f.name, None) if f.name.endswith("_token") else values.get(f.name)
         if (
             f.init
             and f.name not in NOT_TOLD

@@ -93,6 +93,11 @@ class Scorer:
         self.drawn = drawn
         self.trl_pass = trl_pass
 
+    def sequences(self, inputs: dict[str, Any], mask: Bool[Tensor, "B T"]) -> Sequences:
+        """What `current` is to be given of a dict of TRL's; `mask`: the response tokens whose scores are
+        needed."""
+        return Sequences.of(inputs, mask)
+
     @torch.no_grad()
     def old(
         self, model: nn.Module, rows: Sequences, batch_size: int | None, turns: Sequence[Draws | None] = ()

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from transformers import TrainingArguments
 from trl import SFTConfig, SFTTrainer
@@ -18,10 +22,19 @@ from ...parts.reduce import token_mean
 from ...scoring import attach_scoring
 from ...stage import part_of
 from ...supervised import Supervised
-from . import optimizer
+from ..records import check_writable
+from . import finite, optimizer
+from .checkpoint import OnceAtBegin, RunState
+from .gates import GateLogits, gate_losses, has_gates, recorded
+from .recorded import Recorded
+from .recorder import open_records
+from .targets import TargetRecorder
 
 RANKS = frozenset({"rank", "expected_rank"})
 """What TRL's own pass does not give."""
+
+SUMS = "sum of "
+"""Before the names of sums that a checkpoint holds among the metrics since the last line."""
 
 ONE = StepTotals(sequences=1, tokens=1, kept=1)
 """With these totals a loss is a plain sum over the targets; TRL divides it by those of the optimiser step."""
@@ -47,10 +60,25 @@ class SupervisedConfig(SFTConfig):
     )
     optim: str = field(default=TrainingArguments.default_optim, metadata=optimizer.HELP)
 
+    run_records: bool = field(
+        default=False,
+        metadata={"help": "Write config.yaml, manifest.json, metrics.jsonl and tokens/ into output_dir."},
+    )
+    record_tokens_every: int = field(
+        default=50,
+        metadata={"help": "Optimiser steps between token records, besides the first; 0 writes none."},
+    )
+    record_tokens_rows: int = field(
+        default=64, metadata={"help": "Demonstrations of a token record, at most: the first ones of the step."}
+    )
+
     def __post_init__(self) -> None:
         """TRL's checks, then ours."""
         with optimizer.checked(self):
             super().__post_init__()
+        for name, low in {"record_tokens_every": 0, "record_tokens_rows": 1}.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
         options = self.method_options or {}
         if not isinstance(options, dict):
             raise ValueError(f"method_options must be a mapping of option names to values, got {options!r}")
@@ -72,20 +100,32 @@ class SupervisedConfig(SFTConfig):
             )
 
 
-class SupervisedTrainer(optimizer.NamedOptimizer, SFTTrainer):
+class SupervisedTrainer(Recorded, SFTTrainer):
     """TRL's `SFTTrainer` with the loss of a supervised method; all else is TRL's.
 
     The loss of an optimiser step is normalised by its targets, over all micro-batches and ranks, whatever the
     model says of itself. So the gradient does not depend on accumulation, packing or ranks. Methods that read
     ranks are scored by `hapo.scoring`, the others by TRL's fused head; neither makes all logits.
 
+    The entropy of the gates of a GateRA adapter is added with the weight of its config, normalised alike, while
+    the model trains; an evaluation logs it and leaves its loss the method's.
+
+    With `args.run_records` the output folder is a run of `hapo.insight`: the log, and the targets of some steps
+    with their weights and ranks. A resumed run continues bit for bit.
+
     Args:
         method: a `Supervised` object, in the place of `args.method` and `args.method_options`.
         model, args, ...: as in `SFTTrainer`; `args` is a `SupervisedConfig`.
 
     Raises:
-        ValueError: what is asked for cannot be honoured; the message says what to do.
+        ValueError: what is asked for cannot be honoured, or `resume_from_checkpoint` names a checkpoint of another
+            method, or an incomplete one; the message says what to do.
+        FileExistsError: `args.run_records` and the output folder holds another run.
     """
+
+    args: SupervisedConfig
+    method: Supervised
+    _records: TargetRecorder | None = None
 
     def __init__(
         self,
@@ -107,6 +147,10 @@ class SupervisedTrainer(optimizer.NamedOptimizer, SFTTrainer):
             raise ValueError("compute_loss_func cannot be honoured: the method decides the loss; leave it out")
         self.method = _resolve(method, args)
         self._tag_names = ["trl", "sft", "hapo"]
+        self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
+        self.recipe = {}
+        if args.run_records:
+            check_writable(Path(args.output_dir))
         args = copy.copy(args)
         args.loss_type = "nll"  # TRL then sums the log-probs and divides; any weight is the method's
         super().__init__(model, args, *trl_args, **trl_kwargs)
@@ -114,12 +158,12 @@ class SupervisedTrainer(optimizer.NamedOptimizer, SFTTrainer):
         # Some models say that they take no token counts (`accepts_loss_kwargs = False`), and TRL then divides each
         # micro-batch by its own; others are of no known loss, and the first column is counted as targets.
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
-        if self.method.reads & RANKS:
-            if self.aux_loss_enabled:
-                raise ValueError(
-                    f"method {self.method.name!r} reads ranks, whose pass has no router loss: set "
-                    "router_aux_loss_coef=0.0"
-                )
+        if self.method.reads & RANKS and self.aux_loss_enabled:
+            raise ValueError(
+                f"method {self.method.name!r} reads ranks, whose pass has no router loss: set "
+                "router_aux_loss_coef=0.0"
+            )
+        if self.method.reads & RANKS or (args.run_records and args.record_tokens_every):
             attach_scoring(self.model)
 
     def compute_loss(
@@ -130,10 +174,36 @@ class SupervisedTrainer(optimizer.NamedOptimizer, SFTTrainer):
         def with_method(**inputs: Any) -> Any:
             if not inputs.get("fused_lm_head"):
                 return model(**inputs)
-            outputs = self._scores(model, inputs) if self.method.reads & RANKS else (model(**inputs), {})
-            return self._weighted(*outputs)
+            with recorded(model) as gates:
+                outputs, ranks = (
+                    self._scores(model, inputs) if self.method.reads & RANKS else (model(**inputs), {})
+                )
+            if gates is None:
+                return self._weighted(outputs, ranks)
+            predicting = gates.take()[:, :-1].to(outputs.log_probs.device)
+            return self._weighted(outputs, ranks, GateLogits(predicting, gates.names, gates.check_gradient))
 
-        return super().compute_loss(with_method, inputs, return_outputs, num_items_in_batch)
+        step, train = self.state.global_step + 1, self.model.training
+        takes = self._records is not None and train and self._records.takes(step)
+        if takes and self._records is not None:
+            self._records.add(step, model, inputs)
+        loss = super().compute_loss(with_method, inputs, return_outputs, num_items_in_batch)
+        if train and not return_outputs:
+            finite.check("loss", loss.detach(), step)
+        if takes and self._records is not None and self.accelerator.gradient_state.sync_gradients:
+            self._records.write(step)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in TRL, with the means of what the method made over all targets since the line before."""
+        mode = "train" if self.model.training else "eval"
+        if sums := self._sums[mode]:
+            names = sorted(sums)
+            made = self.accelerator.reduce(torch.stack([sums[name] for name in names]), "sum")
+            for name, (total, n) in zip(names, made.tolist(), strict=True):
+                self._metrics[mode][name] = [total / n if n else 0.0]
+            sums.clear()
+        super().log(logs, start_time)
 
     def _scores(self, model: Callable[..., Any], inputs: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
         """One pass of `hapo.scoring` in the form of TRL's, and the ranks."""
@@ -141,7 +211,7 @@ class SupervisedTrainer(optimizer.NamedOptimizer, SFTTrainer):
         targets = inputs.pop("labels")[:, 1:]
         mask = targets != -100
         asked = {name: name in self.method.reads for name in RANKS} | {"rank": True}
-        request = {"tokens": targets, "mask": mask, **asked}
+        request = {"tokens": targets, "mask": mask, "t_base": 1.0, "factor": None, **asked}
         scores = model(**inputs, hapo_score=request)
         outputs = FusedCausalLMOutput(
             log_probs=scores["logp"],
@@ -151,22 +221,69 @@ class SupervisedTrainer(optimizer.NamedOptimizer, SFTTrainer):
         )
         return outputs, {name: scores[name] for name in RANKS if scores[name] is not None}
 
-    def _weighted(self, outputs: Any, ranks: dict[str, Tensor]) -> Any:
+    def _weighted(self, outputs: Any, ranks: dict[str, Tensor], gates: GateLogits | None = None) -> Any:
         """The outputs with the method's loss in the place of the log-probs, whose sum TRL takes."""
-        mask, entropy = outputs.label_mask, outputs.entropy.detach()
+        mask, entropy, train = outputs.label_mask, outputs.entropy.detach(), self.model.training
         batch = TokenBatch(mask=mask, logp=outputs.log_probs, entropy=entropy, totals=ONE)
         out = self.method.loss(batch.replace(**ranks))
+        loss, sums = out.loss, {}
         if self.method.weight is not None:
-            total, n = (self.accelerator.gather_for_metrics(x.sum()).sum() for x in (out.tokens["weight"], mask))
-            mode = "train" if self.model.training else "eval"
-            self._metrics[mode]["weight"].append((total / n).item() if n else 0.0)
-        outputs.log_probs = -out.loss.unsqueeze(0)
+            sums["weight"] = out.tokens["weight"].sum()
+        for name, weight, value in gate_losses(gates, batch, self.accelerator.unwrap_model(self.model)):
+            sums[name] = value
+            if weight and train:
+                loss = loss + weight * value
+        kept = self._sums["train" if train else "eval"]
+        for name, value in sums.items():
+            of_batch = torch.stack([value.detach().float(), mask.sum().float()])
+            kept[name] = kept[name] + of_batch if name in kept else of_batch
+        outputs.log_probs = -loss.unsqueeze(0)
         return outputs
+
+    def _open_records(self, checkpoint: str | None) -> None:
+        net, args = self.accelerator.unwrap_model(self.model), self.args
+        self._run_folder = open_records(args, self.method, self.recipe, net, self.train_dataset, checkpoint)
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        self._records = TargetRecorder(
+            self._run_folder,
+            self.method,
+            args.record_tokens_every,
+            args.record_tokens_rows,
+            args.process_index,
+            args.world_size,
+            tokenizer.batch_decode,
+        )
+
+    def _layout(self) -> dict[str, Any]:
+        names = ("per_device_train_batch_size", "gradient_accumulation_steps", "packing", "padding_free")
+        return {"processes": self.accelerator.num_processes, **{n: getattr(self.args, n) for n in names}}
+
+    def _run_state(self) -> RunState:
+        sums = {
+            f"{SUMS}{name}": self.accelerator.reduce(x, "sum").tolist() for name, x in self._sums["train"].items()
+        }
+        seen = {f"{SUMS}tokens": [self._total_train_tokens]}
+        return RunState(metrics={**self._metrics["train"], **sums, **seen}, loss=self._loss_sums())
+
+    def _take_up(self, state: RunState) -> None:
+        """Put the trainer where a checkpoint left it; the first rank has the sums of all."""
+        kept = {name: x for name, x in state.metrics.items() if not name.startswith(SUMS)}
+        sums = {name.removeprefix(SUMS): x for name, x in state.metrics.items() if name.startswith(SUMS)}
+        self._metrics["train"] = defaultdict(list, kept)
+        self._total_train_tokens = sums.pop("tokens")[0]
+        first, device = self.accelerator.is_main_process, self.accelerator.device
+        self._sums["train"] = {name: torch.tensor(x, device=device) * first for name, x in sums.items()}
+        self.add_callback(OnceAtBegin(partial(self._restore_loss, state.loss)))
 
     def _check_parallelism(self) -> None:
         config = self.accelerator.parallelism_config
         if config is None:
             return
+        if has_gates(self.model) and (config.sp_enabled or config.cp_enabled):
+            raise ValueError(
+                "the gates of a GateRA adapter are not read in sequences that are cut over ranks: set sp_size=1 "
+                "and cp_size=1"
+            )
         if config.sp_enabled or (config.cp_enabled and self.method.reads & RANKS):
             raise ValueError(
                 f"method {self.method.name!r} cannot be trained with sequences that are cut over ranks: set "

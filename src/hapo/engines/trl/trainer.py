@@ -46,6 +46,7 @@ from .rollout import DynamicSampling, check_prompts
 from .rows import RolloutRows, prepare_rows, scored_tokens, step_rows
 from .sampler import Request, Sampler, VLLMSampler
 from .scorer import Scored, Scorer, Sequences, is_reference
+from .stages import Stages
 
 LOG = logging.getLogger(__name__)
 
@@ -70,10 +71,10 @@ class HAPOTrainer(RecordedTrainer):
 
     Args:
         method: a `Method` object, in the place of `args.method` and `args.method_options`.
-        demonstrations: a data set with `prompt` and `completion`, or `messages`, that is learnt from beside the
-            rollouts: L = (1 - mu) L_RL + mu L_E, as the options `demonstration_*` of `args` say.
         optimizer_cls_and_kwargs: class and options of an optimiser, in the place of `args.optim`; an argument of
             transformers' `Trainer` that `GRPOTrainer` does not hand on.
+        demonstrations: a data set with `prompt` and `completion`, or `messages`, that is learnt from beside the
+            rollouts: L = (1 - mu) L_RL + mu L_E, as the options `demonstration_*` of `args` say.
         model, reward_funcs, args, ...: as in `GRPOTrainer`; `args` is a `HAPOConfig`.
 
     Raises:
@@ -89,8 +90,8 @@ class HAPOTrainer(RecordedTrainer):
         args: HAPOConfig | None = None,
         *trl_args: Any,
         method: Method | None = None,
-        demonstrations: Any = None,
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        demonstrations: Any = None,
         **trl_kwargs: Any,
     ) -> None:
         if args is None:
@@ -135,9 +136,11 @@ class HAPOTrainer(RecordedTrainer):
         self._sharded = passes.is_sharded(self.accelerator.distributed_type)
         self._demonstrations = None if demonstrations is None else self._make_demonstrations(demonstrations)
         check_prompts(self.train_dataset, args)
+        if args.stage_column not in (None, "none"):
+            self._stages = Stages(self.train_dataset, args.stage_column)
         self._dynamic: DynamicSampling | None = None
         if self.method.filter_groups and args.max_num_gen_batches > 1:
-            self._dynamic = DynamicSampling(self.train_dataset, args, self.accelerator)
+            self._dynamic = DynamicSampling(self.train_dataset, args, self.accelerator, self._stages)
 
     # -- what a subclass may override -----------------------------------------------------------------------
 
@@ -294,7 +297,9 @@ class HAPOTrainer(RecordedTrainer):
                 torch.no_grad(),
                 disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
             ):
-                scored = self.scorer.current(self.model, Sequences.of(micro_batches[i], rows[i].batch.mask))
+                scored = self.scorer.current(
+                    self.model, self.scorer.sequences(micro_batches[i], rows[i].batch.mask)
+                )
             assert scored.entropy is not None
             return scored.logp, scored.entropy
 
@@ -310,8 +315,7 @@ class HAPOTrainer(RecordedTrainer):
         records = self._records if self._records and train and self._records.takes_tokens(step) else None
         # Tokens of dropped groups count nowhere, but records show them.
         mask = RolloutRows.of(inputs).batch.mask if records is None else scored_tokens(inputs)
-        whole = self._sharded or self.aux_loss_enabled or "split" in self.method.breaks
-        *earlier, last = passes.split(inputs, mask, 0 if whole else self.args.tokens_per_pass)
+        *earlier, last = self._passes(inputs, mask)
         if records is not None:
             records.add_rewards(step, inputs)
         before = torch.zeros((), device=mask.device)
@@ -339,12 +343,17 @@ class HAPOTrainer(RecordedTrainer):
                 records.write_tokens(step)
         return loss
 
+    def _passes(self, inputs: dict[str, Any], mask: Tensor) -> list[tuple[dict[str, Any], Tensor]]:
+        """Inputs and mask of each pass over a micro-batch."""
+        whole = self._sharded or self.aux_loss_enabled or "split" in self.method.breaks
+        return passes.split(inputs, mask, 0 if whole else self.args.tokens_per_pass)
+
     def _pass_loss(
         self, model: nn.Module, inputs: dict[str, Any], mask: Tensor, records: Recorder | None
     ) -> Tensor:
         """Of some rows, scored at the tokens of `mask` (B,T)."""
         router = self.aux_loss_enabled and torch.is_grad_enabled()
-        scored = self.scorer.current(model, Sequences.of(inputs, mask), router)
+        scored = self.scorer.current(model, self.scorer.sequences(inputs, mask), router)
         assert scored.entropy is not None
         batch = RolloutRows.of(inputs).batch.replace(logp=scored.logp, entropy=scored.entropy.detach())
         out = self.method.loss(batch)

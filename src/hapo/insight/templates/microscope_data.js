@@ -19,6 +19,8 @@ const QUANTITIES = [
   { key: "side", name: "clipped", scale: "marks", own: true, note: "a bound took the place of the ratio" },
   { key: "mismatch", name: "mismatch", unit: "nats", scale: "diverging", note: "log p at rollout − log p of the sampler" },
   { key: "kept", name: "kept", scale: "marks", own: true, note: "the token is in the loss" },
+  { key: "target_weight", name: "weight", scale: "sequential", zero: true, own: true, note: "of a demonstration's target in the loss" },
+  { key: "behind", name: "rank / expected", unit: "log2", scale: "diverging", note: "rank of the target against the rank that the model expects there" },
 ];
 
 // Rows of the panel beside the quantities above.
@@ -28,10 +30,15 @@ const MORE = [
   { key: "logp_new", name: "log p, now", unit: "nats", note: "under the current policy, before this step" },
   { key: "logp_sampler", name: "log p, sampler", unit: "nats", note: "under what drew the token" },
   { key: "logp_ref", name: "log p, reference", unit: "nats", note: "under the reference policy" },
+  { key: "logp", name: "log p", unit: "nats", note: "of the target, before this step" },
+  { key: "rank", name: "rank", note: "1 is the likeliest token; ties count against the target" },
+  { key: "expected_rank", name: "expected rank", note: "of a token that the policy draws" },
   { key: "weight", name: "weight", own: true, note: "importance weight: policy at rollout to sampler, capped" },
 ];
 
 const DERIVED = {
+  target_weight: (r, m) => r.column("rank", 0) && r.column("weight", m),
+  behind: (r) => combine(r.column("rank", 0), r.column("expected_rank", 0), (rank, expected) => Math.log2(rank / expected)),
   mismatch: (r) => combine(r.column("logp_old", 0), r.column("logp_sampler", 0), (old, sampler) => old - sampler),
   moved: (r, m) => combine(r.column("advantage_used", m), r.column("advantage", m), (used, before) => used - before),
   side: (r, m) => combine(r.column("clipped", m), r.column("ratio", m), (clipped, ratio) => clipped * (ratio < 1 ? -1 : 1)),
@@ -65,6 +72,7 @@ class Rollout {
       place,
       label: this.repeated ? `response ${r.response}, step ${r.step}` : `response ${r.response}`,
       right: r.verdict > 0,
+      judged: r.verdict !== null, // a demonstration is not
       length: r.end - r.start,
       prompt: this.head.prompts[r.group],
     }));

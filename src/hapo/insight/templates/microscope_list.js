@@ -94,7 +94,7 @@ function fillList() {
   const [verdict, search] = [part("verdict").value, part("search").value.toLowerCase()];
   const clipped = rollout.column("clipped", method());
   const fits = (r) =>
-    (!verdict || r.right === (verdict === "right")) &&
+    (!verdict || !r.judged || r.right === (verdict === "right")) &&
     (!part("clipped").checked || clipped.subarray(r.start, r.end).includes(1)) &&
     (!search || r.prompt.toLowerCase().includes(search) || rollout.lower(r).includes(search));
   const [, value] = ORDERS[part("sort").value];
@@ -115,7 +115,7 @@ function groupRows(group, head) {
   const all = state.rollout.groups[group[0].group];
   const right = all.filter((r) => r.right).length;
   const share = { text: `${right}/${all.length}`, title: `${right} of ${all.length} right` };
-  const tally = el("span", { cls: "mx-tally", ...share });
+  const tally = all[0].judged ? el("span", { cls: "mx-tally", ...share }) : "";
   const title = el("div", { cls: "mx-prompt-head" }, el("bdi", { text: head }), tally);
   return el("div", { cls: "mx-group" }, title, ...group.map(row));
 }
@@ -127,7 +127,7 @@ function row(r) {
       type: "button",
       cls: r.dropped ? "mx-row dropped" : "mx-row",
       tabIndex: -1,
-      ariaLabel: described(r, [`reward ${short(r.reward)}`, plural(r.length, "token")]),
+      ariaLabel: described(r, [...rewardOf(r), plural(r.length, "token")]),
       data: { place: r.place },
       on: () => touch(r.start),
     },
@@ -137,11 +137,17 @@ function row(r) {
   );
 }
 
+function rewardOf(r) {
+  return r.judged ? [`reward ${short(r.reward)}`] : [];
+}
+
 function described(r, facts) {
-  return [r.label, r.right ? "right" : "wrong", ...facts].join(", ");
+  const verdict = r.judged ? [r.right ? "right" : "wrong"] : [];
+  return [r.label, ...verdict, ...facts].join(", ");
 }
 
 function verdictMark(r) {
+  if (!r.judged) return "";
   const cls = r.right ? "mx-right" : "mx-wrong";
   return el("span", { cls, text: r.right ? "✓" : "✗", title: `reward ${short(r.reward)}` });
 }

@@ -79,6 +79,7 @@ function sentence(i) {
 
 // The ratio on a line, between the bounds that a method gives it.
 function ruler(i, m) {
+  if (!state.rollout.column("ratio", m)) return el("figure", { cls: "mx-ruler" });
   const on = (method) => {
     const [ratio, low, high] = ["ratio", "bound_low", "bound_high"].map((key) => state.rollout.column(key, method)[i]);
     return [ratio, 1 - low, 1 + high];

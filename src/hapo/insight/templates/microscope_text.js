@@ -23,10 +23,10 @@ function fillGroup(chosen) {
 
 function card(r) {
   const facts = [
-    `reward ${short(r.reward)}`,
+    ...rewardOf(r),
     plural(r.length, "token"),
     `entropy ${short(r.entropy)}`,
-    `clipped ${short(100 * r.clipped)} %`,
+    ...(r.judged ? [`clipped ${short(100 * r.clipped)} %`] : []),
   ];
   if (r.dropped) facts.push("not in the loss");
   const head = [verdictMark(r), el("b", { text: r.label }), ...facts.map((text) => el("span", { text }))];
