@@ -49,7 +49,7 @@ def test_the_demo_is_the_recipe_where_neither_recipe_nor_model_is_named():
         (["--method_options", '{"eps_hihg": 0.3}'], "no option 'eps_hihg'; did you mean 'eps_high'?"),
         (["--method_options", '{"components": "AX"}'], "components must be made of the letters A, B, C and D"),
         (["--method_options", '{"temperature": {"tau": 1.5}}'], "tau must be in [0, 1)"),
-        (["--epsilon", "0.3"], 'set method_options={"eps_low": ...}'),
+        (["--epsilon", "0.3"], 'set method_options={"eps_low": 0.3}'),
         (["--max_steps", "many"], "invalid int value: 'many'"),
         (["demo"], "unexpected argument 'demo'"),
         (["--config", "dmeo"], "cannot read the recipe dmeo (No such file or directory); embedded recipes: demo"),

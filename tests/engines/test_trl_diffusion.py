@@ -65,7 +65,7 @@ HERE = {
 def trainer(
     folder: Path | str, net: Any = None, reward: Any = tiny.count_digits, **options: Any
 ) -> DiffusionTrainer:
-    kwargs = {k: options.pop(k) for k in ("peft_config", "rollout_func") if k in options}
+    kwargs = {k: options.pop(k) for k in ("peft_config", "rollout_func", "demonstrations") if k in options}
     return options.pop("kind", DiffusionTrainer)(
         model() if net is None else net,
         reward,
@@ -306,6 +306,7 @@ def test_the_trainer_of_autoregressive_models_refuses_methods_of_diffusion_model
         ({"generation_kwargs": {"num_beams": 2}}, "cannot be honoured"),
         ({"block_length": 3}, "blocks of 3 do not fill a response of 8"),
         ({"rollout_func": print}, "rollout_func cannot be honoured"),
+        ({"demonstrations": [{"prompt": "1", "completion": "1"}]}, "demonstrations cannot be honoured"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )

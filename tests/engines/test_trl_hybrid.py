@@ -1,5 +1,6 @@
 """Demonstrations beside rollouts: L = (1 - mu) L_RL + mu L_E, the same steps after a resume, and what is refused."""
 
+import copy
 import re
 from collections import Counter
 from types import SimpleNamespace
@@ -7,10 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 
 import hapo
 from hapo.engines.trl.demonstrations import Conversation, Demonstrations, Encoder, Weight, conversations
 from hapo.parts.rank import expected_rank, target_rank
+from hapo.trl import HAPOTrainer
 from tests.engines import fixed_rollout, supervised_run, tiny
 from tests.two_ranks import SPLIT
 
@@ -130,7 +133,7 @@ def test_a_run_resumed_inside_a_rollout_has_equal_bits(begun, tmp_path):
         ({"demonstration_weight": 0.5}, "demonstration_weight"),
         ({"demonstration_method": "sft"}, "demonstration_method"),
         ({"demonstrations": ROWS[:-1]}, "demonstrations: '9 rows"),
-        ({"demonstrations_per_step": 7}, "demonstrations_per_step: 4 there, 7 here"),
+        ({"demonstrations_per_step": 7}, "with other demonstrations .demonstrations_per_step: 4 there, 7 here"),
     ],
 )
 def test_a_checkpoint_of_other_demonstrations_is_refused(begun, tmp_path, changes, named):
@@ -138,17 +141,27 @@ def test_a_checkpoint_of_other_demonstrations_is_refused(begun, tmp_path, change
         hybrid(tmp_path, **changes).train(resume_from_checkpoint=f"{begun.args.output_dir}/checkpoint-3")
 
 
-def test_lora_and_prompts_of_messages(tmp_path):
-    """An adapter learns from both; the base stays, and evaluation is of rollouts alone."""
-    from peft import LoraConfig
+CHAT = (
+    "{% for m in messages %}{{ '=' + m.content + eos_token if m.role == 'assistant' else m.content }}{% endfor %}"
+    "{{ '=' if add_generation_prompt else '' }}"
+)
 
-    trainer = tiny.trainer(
-        tmp_path, demonstrations=Dataset.from_list(ROWS), peft_config=LoraConfig(r=2, task_type="CAUSAL_LM"),
-        max_steps=1,
+
+def test_messages_go_through_the_chat_template_and_an_adapter_learns_from_them(tmp_path):
+    tokenizer = copy.deepcopy(tiny.tokenizer())
+    tokenizer.chat_template = CHAT
+    said = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
+    trainer = HAPOTrainer(
+        tiny.model(), tiny.count_digits, tiny.config(tmp_path, max_steps=1), train_dataset=tiny.data(),
+        processing_class=tokenizer, peft_config=LoraConfig(r=2, task_type="CAUSAL_LM"),
+        demonstrations=Dataset.from_list([{"messages": said}]),
     )  # fmt: skip
+    (one, two) = trainer._demonstrations.of_step(0)  # one for each group
+    assert one == two and tokenizer.decode(one.prompt) == "1+1=" and tokenizer.decode(one.completion) == "2<eos>"
     assert trainer._demonstrations.weight.at(0) == 0.1  # CHORD's where none is given
     trainer.train()
     assert trainer.state.log_history[0]["demonstration_nll"] > 0
+    assert any(p.abs().max() > 0 for name, p in trainer.model.named_parameters() if "lora_B" in name)
 
 
 def demonstrations(rows=ROWS, per_step=4, seed=0) -> Demonstrations:

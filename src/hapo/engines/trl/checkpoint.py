@@ -108,6 +108,10 @@ def check_checkpoint(
             f"or {new}"
         )
     if details := differences(state["layout"], layout):
+        if "demonstration" in details:
+            raise ValueError(
+                f"{path} was written with other demonstrations ({details}); resume with the same ones, or {new}"
+            )
         raise ValueError(
             f"{path} was written under another schedule ({details}), and its rollout batch cannot be split anew; "
             f"resume with the same one, or {new}"

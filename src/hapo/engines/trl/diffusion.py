@@ -116,6 +116,11 @@ class DiffusionTrainer(HAPOTrainer):
                 raise ValueError(
                     f"{name} cannot be honoured: a masked-diffusion model draws a response as a whole"
                 )
+        if others.get("demonstrations") is not None:
+            raise ValueError(
+                "demonstrations cannot be honoured: supervised methods weigh the targets of an autoregressive "
+                "model; leave them out"
+            )
         self._rounds = (-1, 0)
         super().__init__(model, reward_funcs, args, *more, **others)
         net = self.accelerator.unwrap_model(self.model)
