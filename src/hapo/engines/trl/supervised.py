@@ -243,7 +243,7 @@ class SupervisedTrainer(Recorded, SFTTrainer):
         self._run_folder = open_records(
             args, self.method, self.recipe, net, self._given or self.train_dataset, checkpoint
         )
-        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        tokenizer: Any = getattr(self.processing_class, "tokenizer", self.processing_class)
         self._records = TargetRecorder(
             self._run_folder,
             self.method,
