@@ -22,6 +22,7 @@ RUNS = "tests/engines/test_trl_runs.py"
 EXACT = "tests/engines/test_trl_exactness.py"
 WORK = "tests/engines/test_trl_work.py"
 SCORES = "tests/test_scoring.py"
+HYBRID = "tests/engines/test_trl_hybrid.py"
 
 MUTATIONS: list[tuple[str, str, str, str]] = [
     # parts
@@ -45,10 +46,16 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("parts/shaping.py", "applies: Bool[Tensor, \"B T\"] = inside ^ (signal > 0)", "applies: Bool[Tensor, \"B T\"] = inside == (signal > 0)", "tests/methods/test_hapo.py"),
     ("parts/select.py", "return mask & ~(candidate & (h < threshold))", "return mask & ~(candidate & (h <= threshold))", "tests/methods/test_stapo.py"),
     ("parts/select.py", "return (advantage >= 0) | (away <= threshold)", "return away <= threshold", "tests/parts"),
+    ("parts/select.py", "for key in reversed(keys):", "for key in keys:", "tests/methods/test_sent.py"),
+    ("methods/sent.py", "over = certain if cov_mean == \"low\" else mask", "over = mask", "tests/methods/test_sent.py"),
+    ("methods/sent.py", "if not len(of) or bool((of == of[0]).all()):", "if not len(of):", "tests/methods/test_sent.py"),
     ("parts/entropy.py", "down = max(-stats.h_min, SCALE_FLOOR) * (1 if variant == \"paper\" else -1)", "down = max(-stats.h_min, SCALE_FLOOR)", "tests/methods/test_hapo.py"),
     ("parts/temperature.py", "return 1.0 + tau * entropy_signal(entropy, stats, variant).clamp(-1.0, 1.0)", "return 1.0 + tau * entropy_signal(entropy, stats, variant)", "tests/parts tests/methods/test_hapo.py tests/samplers"),
     # methods and the core call
     ("methods/vespo.py", "decay * (1.0 - log_w.exp())", "-decay * log_w.exp()", "tests/methods/test_vespo.py"),
+    ("methods/egspo.py", "undecided(logp.detach().clamp_max(0.0))", "undecided(logp.detach())", LAWS + " -k test_edges_are_finite"),
+    ("methods/egspo.py", "torch.where(gate > 0, advantage, factor * advantage)", "torch.where(gate > 0, advantage, factor * advantage.clamp_min(0.0))", "tests/methods/test_egspo.py"),
+    ("parts/select.py", "k = max(1, math.floor(rho * n + 1e-9))", "k = max(1, math.ceil(rho * n - 1e-9))", "tests/methods/test_egspo.py"),
     ("methods/gspo.py", "eps_high: float = 4e-4", "eps_high: float = 4e-3", "tests/methods/test_gspo.py"),
     ("methods/hapo.py", '**over_tokens) if "B" in on else', '**over_tokens) if "B" not in on else', LAWS + " -k test_limits"),
     ("method.py", "used = mixed_groups(rollout.verdict, group, scored)", "used = mixed_groups(reward, group, scored)", "tests/methods/test_dapo.py tests/parts " + RUNS),
@@ -56,6 +63,9 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("method.py", "everywhere = replace(totals, kept=totals.tokens)", "everywhere = totals", "tests/methods/test_forking_tokens.py"),
     ("method.py", "record.ratio = torch.where(mask, self.ratio(record), 1.0)", "record.ratio = self.ratio(record)", "tests/test_autograd.py -k forgets"),
     ("batch.py", "return torch.where(mask, x.to(working_dtype(x)), 0.0)", "return x.to(working_dtype(x)) * mask", LAWS + " -k test_mask"),
+    ("tasks/semantic.py", "same(one, other) or same(other, one)", "same(one, other)", "tests/tasks/test_semantic.py"),
+    ("engines/trl/stages.py", "seed + 1_000_003 * stage + turn", "seed + 1_000_003 * stage", "tests/engines/test_stages.py"),
+    ("engines/trl/rollout.py", "0 if self.stages is None else self.stages.of(inputs[0])", "0", "tests/cli/test_curriculum.py"),
     # scoring
     ("scoring.py", "gain = self.scale / (self.softcap or self.t_base)", "gain = self.scale / self.t_base", SCORES),
     ("scoring.py", "return (scaling if config.model_type == \"hyperclovax\" else 1.0 / scaling), softcap", "return scaling, softcap", SCORES),
@@ -77,6 +87,11 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("engines/trl/rollout.py", "order = torch.argsort((~mixed).int(), stable=True)[:most]", "order = torch.argsort(mixed.int(), stable=True)[:most]", RUNS + " -k dynamic"),
     ("engines/trl/trainer.py", "self._dynamic.prompts.position, self._dynamic.share = state.fresh_prompts, state.mixed_share", "self._dynamic.share = state.mixed_share", RUNS + " -k bit_for_bit"),
     ("engines/trl/trainer.py", "self.temperature_stats, self._sampled_with = state.stats, state.sampled_with", "self.temperature_stats = state.stats", RUNS + " -k bit_for_bit"),
+    ("engines/trl/trainer.py", "loss = (1 - mu) * loss", "pass", HYBRID),
+    ("engines/trl/trainer.py", "self._backward(mu * out.loss * ranks)", "self._backward(out.loss * ranks)", HYBRID),
+    ("engines/trl/demonstrations.py", "totals=self.totals(step),", "totals=None,", HYBRID),
+    ("engines/trl/demonstrations.py", "if self._order[0] != epoch:", "if self._order[0] < 0:", HYBRID),
+    ("engines/trl/demonstrations.py", "places = range(step * self.per_step, (step + 1) * self.per_step)", "places = range(self.per_step)", HYBRID),
     ("engines/trl/drawn.py", "if drawn is None or _drops_out(net):", "if drawn is None:", WORK),
     ("engines/trl/passes.py", "> most:", "> 2 * most:", WORK),
     # samplers and commands

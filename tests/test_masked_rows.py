@@ -34,11 +34,11 @@ def group_of_four(reward: list[float], masked: list[int]) -> hapo.TokenBatch:
 
 @pytest.mark.parametrize("name", sorted({*hapo.methods("policy")} - TOKEN_LEVEL - SHAPED))
 def test_two_right_answers_and_two_that_were_cut_off(name):
-    """TRL and verl give the right ones (1 - 1/2) / sqrt(1/3) = 0.866; Dr. GRPO and RLOO do not divide."""
+    """TRL and verl give the right ones (1 - 1/2) / sqrt(1/3) = 0.866; Dr. GRPO, RLOO and those of diffusion do not divide."""
     method = hapo.method(name)
     batch = group_of_four([1, 1, 0, 0], masked=[2, 3])
     prepared = one_step(method, batch)
-    expected = {"dr_grpo": 0.5, "rloo": 2 / 3}.get(name, 0.8660254)
+    expected = {"dr_grpo": 0.5, "diffu_grpo": 0.5, "rloo": 2 / 3, "espo": 2 / 3}.get(name, 0.8660254)
     if name == "edge_grpo":
         mean = batch.old_entropy.mean(1)
         expected = expected * mean[:2].mean().item() / mean[:2]

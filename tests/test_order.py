@@ -19,7 +19,7 @@ import hapo
 SOURCE = Path(hapo.__file__).parent
 
 ROWS = """
-    assets outputs
+    assets outputs companions
     batch
     parts
     stage
@@ -29,6 +29,7 @@ ROWS = """
     kernels
     prompts
     scoring
+    masked
     adapters optim
     samplers
     tasks

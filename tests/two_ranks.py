@@ -59,9 +59,17 @@ SPLIT = {
         "entropy_coef": 0.3,
     },
     "gatera": {"method": "hapo", "kind": Gated},
+    "hybrid": {
+        "method": "egspo",
+        "demonstrations": [{"prompt": f"{i}+{i}=", "completion": str(2 * i) * (i % 4 + 1)} for i in range(9)],
+        "demonstration_weight": {"0": 0.6, "1": 0.3},
+        "demonstration_method": "ranktuner",
+        "demonstration_method_options": {"estimator": "exact"},
+        "demonstrations_per_step": 5,
+    },
 }
 """Statistics of the rollout batch; a choice of tokens by the current policy in each optimiser step; several rewards,
-each normalised, with the entropy term and the off-policy mask; gates beside."""
+each normalised, with the entropy term and the off-policy mask; gates beside; demonstrations, fewer than micro-batches."""
 
 
 SUPERVISED = {

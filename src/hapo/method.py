@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .batch import TOKEN_FIELDS, EntropyStats, LossOutput, StepTotals, TokenBatch, masked
 from .parts.bounds import Bounds, constant_bounds, no_bounds
+from .parts.elbo import Likelihood
 from .parts.entropy import entropy_from_logits
 from .parts.penalty import k3
 from .parts.ratio import token_ratio, truncated_correction
@@ -43,6 +44,9 @@ class Method:
     """As `signal_at` says. A number per token that later stages read."""
     signal_at: When = "prepare"
     """At "prepare" it comes before the advantage; at "step" and "loss" it may read it, and the current policy."""
+    likelihood: Likelihood | None = None
+    """Scoring. How the log-probs are made of views of a response with some of it hidden, by a masked-diffusion
+    model; None: they are the autoregressive ones."""
     sampler_cap: float | None = 2.0
     """Prepare. Weight min(exp(old - sampler), cap) on tokens whose `sampler_logp` is known; None: no weight."""
     select: Callable[[Record], Bool[Tensor, "B T"]] | None = None
@@ -88,6 +92,7 @@ class Method:
         """The choice of each stage in words, in the order in which they act, without those that do nothing."""
         chosen: dict[str, Any] = {
             "temperature": self.temperature_rule,
+            "likelihood": self.likelihood,
             "filter": mixed_groups if self.filter_groups else None,
             "signal": self.signal,
             "advantage": self.advantage,

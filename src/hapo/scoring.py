@@ -119,7 +119,7 @@ def attach_scoring(model: nn.Module) -> None:
     embedding, one that carries a PEFT adapter or is quantised, one that DeepSpeed ZeRO-3 has partitioned.
     """
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    _output_layer(base)
+    output_layer(base)
     if getattr(base, "_scores_tokens", False):
         return
     bound = base.forward
@@ -198,18 +198,8 @@ def _score_forward(
         hidden = model.base_model(*args, **kwargs).last_hidden_state
         found = [hidden] if beside is None else [hidden, beside()]
         states, *more = (x[:, x.shape[1] - mask.shape[1] - 1 : -1][mask.to(x.device)] for x in found)
-    layer = _output_layer(model)
-    weight, bias = _whole(layer.weight), _whole(layer.bias)
-    scale, softcap = _logit_transform(model.config.get_text_config())
-    scores = score_hidden(
-        states.to(weight.device),
-        weight,
-        tokens[mask].to(weight.device),
-        bias=bias,
-        logit_scale=scale,
-        softcap=softcap,
-        **{name: request[name] for name in ("t_base", "factor", "rank", "expected_rank") if name in request},
-    )
+    options = {name: request[name] for name in ("t_base", "factor", "rank", "expected_rank") if name in request}
+    scores = score_states(model, states, tokens[mask], **options)
 
     def scatter(values: Tensor | None) -> Tensor | None:
         if values is None:
@@ -221,7 +211,20 @@ def _score_forward(
     return {name: scatter(values) for name, values in vars(scores).items()}
 
 
-def _output_layer(model: Any) -> nn.Linear:
+def score_states(model: Any, states: Float[Tensor, "N D"], tokens: Int[Tensor, " N"], **options: Any) -> Scores:
+    """`score_hidden` of what enters the output layer of a transformers model, with its weight, scale and soft cap.
+
+    Raises ValueError as `attach_scoring` does.
+    """
+    layer = output_layer(model)
+    weight, bias = _whole(layer.weight), _whole(layer.bias)
+    scale, softcap = _logit_transform(model.config.get_text_config())
+    given = states.to(weight.device), weight, tokens.to(weight.device)
+    return score_hidden(*given, bias=bias, logit_scale=scale, softcap=softcap, **options)
+
+
+def output_layer(model: Any) -> nn.Linear:
+    """The plain linear layer that makes the logits; `attach_scoring` says what is refused."""
     get = getattr(model, "get_output_embeddings", None)
     layer = _running(get() if get is not None else None)
     if layer is None:

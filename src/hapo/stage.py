@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
@@ -159,10 +160,12 @@ def part_of(stage: Any) -> Any:
 
 
 def describe(stage: Any) -> str:
-    """A stage in words: a `Stage` or a partial with its options, any other function by its name."""
+    """A stage in words: a `Stage`, a dataclass or a partial with its options, any other function by its name."""
     if isinstance(stage, partial):
         return call(stage.func, (), stage.keywords)
-    return repr(stage) if isinstance(stage, Stage) else getattr(stage, "__name__", type(stage).__name__)
+    if isinstance(stage, Stage) or is_dataclass(stage):
+        return repr(stage)
+    return getattr(stage, "__name__", type(stage).__name__)
 
 
 def call(part: Callable[..., Any], reads: tuple[str, ...], options: dict[str, Any]) -> str:

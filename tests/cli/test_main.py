@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import os
 import re
@@ -16,6 +18,7 @@ import pytest
 import hapo
 from hapo.cli import cards, main
 from hapo.cli.cards import defaults, differences, option_docs
+from hapo.companions import COMPANIONS
 from hapo.methods import TemperatureOptions, options_of
 from tests.insight.conftest import make_run
 
@@ -52,6 +55,7 @@ def test_help_lists_every_command_on_one_line(capsys):
         "report",
         "compare",
         "doctor",
+        "curriculum",
         "calibrate",
         "methods",
     ]
@@ -98,6 +102,26 @@ def test_a_card_has_stages_options_defaults_and_their_meaning(name, capsys, monk
         return
     for f in fields(TemperatureOptions):
         assert [f.name, repr(f.default), option_docs(TemperatureOptions)[f.name]] in rows
+
+
+@pytest.mark.parametrize("name", COMPANIONS)
+def test_the_list_and_a_card_have_what_stands_beside_the_methods(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    one = COMPANIONS[name]
+    assert main(["methods"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert f" {name} {one.kind} {one.year} {one.arxiv} {one.summary} {one.use} " in text
+    assert main(["methods", name]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"{name} ({one.kind}): {one.summary}\n{one.title} ({one.year})\n")
+    assert f"https://arxiv.org/abs/{one.arxiv}\n{one.home}; {one.use}\n" in out
+    module, _, kind = one.home.rpartition(".")
+    known = inspect.signature(getattr(importlib.import_module(module), kind)).parameters
+    rows = [re.split(r"\s{2,}", line.strip()) for line in out.splitlines()]
+    for option, (default, meaning) in one.options.items():
+        assert repr(known[option].default) == default and [option, default, meaning] in rows
+    with pytest.raises(ValueError, match=f"'{name}' is no method but an {one.kind}: "):
+        hapo.method(name)
 
 
 def test_every_option_of_every_method_is_described():

@@ -59,11 +59,10 @@ def run(
             steps_per_generation=per_generation,
             num_iterations=iterations,
             optim="sgd",
-            learning_rate=0.005,
             lr_scheduler_type="constant",
             max_grad_norm=0.0,
             beta=0.0,
-            **{"max_steps": 2, **options},
+            **{"max_steps": 2, "learning_rate": 0.005, **options},
         )
         t.add_callback(keep)
         if watch is not None:

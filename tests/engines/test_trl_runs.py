@@ -33,6 +33,7 @@ from hapo.parts.penalty import kl_penalty
 from hapo.stage import Stage
 from hapo.trl import HAPOConfig, HAPOTrainer
 from tests.engines import tiny
+from tests.two_ranks import SPLIT
 
 ROOT = Path(__file__).parents[2]
 CLOCKS = {"step_time", "wall_seconds", "train_runtime", "train_samples_per_second", "train_steps_per_second"} | {
@@ -108,8 +109,18 @@ def kill(folder: Path, options: dict) -> None:
             },
             "raised",
         ),
+        (
+            {
+                "save_steps": 3,
+                "method": "egspo",
+                "demonstrations": SPLIT["hybrid"]["demonstrations"],
+                "demonstration_weight": {"0": 0.5, "8": 0.0},
+                "demonstration_method": "chord_phi",
+            },
+            "killed",
+        ),
     ],
-    ids=["dynamic-sampling", "inside-a-rollout", "second-epoch", "several-rewards"],
+    ids=["dynamic-sampling", "inside-a-rollout", "second-epoch", "several-rewards", "demonstrations"],
 )
 def test_kill_and_resume_equals_the_uninterrupted_run_bit_for_bit(tmp_path, options, how):
     options = {"max_steps": 9, "save_strategy": "steps", "run_records": True, "record_tokens_every": 2, **options}
@@ -481,7 +492,7 @@ def test_the_default_schedule_takes_four_updates(tmp_path):
             for theirs, ours in {"cispo": "cispo", "sapo": "sapo", "dr_grpo": "dr_grpo", "bnpo": "dapo"}.items()
         ),
         ({"importance_sampling_level": "sequence", "loss_type": "luspo"}, 'method="luspo"'),
-        ({"importance_sampling_level": "sequence"}, '"gspo" and "luspo"'),
+        ({"importance_sampling_level": "sequence"}, 'method="gspo" or "luspo"'),
         ({"delta": 2.5}, 'method_options={"dual_clip": 2.5}'),
         ({"vespo_k_pos": 1.0}, 'choose method="vespo", method_options'),
         ({"multi_objective_aggregation": "normalize_then_sum"}, "multi_objective_aggregation"),

@@ -83,7 +83,8 @@ def config(folder: Path | str, **options: Any) -> HAPOConfig:
 
 
 def trainer(folder: Path | str, net: Any = None, reward: Any = count_digits, **options: Any) -> HAPOTrainer:
-    kwargs = {k: options.pop(k) for k in ("method_object", "peft_config", "rollout_func") if k in options}
+    own = ("method_object", "peft_config", "rollout_func", "demonstrations")
+    kwargs = {k: options.pop(k) for k in own if k in options}
     method = kwargs.pop("method_object", None)
     return options.pop("kind", HAPOTrainer)(
         net if net is not None else model(),

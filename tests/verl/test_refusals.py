@@ -77,6 +77,7 @@ def compose(tmp_path: Path, *overrides: str) -> DictConfig:
         ((HAPO, f"{ROLLOUT}.name=sglang"), "not tested in verl's sglang rollout: set .*name=vllm"),
         ((HAPO, "+hapo.options.entropy_source=current"), "set .*calculate_entropy=True"),
         (("+hapo.method=archer",), "kl_loss_coef=0"),
+        (("+hapo.method=espo",), "espo.* is one of masked-diffusion models, which verl does not train"),
     ],
 )
 def test_refused(tmp_path: Path, overrides: tuple[str, ...], reason: str) -> None:

@@ -1,4 +1,5 @@
-"""The command line: `hapo train`, `sft`, `eval`, `report`, `compare`, `doctor`, `calibrate`, `methods`."""
+"""The command line: `hapo train`, `sft`, `eval`, `report`, `compare`, `doctor`, `curriculum`, and the
+others of `COMMANDS`."""
 
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ COMMANDS = {
     "report": ("report", "one HTML page of a run, or of several: curves, token analyses, the token microscope"),
     "compare": ("compare", "methods against each other: paired seeds, intervals, a verdict in words"),
     "doctor": ("doctor", "what is wrong with a recipe before training, or with a run after it"),
+    "curriculum": ("curriculum", "training problems in stages, by how much a model's answers to them differ"),
     "calibrate": ("calibrate", "write a temperature rule for decoding, from a model's answers to prompts"),
     "methods": ("methods", "list the methods; with a name, its stages, options and paper"),
 }
@@ -91,7 +93,7 @@ def _run(command: str, argv: list[str]) -> int:
 
 
 def _help() -> str:
-    lines = [f"  {name:<9} {line}" for name, (_, line) in COMMANDS.items()]
+    lines = [f"  {name:<10} {line}" for name, (_, line) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: hapo COMMAND [options]   (hapo COMMAND --help; hapo --version)",

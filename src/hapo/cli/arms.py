@@ -72,7 +72,7 @@ ASIDE = "aside"
 NO_CONTENT = {
     *("config", "output_dir", "run_name", "disable_tqdm", "report", "hub_token"),  # names, looks, a secret
     *("seed", "method", "method_options"),  # of the arm and the job
-    *("eval_file", "rewards", "model_name_or_path"),  # files, whose content stands for them
+    *("eval_file", "rewards", "model_name_or_path", "curriculum"),  # files, whose content stands for them
 }
 """Options that say nothing of what a run of a comparison is."""
 
@@ -284,7 +284,10 @@ def split_task(config: TaskConfig, seed: int, tune_size: int) -> tuple[Task, Any
     parts = task.train.train_test_split(test_size=tune_size, seed=0)
     tuning = {normalise(question) for question in parts["test"]["question"]}
     train = parts["train"].filter(lambda row: normalise(row["question"]) not in tuning)
-    return replace(task, train=train), parts["test"]
+    shown = task.demonstrations
+    if shown is not None:
+        shown = shown.filter(lambda row: normalise(row["question"]) not in tuning)
+    return replace(task, train=train, demonstrations=shown), parts["test"]
 
 
 @dataclass(frozen=True)

@@ -334,6 +334,11 @@ def _settle(
     task_config.task_seed = task_config.task_seed or 0
     task, _ = split_task(task_config, args.seed, tune_size)
     for arm in arms:
+        if arm.of_trl and task.staged:
+            raise UsageError(
+                f"arm {arm.label!r}: TRL's trainer takes prompts in no order of stages; name a method of hapo's, "
+                "or leave curriculum out"
+            )
         if not arm.of_trl:
             parse_flags(recipe, {**arm.flags, "method": arm.name, "method_options": arm.options})
     return content_of(recipe, task, task_config, args, model_config)

@@ -55,7 +55,30 @@ Draw = Callable[..., list[Answer]]
 
 
 @dataclass
-class EvalOptions:
+class EngineOptions:
+    """What draws answers."""
+
+    engine: Literal["transformers", "vllm"] = field(
+        default="transformers", metadata={"help": "what draws the answers"}
+    )
+    vllm_options: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "further options of vllm.LLM: a mapping, on the command line as JSON"}
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.vllm_options, str):
+            try:
+                self.vllm_options = json.loads(self.vllm_options)
+            except ValueError as error:
+                raise ValueError(f"vllm_options is no JSON: {self.vllm_options!r} ({error})") from error
+        if not isinstance(self.vllm_options, dict | None):
+            raise ValueError(f"vllm_options must be a mapping, not {self.vllm_options!r}")
+        if self.vllm_options is not None and self.engine != "vllm":
+            raise ValueError(f"vllm_options goes with --engine vllm, not with {self.engine}")
+
+
+@dataclass
+class EvalOptions(EngineOptions):
     """What `hapo eval` takes beside a recipe."""
 
     samples: int = field(default=8, metadata={"help": "sampled answers to each problem, which are averaged"})
@@ -80,33 +103,19 @@ class EvalOptions:
             "help": "protocol: paper is temperature 0.5, top-p 0.7, 8 samples; over the recipe, under the flags"
         },
     )
-    engine: Literal["transformers", "vllm"] = field(
-        default="transformers", metadata={"help": "what draws the answers"}
-    )
-    vllm_options: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "further options of vllm.LLM: a mapping, on the command line as JSON"}
-    )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("samples", "problems"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if isinstance(self.vllm_options, str):
-            try:
-                self.vllm_options = json.loads(self.vllm_options)
-            except ValueError as error:
-                raise ValueError(f"vllm_options is no JSON: {self.vllm_options!r} ({error})") from error
-        if not isinstance(self.vllm_options, dict | None):
-            raise ValueError(f"vllm_options must be a mapping, not {self.vllm_options!r}")
         doubled = sorted({name for name in self.benchmarks if self.benchmarks.count(name) > 1})
         if doubled:
             raise ValueError(f"benchmarks names {', '.join(doubled)} more than once")
         for name in ("benchmark_folder", "problems", "preset"):
             if getattr(self, name) is not None and not self.benchmarks:
                 raise ValueError(f"{name} goes with benchmarks, and none is named")
-        if self.vllm_options is not None and self.engine != "vllm":
-            raise ValueError(f"vllm_options goes with --engine vllm, not with {self.engine}")
 
 
 def main(argv: list[str]) -> int:
@@ -171,8 +180,8 @@ def _measure_task(
     console: Console,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Greedy and sampled accuracy on the held-out problems; figures, and a row for every answer."""
-    task = load_task(task_config, seed=args.seed)
-    draw = _start(args, model_config, options, path)
+    task = load_task(task_config.without_demonstrations(), seed=args.seed)
+    draw = start(args, model_config, options, path)
     figures: dict[str, Any] = {"model": path, "task": task.name, "fingerprint": task.fingerprint}
     rows: list[dict[str, Any]] = []
     for how, sampling in (("greedy", {}), ("sampled", _sampling(args, options))):
@@ -203,7 +212,7 @@ def _measure_benchmarks(
     if args.temperature == 0 and options.samples > 1:
         raise UsageError("at temperature 0 all samples of a problem are the same: set samples to 1")
     problem_sets = _problem_sets(task_config, options)
-    draw = _start(args, model_config, options, path)
+    draw = start(args, model_config, options, path)
     decoding = _decoding(args, **_sampling(args, options))
     sets: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
@@ -268,7 +277,7 @@ def _decoding(args: HAPOConfig, **sampling: Any) -> Decoding:
     )
 
 
-def _start(args: HAPOConfig, model_config: ModelConfig, options: EvalOptions, path: str) -> Draw:
+def start(args: HAPOConfig, model_config: ModelConfig, options: EngineOptions, path: str) -> Draw:
     """Load the model; what draws its answers."""
     own: GenerationConfig
     draw: Draw

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..engines.estimate import Estimate
 from ..samplers.transformers import only_what_is_asked
+from ..scoring import attach_scoring, score_tokens
 from ..tasks.rewards import RewardFunction
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,14 @@ class Answer:
     """It does not end with an end-of-sequence token: it was cut off."""
 
 
+@dataclass(frozen=True)
+class LikelyAnswer(Answer):
+    """An answer, and how likely it is as a whole."""
+
+    logp: float = math.nan
+    """Sum over its tokens, the end included, of their log-probs under softmax(logits / temperature), nats."""
+
+
 def draw_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -57,8 +66,11 @@ def draw_answers(
     weights: list[float] | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
     advance: Callable[[int], object] = lambda n: None,
+    likelihood: bool = False,
 ) -> list[Answer]:
     """Answer the problems and score the answers; `advance` is told how many were done.
+
+    With `likelihood` each answer is a `LikelyAnswer`, which takes one more forward pass.
 
     The state of the random generators and `model.training` are as before when it returns, so that training
     does not depend on whether it was measured.
@@ -76,11 +88,32 @@ def draw_answers(
                 inputs = encode(tokenizer, prompts, chat_template_kwargs or {}).to(model.device)
                 output = model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1] :]
                 ids = [_until_end(row, config.eos_token_id) for row in output.tolist()]
-                answers += judge(tokenizer, problems, part, ids, config.eos_token_id, reward_funcs, weights)
+                judged = judge(tokenizer, problems, part, ids, config.eos_token_id, reward_funcs, weights)
+                if likelihood:
+                    judged = likely(judged, _logps(model, inputs, output, ids, decoding.temperature))
+                answers += judged
                 advance(len(part))
     finally:
         model.train(training)
     return answers
+
+
+def likely(answers: list[Answer], logps: list[float]) -> list[Answer]:
+    """The answers with their log-probs."""
+    return [LikelyAnswer(**asdict(one), logp=logp) for one, logp in zip(answers, logps, strict=True)]
+
+
+def _logps(
+    model: PreTrainedModel, inputs: Any, output: torch.Tensor, ids: list[list[int]], temperature: float
+) -> list[float]:
+    """The log-prob of each answer `ids`, the first tokens of a row of `output` (B,T), after its prompt."""
+    attach_scoring(model)
+    lengths = torch.tensor([len(row) for row in ids], device=output.device)
+    mask = torch.arange(output.shape[1], device=output.device) < lengths[:, None]
+    attention = torch.cat([inputs["attention_mask"], mask.long()], 1)
+    tokens = torch.cat([inputs["input_ids"], output], 1)
+    scores = score_tokens(model, tokens, attention, mask, t_base=temperature)
+    return torch.where(mask, scores.logp.double(), 0.0).sum(1).tolist()
 
 
 def estimate(answers: list[Answer]) -> Estimate:

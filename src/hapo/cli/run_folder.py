@@ -192,9 +192,18 @@ def check_same_data(name: str, fingerprint: str, everywhere: list[str], manifest
 
 
 def prolong(config: Path, max_steps: int) -> None:
-    """Write the length of the run into its config.yaml, where it has changed."""
+    """Write the length of the run into its config.yaml, where it has changed.
+
+    Raises:
+        UsageError: the run has a curriculum, whose stages are shares of its length.
+    """
     told = yaml.safe_load(config.read_text())
     if told.get("max_steps", -1) != max_steps:
+        if told.get("stage_column") not in (None, "none"):
+            raise UsageError(
+                "--max_steps cannot prolong a run with a curriculum, for its stages are shares of its length: "
+                f"resume it as it is, or start a new run with --model {config.parent / 'model'}"
+            )
         write_whole(config, yaml.safe_dump({**told, "max_steps": max_steps}, sort_keys=False, allow_unicode=True))
 
 

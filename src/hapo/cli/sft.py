@@ -14,7 +14,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..engines.trl.checkpoint import complete_checkpoints, state_of
 from ..insight.run import Run
-from ..tasks.demonstrations import DemonstrationConfig, Demonstrations, load_demonstrations
+from ..tasks.demonstration_sets import DemonstrationConfig, DemonstrationSet, load_demonstrations
 from ..trl import SupervisedConfig, SupervisedTrainer
 from . import INTERRUPTED
 from .held_out import Course, HeldOut
@@ -146,7 +146,7 @@ def main(argv: list[str]) -> int:
     return 0 if finished else INTERRUPTED
 
 
-def build_trainer(data: Demonstrations, args: SupervisedConfig, model_config: ModelConfig) -> SupervisedTrainer:
+def build_trainer(data: DemonstrationSet, args: SupervisedConfig, model_config: ModelConfig) -> SupervisedTrainer:
     """The trainer of some demonstrations, its model loaded as the options say."""
     given = args.model_init_kwargs
     args.model_init_kwargs = model_options(model_config, given)

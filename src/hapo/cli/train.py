@@ -12,6 +12,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from ..engines.trl.checkpoint import complete_checkpoints, state_of
 from ..insight.run import Run
 from ..tasks import Task, TaskConfig, load_task
+from ..tasks.curriculum import STAGE
 from ..trl import HAPOConfig, HAPOTrainer
 from . import INTERRUPTED
 from .held_out import Course, HeldOut
@@ -86,10 +87,11 @@ def main(argv: list[str]) -> int:
     prepare_process(options.threads)
     task = load_task(task_config, seed=args.seed)
     folder = Path(args.output_dir)
+    shown = "" if task.demonstrations is None else task.demonstrations._fingerprint
     check_same_data(
         task.name,
         task.train._fingerprint,
-        gather_object([task.fingerprint]),
+        gather_object([task.fingerprint + shown]),
         Run(folder).manifest if checkpoint else {},
     )
     trainer = build_trainer(task, args, model_config)
@@ -136,6 +138,8 @@ def main(argv: list[str]) -> int:
 
 def build_trainer(task: Task, args: HAPOConfig, model_config: ModelConfig) -> HAPOTrainer:
     """The trainer of a task, its model loaded as the options say."""
+    if task.staged and args.stage_column is None:
+        args.stage_column = STAGE
     given = args.model_init_kwargs
     args.model_init_kwargs = model_options(model_config, given)
     trainer = HAPOTrainer(
@@ -146,6 +150,7 @@ def build_trainer(task: Task, args: HAPOConfig, model_config: ModelConfig) -> HA
         eval_dataset=task.eval if args.eval_strategy != "no" else None,
         quantization_config=get_quantization_config(model_config),
         peft_config=get_peft_config(model_config),
+        demonstrations=task.demonstrations,
     )
     trainer.args.model_init_kwargs = given  # the run's config.yaml has them under the names that the user gave
     return trainer

@@ -13,7 +13,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from ..tasks.rewards import RewardFunction
 from . import UsageError
-from .measure import Answer, Decoding, encode, ends_of, judge
+from .measure import Answer, Decoding, encode, ends_of, judge, likely
 
 
 class VLLMAnswers:
@@ -47,8 +47,13 @@ class VLLMAnswers:
         weights: list[float] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
         advance: Callable[[int], object] = lambda n: None,
+        likelihood: bool = False,
     ) -> list[Answer]:
-        """As `draw_answers`; every problem has a seed of its own, so that its answers do not hang on the batch."""
+        """As `draw_answers`; every problem has a seed of its own, so that its answers do not hang on the batch.
+
+        With `likelihood` the engine must have been made with logprobs_mode="processed_logprobs", for vLLM else
+        gives the log-probs before the temperature.
+        """
         chat, seeds = chat_template_kwargs or {}, random.Random(decoding.seed)
         prompts = [
             {"prompt_token_ids": encode(self._tokenizer, [prompt], chat)["input_ids"][0].tolist()}
@@ -64,15 +69,18 @@ class VLLMAnswers:
                 stop_token_ids=self._ends,
                 seed=seeds.getrandbits(31),
                 detokenize=False,
+                logprobs=0 if likelihood else None,  # 0: of the token that was drawn alone
             )
             for _ in prompts
         ]
         outputs = self._engine.generate(prompts, params, use_tqdm=sys.stderr.isatty())
         answers = []
         for problem, output in enumerate(outputs):
-            ids = [list(drawn.token_ids) for drawn in sorted(output.outputs, key=lambda drawn: drawn.index)]
+            samples = sorted(output.outputs, key=lambda drawn: drawn.index)
+            ids = [list(drawn.token_ids) for drawn in samples]
             asked = [(problem, k) for k in range(len(ids))]
-            answers += judge(self._tokenizer, problems, asked, ids, self._ends, reward_funcs, weights)
+            judged = judge(self._tokenizer, problems, asked, ids, self._ends, reward_funcs, weights)
+            answers += likely(judged, [one.cumulative_logprob for one in samples]) if likelihood else judged
             advance(len(ids))
         return answers
 

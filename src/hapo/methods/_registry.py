@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, fields
 from typing import Any, Literal, TypeVar, overload
 
+from ..companions import COMPANIONS
 from ..method import Method
 from ..supervised import Supervised
 from ._options import Kind, MethodOptions, Options, SupervisedOptions, check_names, nearest
@@ -89,6 +90,8 @@ def options_of(name: str, kind: Kind | None = None) -> Any:
         ValueError: unknown method (the message has the nearest name), or one of another kind than asked for.
     """
     known = methods(kind)
+    if name in COMPANIONS:
+        raise ValueError(f"{name!r} is no method but an {COMPANIONS[name].kind}: {COMPANIONS[name].use}")
     if name not in REGISTRY:
         raise ValueError(f"there is no method {name!r}; {nearest(name, list(known))}")
     if name not in known:

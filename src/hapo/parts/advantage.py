@@ -89,13 +89,19 @@ def leave_one_out_advantage(
     mask: Bool[Tensor, "B T"],
     *,
     singleton: Singleton = "zero",
+    scale: Literal["group", "none"] = "none",
+    std_eps: float = STD_EPS,
 ) -> Float[Tensor, "B T"]:
     """A_i = R_i - mean of the other responses' rewards, on every valid token (RLOO, arXiv 2402.14740).
 
-    It is n / (n - 1) times the reward's distance from the group's mean.
+    It is n / (n - 1) times the reward's distance from the group's mean. `scale="group"` divides by std_k +
+    std_eps, the deviation of the group's rewards with the divisor n - 1.
     """
     centred, n = _centred(reward, group)
-    return _on_tokens(centred * n / (n - 1).clamp_min(1), reward, group, mask, singleton, 1.0)
+    advantage, divisor = centred * n / (n - 1).clamp_min(1), 1.0
+    if scale == "group":
+        advantage, divisor = advantage / (_normalised(reward, group)[1] + std_eps), 1.0 + std_eps
+    return _on_tokens(advantage, reward, group, mask, singleton, divisor)
 
 
 def token_group_advantage(

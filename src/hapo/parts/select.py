@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -35,6 +36,44 @@ def most_uncertain(entropy: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], rho
     k = max(1, math.ceil(rho * n - 1e-9))
     h = torch.where(mask, entropy.detach(), -torch.inf)
     return mask & (h >= h.flatten().topk(k).values[-1])
+
+
+def smallest(k: int, keys: Sequence[Float[Tensor, "B T"]], mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+    """The k valid tokens of smallest first key; where it is equal the second decides, and so on.
+
+    Of tokens that are equal in all keys those of the lower row come first, then of the lower position; all valid
+    tokens where k is above their number.
+    """
+    place = mask.flatten().nonzero().squeeze(1)
+    for key in reversed(keys):
+        place = place[key.detach().flatten()[place].argsort(stable=True)]
+    chosen = torch.zeros_like(mask).flatten()
+    chosen[place[:k]] = True
+    return chosen.view_as(mask)
+
+
+def largest_share(
+    entropy: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    rho: float,
+    ties: Literal["all", "first"] = "all",
+) -> Float[Tensor, "B T"]:
+    """1 at the max(1, floor(rho N)) valid tokens of highest entropy, 0 elsewhere (EGSPO, arXiv 2602.03309).
+
+    1e-9 is added to rho N before rounding down, so that an exact product stays what it is. Of tokens that tie with
+    the last, "all" have 1, whatever the order of the rows, or the "first" ones of the batch, row by row.
+    """
+    n = int(mask.sum())
+    if n == 0:
+        return torch.zeros_like(entropy)
+    k = max(1, math.floor(rho * n + 1e-9))
+    h = torch.where(mask, entropy.detach(), -torch.inf).flatten()
+    if ties == "all":
+        chosen = h >= h.topk(k).values[-1]
+    else:
+        chosen = torch.zeros_like(h, dtype=torch.bool)
+        chosen[h.sort(descending=True, stable=True).indices[:k]] = True
+    return (mask & chosen.view_as(mask)).to(entropy.dtype)
 
 
 def on_policy(

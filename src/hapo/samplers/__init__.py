@@ -1,1 +1,2 @@
-"""The adaptive temperature inside generation engines, one file an engine, each engine unmodified."""
+"""The adaptive temperature inside generation engines, each unmodified; masked-diffusion decoding. One file
+each."""

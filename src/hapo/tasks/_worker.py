@@ -41,6 +41,11 @@ class MathVerify:
         answer = self.parse(text, parsing_timeout=None)
         return self.verify(self.gold(gold), answer, timeout_seconds=None)
 
+    def last(self, text: str) -> str | None:
+        """The text of the expression that `judge` would compare of a completion; None where there is none."""
+        answer = self.parse(text, parsing_timeout=None)
+        return next((part for part in reversed(answer) if isinstance(part, str) and part), None)
+
     def _gold(self, gold: str) -> list[Any]:
         if LETTERS.search(LETTERS_MEANT.sub("", gold)):
             # 'yes' would be read as y*e*s, and 'sey' would equal it

@@ -49,6 +49,11 @@ def value_of(row: Row, name: str) -> Any:
     return value_of(value, inner) if isinstance(value, dict) else None
 
 
+def question_name(rows: list[Row], config: TaskConfig) -> str:
+    """The column that holds the problems of these rows."""
+    return _or_instead(config.question_column, "question", rows)
+
+
 def answer_column(rows: list[Row], config: TaskConfig) -> str:
     """The column that holds the gold answers of these rows."""
     return _or_instead(config.answer_column, "answer", rows)
@@ -67,7 +72,7 @@ def _names(source: str, rows: list[Row], config: TaskConfig) -> tuple[str, str, 
     """The columns with question and answer, and the further ones for the rewards."""
     if not rows:
         raise ValueError(f"{source}: no rows")
-    question = _or_instead(config.question_column, "question", rows)
+    question = question_name(rows, config)
     answer, extras = answer_column(rows, config), list(config.extra_columns)
     missing = sorted(name for name in {question, answer, *extras} if not _has(rows, name))
     if missing:

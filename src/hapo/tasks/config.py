@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 REASONING_GYM = "reasoning_gym:"
@@ -100,8 +101,42 @@ class TaskConfig:
         default=None, metadata={"help": "options of a reasoning-gym task: a mapping, on the command line as JSON"}
     )
 
+    curriculum: str | None = field(
+        default=None,
+        metadata={
+            "help": "file with the columns question, answer and stage (hapo curriculum writes it): train on these "
+            "problems, stage after stage; none takes back what a recipe says"
+        },
+    )
+
+    demonstrations: str | None = field(
+        default=None,
+        metadata={
+            "help": "what to learn from beside rollouts: a file, a folder or a data set of the Hub as in dataset, "
+            "or addition (worked sums); none takes back what a recipe says. Its weight: demonstration_weight"
+        },
+    )
+    demonstration_config: str | None = field(
+        default=None, metadata={"help": "configuration of demonstrations from the Hub"}
+    )
+    demonstration_split: str = field(
+        default="train", metadata={"help": "split of demonstrations from the Hub or a folder"}
+    )
+    demonstration_column: str = field(
+        default="completion",
+        metadata={
+            "help": "column of the demonstrations with the answer in full; the problem is in question_column. "
+            "Without it messages, whose last one is the answer"
+        },
+    )
+    demonstration_size: int | None = field(
+        default=None, metadata={"help": "demonstrations (default: all; 4096 worked sums)"}
+    )
+
     def __post_init__(self) -> None:
-        for name in ("dataset_config", "test_split", "eval_file"):  # a flag over a recipe that sets them
+        self._check_demonstrations()
+        # a flag over a recipe that sets them
+        for name in ("dataset_config", "test_split", "eval_file", "curriculum"):
             if getattr(self, name) == "none":
                 setattr(self, name, None)
         if isinstance(self.rewards, str):  # a YAML scalar
@@ -132,11 +167,28 @@ class TaskConfig:
             raise ValueError(f"on_bad_gold must be raise or drop, not {self.on_bad_gold!r}")
         if self.test_split is not None and self.eval_file is not None:
             raise ValueError("both test_split and eval_file are given; drop one")
-        for name in ("train_size", "eval_size"):
+        for name in ("train_size", "eval_size", "demonstration_size"):
             size = getattr(self, name)
             if size is not None and size < 1:
                 raise ValueError(f"{name} must be at least 1, not {size}")
         self.reward_fallback()
+
+    def without_demonstrations(self) -> TaskConfig:
+        """The same problems, for what learns nothing."""
+        without = copy.copy(self)
+        for f in fields(self):
+            if f.name.startswith("demonstration"):
+                setattr(without, f.name, f.default)
+        return without
+
+    def _check_demonstrations(self) -> None:
+        if self.demonstrations == "none":
+            vars(self).update(vars(self.without_demonstrations()))
+        if self.demonstrations is not None:
+            return
+        for f in fields(self):
+            if f.name.startswith("demonstration_") and getattr(self, f.name) != f.default:
+                raise ValueError(f"{f.name}={getattr(self, f.name)!r} needs demonstrations: name their source")
 
     def options(self) -> dict[str, Any]:
         """The options of a reasoning-gym task."""

@@ -8,13 +8,15 @@ import json
 import logging
 import random
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .answers import normalise
 from .columns import columns_of, problem_columns
 from .config import REASONING_GYM, TaskConfig
+from .curriculum import in_stages
+from .demonstrations import load_demonstrations
 from .files import Row, data_files, is_local, read_hub, read_local
 from .reading import gold_text
 from .rewards import RewardFunction, exact_reward, load_rewards, math_verify_reward
@@ -50,8 +52,12 @@ class Task:
     reward_funcs: list[RewardFunction]
     fingerprint: str
     """SHA-256 of all rows of both data sets, in order."""
+    demonstrations: Dataset | None = field(default=None, kw_only=True)
+    """To learn from beside rollouts; columns prompt, completion and question."""
     majority_share: float
     """Share of the most common gold answer in `eval`: what a constant answer would score."""
+    staged: bool = False
+    """Whether `train` has the column `stage`, from a curriculum."""
 
 
 def load_task(config: TaskConfig, *, seed: int) -> Task:
@@ -62,8 +68,8 @@ def load_task(config: TaskConfig, *, seed: int) -> Task:
     aside, the same ones for every seed.
 
     Raises FileNotFoundError for a missing file and ValueError for unknown names, missing columns, empty data,
-    sizes that the data cannot fill, and gold answers that the chosen rewards cannot use (see
-    TaskConfig.on_bad_gold).
+    sizes that the data cannot fill, a curriculum of other problems, and gold answers that the chosen rewards
+    cannot use (see TaskConfig.on_bad_gold).
     """
     seed = seed if config.task_seed is None else config.task_seed
     train, evaluation, own = _rows(config, seed)
@@ -76,6 +82,8 @@ def load_task(config: TaskConfig, *, seed: int) -> Task:
         evaluation = _with_usable_gold(evaluation, rewards, config, "evaluation data")
         train = _without(train, evaluation)
     train = sample_rows(train, config.train_size, seed, "train_size")
+    if config.curriculum is not None:
+        train = in_stages(train, config.curriculum)
     evaluation = sample_rows(evaluation, config.eval_size, EVAL_SEED, "eval_size")
 
     share = _majority_share(evaluation)
@@ -91,6 +99,8 @@ def load_task(config: TaskConfig, *, seed: int) -> Task:
         reward_funcs=rewards,
         fingerprint=_fingerprint(train, evaluation),
         majority_share=share,
+        staged=config.curriculum is not None,
+        demonstrations=load_demonstrations(config, (row["question"] for row in evaluation), seed=seed),
     )
 
 

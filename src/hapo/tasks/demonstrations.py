@@ -1,201 +1,105 @@
-"""Demonstrations: what a model is to write, as messages, as prompt and completion, or as text."""
+"""Demonstrations to learn from beside rollouts: read as training problems are, each with its answer in full."""
 
 from __future__ import annotations
 
+import logging
 import random
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .columns import _has, _names, answer_column, problem_columns, value_of
+from .answers import normalise
+from .columns import problem_columns, question_name, value_of
 from .config import REASONING_GYM, TaskConfig
-from .data import (
-    EVAL_SEED,
-    GENERATED_TRAIN,
-    HELD_OUT,
-    _fingerprint,
-    _hold_out,
-    _with_usable_gold,
-    _without,
-    sample_rows,
-    sources,
-)
-from .files import Row
-from .rewards import RewardFunction, load_rewards, math_verify_reward
+from .files import Row, is_local, read_hub, read_local
+from .table import dataset_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from datasets import Dataset
 
-TRAINED_ON = ("messages", "prompt", "completion", "text")
-"""Columns that TRL's trainer reads."""
+logger = logging.getLogger(__name__)
+
+WORKED_SUMS = 4096
+"""Demonstrations of the embedded task where demonstration_size is not given."""
 
 
-@dataclass
-class DemonstrationConfig(TaskConfig):
-    """Where the demonstrations are, and how held-out answers are scored: the options of a task, and three columns.
+def load_demonstrations(config: TaskConfig, evaluation: Iterable[str], *, seed: int) -> Dataset | None:
+    """The demonstrations that `config` names, None for none: columns prompt, completion and question.
 
-    Raises:
-        ValueError: a value that no data set could make right.
+    Prompts are made as those of the training problems are, and a completion is of the same kind, text or messages.
+    A demonstration of a question in `evaluation`, up to case and white space, is left out. `seed` chooses
+    `demonstration_size` of them.
+
+    Raises FileNotFoundError for a missing file, and ValueError for missing columns, an answer that is no text, a
+    source without answers in full, and where none is left.
     """
-
-    messages_column: str = field(
-        default="messages",
-        metadata={"help": "column with a whole conversation, the demonstration its last message"},
-    )
-    completion_column: str = field(
-        default="completion", metadata={"help": "column with what the model is to write after question_column"}
-    )
-    text_column: str = field(default="text", metadata={"help": "column with text, all of which is demonstration"})
-
-
-@dataclass(frozen=True)
-class Demonstrations:
-    """Demonstrations, ready for a trainer."""
-
-    name: str
-    train: Dataset
-    eval: Dataset
-    """Held out; with the columns of `train`: messages; prompt and completion; or text."""
-    problems: Dataset | None
-    """The held-out ones with prompt, question and answer, where the data have answers."""
-    reward_funcs: list[RewardFunction]
-    """What scores answers to `problems`."""
-    fingerprint: str
-    """SHA-256 of all rows, in order."""
+    source = config.demonstrations
+    if source is None:
+        return None
+    if source.startswith(REASONING_GYM):
+        raise ValueError(f"demonstrations: {source} has no answers in full; name a file or a data set with some")
+    rows = _worked_sums(config, seed) if source == "addition" else _read(source, config)
+    held_out = {normalise(question) for question in evaluation}
+    kept = [row for row in rows if normalise(row["question"]) not in held_out]
+    if len(kept) < len(rows):
+        logger.warning(
+            "%s: dropped %d of %d demonstrations whose questions are evaluation questions",
+            source, len(rows) - len(kept), len(rows),
+        )  # fmt: skip
+    if not kept:
+        raise ValueError(f"demonstrations: of the {len(rows)} of {source} all are evaluation questions")
+    size = config.demonstration_size
+    if size is not None and size > len(kept):
+        raise ValueError(f"demonstration_size is {size}, but there are {len(kept)} rows; lower it")
+    chosen = range(len(kept)) if size is None else sorted(random.Random(seed).sample(range(len(kept)), size))
+    return dataset_of([kept[i] for i in chosen])
 
 
-def load_demonstrations(config: DemonstrationConfig, *, seed: int) -> Demonstrations:
-    """Load the demonstrations that `config` names; `seed` chooses those to train on unless `task_seed` does.
+def _worked_sums(config: TaskConfig, seed: int) -> list[Row]:
+    from .addition import draw_problems, prompt, solution
 
-    A source with a column of messages is read as conversations, else one with a completion as prompt and
-    completion, else one with text as that. Held out is by content, as in `load_task`: a question that is held out,
-    or a text without one, is not trained on.
+    problems = draw_problems(random.Random(seed), config.demonstration_size or WORKED_SUMS, evaluation=False)
+    return [{"prompt": prompt(a, b), "completion": solution(a, b), "question": f"{a}+{b}"} for a, b in problems]
 
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: no demonstrations, missing columns, a demonstration of another form, sizes that the data
-            cannot fill, or gold answers that the rewards cannot use.
-    """
-    seed = seed if config.task_seed is None else config.task_seed
-    train, evaluation, own = _rows(config, seed)
-    rewards = load_rewards(config.rewards, own, config.reward_timeout, config.reward_fallback())
-    if evaluation is None:
-        train, evaluation = _hold_out(train, config.eval_size or HELD_OUT)
+
+def _read(source: str, config: TaskConfig) -> list[Row]:
+    split = config.demonstration_split
+    if is_local(source):
+        tables = read_local(source, split)
     else:
-        train = _without(train, evaluation)
-    train = sample_rows(train, config.train_size, seed, "train_size")
-    evaluation = sample_rows(evaluation, config.eval_size, EVAL_SEED, "eval_size")
-    answered = all("answer" in row for row in evaluation)
-    problems = _with_usable_gold(evaluation, rewards, config, "held-out data") if answered else None
-    return Demonstrations(
-        name=config.dataset,
-        train=_dataset(train, TRAINED_ON),
-        eval=_dataset(evaluation, TRAINED_ON),
-        problems=None
-        if problems is None
-        else _dataset([row | {"prompt": row["asked"]} for row in problems], None),
-        reward_funcs=rewards,
-        fingerprint=_fingerprint(train, evaluation),
-    )
+        tables = {f"{source}, split {split}": read_hub(source, config.demonstration_config, split)}
+    return [row for name, table in tables.items() for row in _rows(name, table, config)]
 
 
-def _rows(config: DemonstrationConfig, seed: int) -> tuple[list[Row], list[Row] | None, RewardFunction]:
-    if config.dataset.startswith(REASONING_GYM):
+def _rows(source: str, table: list[Row], config: TaskConfig) -> list[Row]:
+    """The rows of one file or split; conversations where no column is the answer."""
+    if not table:
+        raise ValueError(f"{source}: no rows")
+    question, answer = question_name(table, config), config.demonstration_column
+    found = dict.fromkeys(name for row in table for name in row)
+    if "messages" in found and answer not in found:
+        pairs: list[tuple[Any, Any]] = [_cut(row["messages"]) for row in table]
+    elif all(any(value_of(row, name) is not None for row in table) for name in (question, answer)):
+        pairs = [(value_of(row, question), value_of(row, answer)) for row in table]
+    else:
         raise ValueError(
-            f"{config.dataset} has no demonstrations: its tasks are problems and answers alone. Take a data set "
-            f"with the column {config.messages_column!r}, {config.completion_column!r} or {config.text_column!r}, "
-            "or train on rewards with hapo train"
+            f"{source}: a demonstration has a column {question!r} and one {answer!r}, or messages; there are "
+            f"{', '.join(map(repr, found))}. Set question_column and demonstration_column"
         )
-    if config.dataset == "addition":
-        from .addition import addition_reward, draw_problems, prompt, solution
-
-        if config.chat or config.prompt_template != "{question}":
-            raise ValueError("chat and prompt_template do not go with dataset addition: its model reads a+b= only")
-
-        def made(a: int, b: int) -> Row:
-            asked = {"prompt": prompt(a, b), "asked": prompt(a, b), "question": f"{a}+{b}"}
-            return asked | {"completion": solution(a, b), "answer": str(a + b)}
-
-        size = config.train_size or GENERATED_TRAIN
-        train = draw_problems(random.Random(seed), size, evaluation=False)
-        evaluation = draw_problems(random.Random(EVAL_SEED), config.eval_size or HELD_OUT, evaluation=True)
-        return [made(*pair) for pair in train], [made(*pair) for pair in evaluation], addition_reward
-    given = sources(config)
-    evaluation_rows = None if given.evaluation is None else _read(given.evaluation, config)
-    return _read(given.training, config), evaluation_rows, math_verify_reward(config.reward_timeout)
+    rows = []
+    for number, (asked, answered) in enumerate(pairs, 1):
+        place = f"{source}, row {number}"
+        if not (isinstance(answered, str) and answered.strip()):
+            raise ValueError(f"{place}: the answer of a demonstration must be text, not {answered!r:.200}")
+        row = problem_columns(asked, config, place)
+        says = [{"role": "assistant", "content": answered}]
+        rows.append(row | {"completion": answered if isinstance(row["prompt"], str) else says})
+    return rows
 
 
-def _read(tables: dict[str, list[Row]], config: DemonstrationConfig) -> list[Row]:
-    """The rows of all sources, in the columns of `Demonstrations`; "asked" is the prompt of a problem."""
-    found = []
-    for source, rows in tables.items():
-        if not rows:
-            raise ValueError(f"{source}: no rows")
-        kind = next(
-            (k for k in ("messages", "completion", "text") if _has(rows, getattr(config, f"{k}_column"))), None
-        )
-        if kind is None:
-            columns = dict.fromkeys(name for row in rows for name in row)
-            raise ValueError(
-                f"{source}: no demonstrations: it has none of the columns {config.messages_column!r}, "
-                f"{config.completion_column!r} and {config.text_column!r}, but {', '.join(map(repr, columns))}. "
-                "Set messages_column, completion_column (beside question_column) or text_column"
-            )
-        answer = answer_column(rows, config)
-        answered = kind != "text" and _has(rows, answer)
-        question = ""
-        if kind == "completion":  # what a task needs, but that an answer may be missing
-            question = _names(source, [row | {"answer": ""} for row in rows], config)[0]
-        for number, row in enumerate(rows, 1):
-            place = f"{source}, row {number}"
-            made = _demonstration(kind, row, question, config, place)
-            if answered:
-                made |= {"answer": value_of(row, answer)} | {n: value_of(row, n) for n in config.extra_columns}
-            found.append(made)
-    return found
-
-
-def _demonstration(kind: str, row: Row, question: str, config: DemonstrationConfig, place: str) -> Row:
-    value = value_of(row, getattr(config, f"{kind}_column"))
-    if kind == "text":
-        if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"{place}: the text must not be empty, got {value!r:.200}")
-        return {"text": value, "question": value}
-    if kind == "messages":
-        _check_conversation(value, place)
-        problem = problem_columns(value[:-1], config, place) if len(value) > 1 else {"prompt": [], "question": ""}
-        return {
-            "messages": [*problem["prompt"], value[-1]],
-            "asked": problem["prompt"],
-            "question": problem["question"] or value[-1]["content"],
-        }
-    problem = problem_columns(value_of(row, question), config, place)
-    if isinstance(value, list):
-        _check_conversation(value, place)
-    elif not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{place}: the completion must be text or messages, got {value!r:.200}")
-    if isinstance(value, str) and not isinstance(problem["prompt"], str):
-        value = [{"role": "assistant", "content": value}]
-    if isinstance(value, list) and isinstance(problem["prompt"], str):
-        raise ValueError(f"{place}: the completion is messages and the question is text: set chat to true")
-    return {**problem, "asked": problem["prompt"], "completion": value}
-
-
-def _check_conversation(value: Any, place: str) -> None:
-    if (
-        not isinstance(value, list)
-        or not value
-        or not all(isinstance(message, dict) for message in value)
-        or value[-1].get("role") != "assistant"
-        or not isinstance(value[-1].get("content"), str)
-    ):
-        raise ValueError(
-            f"{place}: a demonstration is a list of messages that ends with text of the assistant, got "
-            f"{value!r:.200}"
-        )
-
-
-def _dataset(rows: list[Row], names: tuple[str, ...] | None) -> Dataset:
-    from datasets import Dataset
-
-    kept = names or ("prompt", "question", "answer", *(n for n in rows[0] if n not in (*TRAINED_ON, "asked")))
-    return Dataset.from_list([{n: row[n] for n in dict.fromkeys(kept) if n in row} for row in rows])
+def _cut(messages: Any) -> tuple[Any, Any]:
+    """Messages up to the answer, and the answer; the latter None where they do not end with one."""
+    if not (isinstance(messages, list) and messages and isinstance(messages[-1], dict)):
+        return messages, None
+    last = messages[-1]
+    return messages[:-1], last.get("content") if last.get("role") == "assistant" else None

@@ -46,6 +46,10 @@ class MathReward(VerifiedReward):
         text = PERCENT_IN_DOLLARS.sub(r"\1 %", text)
         return self.judge.ask(gold.latex, text) or (gold.percent and self.judge.ask(_hundredth(gold), text))
 
+    def equal(self, gold: str, answer: str) -> bool:
+        """Whether one stated answer is right where another is the gold one; raises Unchecked as `verdict` does."""
+        return self._same(_gold(gold), read(answer))
+
     def _same(self, gold: Reading, answer: Reading) -> bool:
         if gold.letters:
             small = re.fullmatch("[a-j]", answer.latex)  # a choice here, though elsewhere a variable

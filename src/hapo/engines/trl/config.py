@@ -9,12 +9,15 @@ import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
+from transformers import TrainingArguments
 from trl import GRPOConfig
 
 import hapo
 
 from ...method import Method
 from ...methods import options_of, policy
+from . import optimizer
+from .demonstrations import Weight, check_options
 from .options import DECIDED_BY_METHOD, LOSS_TYPES, NO_TEMPERATURE, check_generation, done_by
 from .vllm import check_rule
 
@@ -38,7 +41,11 @@ class HAPOConfig(GRPOConfig):
             optimiser step would span two rollout batches.
     """
 
-    _VALID_DICT_FIELDS: ClassVar = [*GRPOConfig._VALID_DICT_FIELDS, "method_options"]
+    _VALID_DICT_FIELDS: ClassVar = [
+        *GRPOConfig._VALID_DICT_FIELDS, "method_options", "demonstration_method_options",
+    ]  # fmt: skip
+    trains_diffusion: ClassVar[bool] = False
+    """Whether the trainer of this configuration has the views that a method's `likelihood` asks for."""
 
     steps_per_generation: int | None = field(
         default=None,
@@ -54,7 +61,7 @@ class HAPOConfig(GRPOConfig):
         default=None,
         metadata={
             "help": "Weight of the method's KL penalty; above 0 a reference model is loaded. Default: the "
-            "method's own (grpo 0.04, archer and aspo 0.001, others 0)."
+            "method's own (grpo 0.04, sent 0.1, archer and aspo 0.001, others 0)."
         },
     )
     max_num_gen_batches: int = field(
@@ -70,6 +77,14 @@ class HAPOConfig(GRPOConfig):
             "help": "Dynamic sampling: the first round holds the further prompts that will be needed, judged by "
             "the share of groups with unequal rewards so far, so that one round is mostly enough; generation "
             "then holds up to twice the responses."
+        },
+    )
+    stage_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the training data with each prompt's stage, a whole number: the stages come one "
+            "after another, the smallest first (with a minus before the name the largest), shuffled inside, each "
+            "for a share of the training in proportion to its prompts; none: no order, also with a curriculum."
         },
     )
     tokens_per_pass: int | None = field(
@@ -90,6 +105,27 @@ class HAPOConfig(GRPOConfig):
     overlong_factor: float = field(
         default=1.0, metadata={"help": "Largest length penalty, reached at max_completion_length."}
     )
+    demonstration_weight: float | str | dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "mu of L = (1 - mu) L_RL + mu L_E, L_E the loss on demonstrations: a number in [0, 1), or a "
+            'mapping of optimiser steps to such numbers, as {"0": 0.5, "200": 0.1}, linear between them. Default: '
+            "0.1 where there are demonstrations."
+        },
+    )
+    demonstration_method: str = field(
+        default="sft", metadata={"help": "Supervised method of L_E; `hapo methods` lists them with their kind."}
+    )
+    demonstration_method_options: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Options of that method; `hapo methods NAME`."}
+    )
+    demonstrations_per_step: int | None = field(
+        default=None,
+        metadata={
+            "help": "Demonstrations of an optimiser step, on all ranks together. Default: one for each "
+            "num_generations responses of the step."
+        },
+    )
     run_records: bool = field(
         default=False,
         metadata={"help": "Write config.yaml, manifest.json, metrics.jsonl and tokens/ into output_dir."},
@@ -101,6 +137,7 @@ class HAPOConfig(GRPOConfig):
     record_tokens_rows: int = field(
         default=128, metadata={"help": "Responses of a token record, at most: whole groups, the first ones."}
     )
+    optim: str = field(default=TrainingArguments.default_optim, metadata=optimizer.HELP)
     use_bias_correction_kl: bool = field(
         default=False,
         metadata={"help": "Multiply the KL penalty by the importance ratio, the method's option unbiased_kl."},
@@ -132,7 +169,8 @@ class HAPOConfig(GRPOConfig):
         if self.steps_per_generation is None and self.generation_batch_size is None:
             self.steps_per_generation = UPDATES_PER_ROLLOUT * self.gradient_accumulation_steps
         filled = self.filled_in()
-        GRPOConfig.__post_init__(filled)
+        with optimizer.checked(filled):
+            GRPOConfig.__post_init__(filled)
         # A later TRL may have taken any of them away.
         unasked = {name for name in DECIDED_BY_METHOD if getattr(self, name, None) is None}
         self.__dict__.update({name: value for name, value in vars(filled).items() if name not in unasked})
@@ -148,6 +186,9 @@ class HAPOConfig(GRPOConfig):
                 "use_bias_correction_kl=True and method_options['unbiased_kl']=False disagree; set one"
             )
         self.refuse_what_the_method_decides(policy(self.method, **options))
+        if self.demonstration_weight is not None:  # the command line gives text
+            self.demonstration_weight = Weight(self.demonstration_weight).given
+        check_options(self)
         self._check_schedule()
         least = {"max_num_gen_batches": 1, "overlong_buffer": 0, "record_tokens_every": 0, "record_tokens_rows": 1}
         for name, low in least.items():
@@ -225,7 +266,34 @@ class HAPOConfig(GRPOConfig):
 
 
 def resolve_method(method: Method | None, args: HAPOConfig) -> Method:
-    """The method that a trainer was given, or that its config names; `args.beta` then holds its KL weight."""
+    """The method that a trainer was given, or that its config names; `args.beta` then holds its KL weight.
+
+    Raises:
+        ValueError: its options disagree with those of `args`, or its log-probs are of another kind of model.
+    """
+    resolved = _resolve(method, args)
+    check_likelihood(resolved, diffusion=args.trains_diffusion)
+    return resolved
+
+
+def check_likelihood(method: Method, *, diffusion: bool) -> None:
+    """Raise a ValueError, unless the method's log-probs are those of this kind of model."""
+    if method.likelihood is not None and not diffusion:
+        raise ValueError(
+            f"method {method.name!r} is one of masked-diffusion models: its log-probs come from views of a "
+            f"response with tokens hidden, {method.likelihood}, which no autoregressive model has. Train such a "
+            "model with hapo.trl.DiffusionTrainer, or choose another method"
+        )
+    if method.likelihood is None and diffusion:
+        known = [name for name in hapo.methods("policy") if hapo.method(name).likelihood is not None]
+        raise ValueError(
+            f"method {method.name!r} reads the log-prob of each token given those before it, which a "
+            f"masked-diffusion model does not have: choose one of {', '.join(known)}, or train an autoregressive "
+            "model with HAPOTrainer"
+        )
+
+
+def _resolve(method: Method | None, args: HAPOConfig) -> Method:
     if method is not None:
         if not isinstance(method, Method):
             raise TypeError(f"method must be a Method, got {method!r}; a name goes into HAPOConfig(method=...)")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -73,8 +73,12 @@ class MetricLog:
         self.log = log
         self._shares: dict[str, Tensor] = {}
 
-    def add(self, out: LossOutput, batch: TokenBatch, auxiliary: Sequence[AuxiliaryLoss] = ()) -> None:
+    def add(
+        self, out: LossOutput, batch: TokenBatch, auxiliary: Sequence[AuxiliaryLoss] = (), *, mixed: bool = False
+    ) -> None:
         """One pass's shares: the method's, and those of auxiliary losses before their weights.
+
+        `mixed`: demonstrations are in the loss as well.
 
         Raises:
             ValueError: two of them have one name.
@@ -85,7 +89,7 @@ class MetricLog:
             shares = {NAMES[k]: v for k, v in out.metrics.items() if k in NAMES}
             shares["entropy"] = torch.where(batch.mask, batch.entropy, 0.0).sum() / batch.totals.tokens
         taken = {"loss", "entropy", *NAMES.values()}
-        if auxiliary:  # under TRL's name: the loss without them
+        if auxiliary or mixed:  # under TRL's name: the loss without them
             taken.add("policy_loss")
             shares["policy_loss"] = out.loss.detach().float()
         for name, _, value in auxiliary:
@@ -95,6 +99,10 @@ class MetricLog:
                 )
             taken.add(name)
             shares[name] = value.detach().float()
+        self.add_shares(shares)
+
+    def add_shares(self, shares: Mapping[str, Tensor]) -> None:
+        """Figures that add up over the step; every rank must have the same names."""
         for name, value in shares.items():
             self._shares[name] = self._shares.get(name, torch.zeros_like(value)) + value
 

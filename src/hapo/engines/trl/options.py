@@ -18,7 +18,7 @@ DECIDED_BY_METHOD = {
     "epsilon": 'set method_options={"eps_low": ...}',
     "epsilon_high": 'set method_options={"eps_high": ...}',
     "delta": 'set method_options={"dual_clip": ...}',
-    "importance_sampling_level": '"gspo" and "luspo" have one ratio per response, other methods one per token',
+    "importance_sampling_level": 'method="gspo" or "luspo" has one ratio per response, the others one per token',
     "scale_rewards": 'set method_options={"scale_rewards": ...}, where `hapo methods NAME` lists it',
     "multi_objective_aggregation": (
         'set method_options={"multi_objective_aggregation": "normalize_then_sum"}, where `hapo methods NAME` '
@@ -37,7 +37,7 @@ DECIDED_BY_METHOD = {
     "vllm_importance_sampling_clip_max": 'set method_options={"sampler_cap": ...}',
     "vllm_importance_sampling_clip_min": "the correction has no lower bound",
     "vllm_importance_sampling_cap": 'set method_options={"sampler_cap": ...}',
-    "use_liger_kernel": "log-probs come from hapo.scoring, which makes no logits either",
+    "use_liger_kernel": "leave it out: log-probs come from hapo.scoring, which makes no logits either",
 }
 """TRL options that a method decides, and what to do where they ask for something else."""
 

@@ -74,6 +74,19 @@ def split(
     return [(_rows(inputs, len(mask), index), mask[index]) for index in chosen]
 
 
+def split_rows(
+    inputs: dict[str, Any], mask: Bool[Tensor, "B T"], most: int | None, per_row: int
+) -> list[tuple[dict[str, Any], Bool[Tensor, "B T"]]]:
+    """`split` where every row costs as much, `per_row` tokens, whatever its prompt and its response are."""
+    if most is None:
+        most = CPU_TOKENS if mask.device.type == "cpu" else DEVICE_TOKENS
+    size = max(1, most // per_row) if most else len(mask)
+    if size >= len(mask):
+        return [(inputs, mask)]
+    chosen = torch.arange(len(mask), device=mask.device).split(size)
+    return [(_rows(inputs, len(mask), index), mask[index]) for index in chosen]
+
+
 def _rows(inputs: dict[str, Any], size: int, index: Int[Tensor, " b"]) -> dict[str, Any]:
     return {k: x[index] if isinstance(x, Tensor) and x.ndim and len(x) == size else x for k, x in inputs.items()}
 

@@ -10,6 +10,7 @@ from accelerate.utils import is_peft_model
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from trl import GRPOTrainer
+from trl.trainer.utils import RepeatSampler
 
 from ...method import Method
 from ...outputs import write_whole
@@ -19,11 +20,13 @@ from .card import model_card
 from .checkpoint import RunState, check_checkpoint, layout_of, load_state, save_state, state_of
 from .config import HAPOConfig
 from .finite import check, check_weights
+from .optimizer import NamedOptimizer
 from .recorder import Recorder, open_records
 from .rollout import EpochSampler
+from .stages import Stages, StageSampler
 
 
-class Recorded(Trainer):
+class Recorded(NamedOptimizer, Trainer):
     """A trainer with run records, and with checkpoints that a resumed run continues bit for bit.
 
     Put it before a trainer of TRL. A subclass sets `method` and `recipe`, and says what of it a checkpoint holds.
@@ -134,9 +137,14 @@ class RecordedTrainer(Recorded, GRPOTrainer):
     args: HAPOConfig
     method: Method
     _records: Recorder | None = None
+    _stages: Stages | None = None
+    """Of the prompts, where they have any."""
 
-    def _get_train_sampler(self, dataset: Any = None) -> EpochSampler:
-        return EpochSampler.like(super()._get_train_sampler(dataset), lambda: self.state)
+    def _get_train_sampler(self, dataset: Any = None) -> RepeatSampler:
+        template = super()._get_train_sampler(dataset)
+        if self._stages is not None:
+            return StageSampler(template, self._stages, self)
+        return EpochSampler.like(template, lambda: self.state)
 
     def _open_records(self, checkpoint: str | None) -> None:
         net = self.accelerator.unwrap_model(self.model)

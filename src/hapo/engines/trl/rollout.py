@@ -21,6 +21,7 @@ from trl.trainer.utils import RepeatSampler
 from ...parts.select import mixed_groups
 from .config import HAPOConfig
 from .gather import TensorDict, concat_rows, gather_rows
+from .stages import Stages
 
 LOG = logging.getLogger(__name__)
 
@@ -48,26 +49,30 @@ class EpochSampler(RepeatSampler):
 
 
 class FreshPrompts:
-    """An endless, seeded order of the training prompts for dynamic sampling; its state is one counter."""
+    """An endless, seeded order of the training prompts for dynamic sampling; its state is one counter.
 
-    def __init__(self, dataset: Dataset, seed: int, position: int = 0) -> None:
+    With stages, `take` is told of which prompts are asked for, and the order is one of its rows.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int, position: int = 0, stages: Stages | None = None) -> None:
         self.dataset = dataset
         self.seed = seed
         self.position = position
+        self._rows = [range(len(dataset))] if stages is None else stages.rows
         self._counted: Counter[str] | None = None
-        self._order: tuple[int, list[int]] = (-1, [])
+        self._order: tuple[tuple[int, int], list[int]] = ((-1, -1), [])
 
-    def take(self, n: int, used: Counter[str]) -> list[dict[str, Any]]:
+    def take(self, n: int, used: Counter[str], stage: int = 0) -> list[dict[str, Any]]:
         """The next n prompts that are not in `used` (and adds them), then those that stand in further equal rows.
 
         Fewer once a whole pass gave nothing: all rows are used.
         """
         taken: list[dict[str, Any]] = []
         for most in (None, self._copies):
-            for _ in range(2 * len(self.dataset)):
+            for _ in range(2 * len(self._rows[stage])):
                 if len(taken) == n:
                     return taken
-                row = self.dataset[self._index()]
+                row = self.dataset[self._index(stage)]
                 key = prompt_key(row)
                 if used[key] < (1 if most is None else most()[key]):
                     used[key] += 1
@@ -80,13 +85,14 @@ class FreshPrompts:
             self._counted = Counter(map(prompt_key, self.dataset))
         return self._counted
 
-    def _index(self) -> int:
-        epoch, offset = divmod(self.position, len(self.dataset))
+    def _index(self, stage: int) -> int:
+        rows = self._rows[stage]
+        epoch, offset = divmod(self.position, len(rows))
         self.position += 1
-        if self._order[0] != epoch:
+        if self._order[0] != (stage, epoch):
             generator = torch.Generator().manual_seed(self.seed + epoch)
-            self._order = epoch, torch.randperm(len(self.dataset), generator=generator).tolist()
-        return self._order[1][offset]
+            self._order = (stage, epoch), torch.randperm(len(rows), generator=generator).tolist()
+        return rows[self._order[1][offset]]
 
 
 def prompt_key(row: dict[str, Any]) -> str:
@@ -118,14 +124,17 @@ def check_prompts(dataset: Dataset, args: HAPOConfig) -> None:
 class DynamicSampling:
     """Fresh prompts in place of groups with equal verdicts, up to a number of rounds (DAPO, eq. 11).
 
-    With `draw_ahead` the first round holds further prompts, as many as the last rollout batches let expect that
+    With stages, fresh prompts are of the stage of those that they join, all of which are of one. With `draw_ahead`
+    the first round holds further prompts, as many as the last rollout batches let expect that
     will be needed, at most as many again.
 
     Raises:
         ValueError: the training data is a stream, or a rollout holds images.
     """
 
-    def __init__(self, dataset: Dataset, args: HAPOConfig, accelerator: Accelerator) -> None:
+    def __init__(
+        self, dataset: Dataset, args: HAPOConfig, accelerator: Accelerator, stages: Stages | None = None
+    ) -> None:
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
             raise ValueError(
                 "dynamic sampling (max_num_gen_batches > 1) draws further prompts by index, and an iterable "
@@ -135,7 +144,8 @@ class DynamicSampling:
         self.group_size = args.num_generations
         self.most_rounds = args.max_num_gen_batches
         self.draw_ahead = args.draw_ahead
-        self.prompts = FreshPrompts(dataset, args.seed + 1)
+        self.stages = stages
+        self.prompts = FreshPrompts(dataset, args.seed + 1, stages=stages)
         self._said = False
         self.share: float | None = None
         """Mixed groups among all that the last rollout batches drew, an exponential average."""
@@ -149,6 +159,7 @@ class DynamicSampling:
         first, in the order drawn; what is missing is filled with groups that prepare() drops.
         """
         size, world, rank = self.group_size, self.accelerator.num_processes, self.accelerator.process_index
+        self._stage = 0 if self.stages is None else self.stages.of(inputs[0])
         rows_of = Counter(gather_object([prompt_key(row) for row in inputs]))
         used = Counter({key: rows // size for key, rows in rows_of.items()})
         most = len(inputs) * world // size
@@ -189,7 +200,7 @@ class DynamicSampling:
 
     def _rows(self, prompts: int, unit: int, used: Counter[str]) -> list[dict[str, Any]]:
         """This rank's rows of so many fresh prompts, or of the whole units of them that are left."""
-        taken = self.prompts.take(prompts, used)
+        taken = self.prompts.take(prompts, used, self._stage)
         taken = taken[: len(taken) // unit * unit]
         rows = [dict(row) for row in taken for _ in range(self.group_size)]
         share = len(rows) // self.accelerator.num_processes

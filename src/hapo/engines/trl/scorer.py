@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ...samplers.decoding import Draws
-from ...scoring import score_tokens
+from ...scoring import Scores, score_tokens
 from .drawn import DrawnScores
 from .gates import GateLogits, recorded
 
@@ -93,6 +93,11 @@ class Scorer:
         self.drawn = drawn
         self.trl_pass = trl_pass
 
+    def sequences(self, inputs: dict[str, Any], mask: Bool[Tensor, "B T"]) -> Sequences:
+        """What `current` is to be given of a dict of TRL's; `mask`: the response tokens whose scores are
+        needed."""
+        return Sequences.of(inputs, mask)
+
     @torch.no_grad()
     def old(
         self, model: nn.Module, rows: Sequences, batch_size: int | None, turns: Sequence[Draws | None] = ()
@@ -143,6 +148,13 @@ class Scorer:
         return Scored(
             scores.logp, scores.entropy, gates=GateLogits(scores.beside, gates.names, gates.check_gradient)
         )
+
+    def targets(self, model: nn.Module, rows: Sequences, reads: Collection[str] = ()) -> Scores:
+        """Of the targets of demonstrations, in one pass, differentiable; the ranks of `reads` with them."""
+        columns = (rows.ids, rows.attention, rows.mask)
+        ranks = ("rank" in reads, "expected_rank" in reads)
+        with self.autocast():
+            return score_tokens(model, *columns, t_base=self.t_base, rank=ranks[0], expected_rank=ranks[1])
 
     def text(
         self, model: nn.Module, rows: Sequences, batch_size: int | None = None

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from transformers import TrainingArguments
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -22,7 +23,7 @@ from ...scoring import attach_scoring
 from ...stage import part_of
 from ...supervised import Supervised
 from ..records import check_writable
-from . import finite
+from . import finite, optimizer
 from .checkpoint import OnceAtBegin, RunState
 from .gates import GateLogits, gate_losses, has_gates, recorded
 from .recorded import Recorded
@@ -57,6 +58,7 @@ class SupervisedConfig(SFTConfig):
         default=None,
         metadata={"help": 'Options of the method, e.g. {"estimator": "exact"}; `hapo methods NAME`.'},
     )
+    optim: str = field(default=TrainingArguments.default_optim, metadata=optimizer.HELP)
 
     run_records: bool = field(
         default=False,
@@ -72,7 +74,8 @@ class SupervisedConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         """TRL's checks, then ours."""
-        super().__post_init__()
+        with optimizer.checked(self):
+            super().__post_init__()
         for name, low in {"record_tokens_every": 0, "record_tokens_rows": 1}.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")

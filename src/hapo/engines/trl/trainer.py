@@ -35,6 +35,7 @@ from . import finite, passes
 from .auxiliary import AuxiliaryLoss, router_losses, total
 from .checkpoint import OnceAtBegin, RunState
 from .config import HAPOConfig, check_arguments, resolve_method
+from .demonstrations import Demonstrations, Encoder, check_given, demonstrations_of
 from .drawn import DrawnScores
 from .entropy_term import EntropyTerm
 from .gates import gate_losses
@@ -45,6 +46,7 @@ from .rollout import DynamicSampling, check_prompts
 from .rows import RolloutRows, prepare_rows, scored_tokens, step_rows
 from .sampler import Request, Sampler, VLLMSampler
 from .scorer import Scored, Scorer, Sequences, is_reference
+from .stages import Stages
 
 LOG = logging.getLogger(__name__)
 
@@ -69,6 +71,10 @@ class HAPOTrainer(RecordedTrainer):
 
     Args:
         method: a `Method` object, in the place of `args.method` and `args.method_options`.
+        optimizer_cls_and_kwargs: class and options of an optimiser, in the place of `args.optim`; an argument of
+            transformers' `Trainer` that `GRPOTrainer` does not hand on.
+        demonstrations: a data set with `prompt` and `completion`, or `messages`, that is learnt from beside the
+            rollouts: L = (1 - mu) L_RL + mu L_E, as the options `demonstration_*` of `args` say.
         model, reward_funcs, args, ...: as in `GRPOTrainer`; `args` is a `HAPOConfig`.
 
     Raises:
@@ -84,6 +90,8 @@ class HAPOTrainer(RecordedTrainer):
         args: HAPOConfig | None = None,
         *trl_args: Any,
         method: Method | None = None,
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        demonstrations: Any = None,
         **trl_kwargs: Any,
     ) -> None:
         if args is None:
@@ -98,6 +106,7 @@ class HAPOTrainer(RecordedTrainer):
         names = list(inspect.signature(super().__init__).parameters)[3:]  # after model, rewards and config
         given = dict(zip(names, trl_args, strict=False)) | trl_kwargs
         check_arguments(self.method, args, model, given)
+        check_given(demonstrations, args)
         if args.run_records:
             check_writable(Path(args.output_dir))
         self._tag_names = ["trl", "hapo"]
@@ -110,6 +119,10 @@ class HAPOTrainer(RecordedTrainer):
         """Seconds by phase; pause it around what is no training."""
         self.recipe = {}
         super().__init__(model, reward_funcs, args, *trl_args, **trl_kwargs)
+        if optimizer_cls_and_kwargs is not None:
+            if self.optimizer is not None:
+                raise ValueError("optimizers and optimizer_cls_and_kwargs are both given: leave one out")
+            self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
         attach_scoring(self.model)
         if self.ref_model is not None:
             attach_scoring(self.accelerator.unwrap_model(self.ref_model))
@@ -121,10 +134,13 @@ class HAPOTrainer(RecordedTrainer):
         self._said_far = False
         self._entropy_term = EntropyTerm(args)
         self._sharded = passes.is_sharded(self.accelerator.distributed_type)
+        self._demonstrations = None if demonstrations is None else self._make_demonstrations(demonstrations)
         check_prompts(self.train_dataset, args)
+        if args.stage_column not in (None, "none"):
+            self._stages = Stages(self.train_dataset, args.stage_column)
         self._dynamic: DynamicSampling | None = None
         if self.method.filter_groups and args.max_num_gen_batches > 1:
-            self._dynamic = DynamicSampling(self.train_dataset, args, self.accelerator)
+            self._dynamic = DynamicSampling(self.train_dataset, args, self.accelerator, self._stages)
 
     # -- what a subclass may override -----------------------------------------------------------------------
 
@@ -157,6 +173,13 @@ class HAPOTrainer(RecordedTrainer):
             assert scored.entropy is not None
             losses.append(self._entropy_term.share(batch, scored.entropy, train=self.model.training))
         return losses + gate_losses(scored.gates, batch, self.accelerator.unwrap_model(self.model))
+
+    def _make_demonstrations(self, dataset: Any) -> Demonstrations:
+        config = self.accelerator.unwrap_model(self.model).config.get_text_config()
+        template = {"chat_template": self.chat_template, "tools": self.tools or None, **self.chat_template_kwargs}
+        encode = Encoder(self._tokenizer, getattr(config, "max_position_embeddings", None), **template)
+        ranks = self.accelerator.num_processes
+        return demonstrations_of(dataset, self.args, encode, ranks=ranks, sharded=self._sharded)
 
     # -- rollout --------------------------------------------------------------------------------------------
 
@@ -274,7 +297,9 @@ class HAPOTrainer(RecordedTrainer):
                 torch.no_grad(),
                 disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
             ):
-                scored = self.scorer.current(self.model, Sequences.of(micro_batches[i], rows[i].batch.mask))
+                scored = self.scorer.current(
+                    self.model, self.scorer.sequences(micro_batches[i], rows[i].batch.mask)
+                )
             assert scored.entropy is not None
             return scored.logp, scored.entropy
 
@@ -290,23 +315,25 @@ class HAPOTrainer(RecordedTrainer):
         records = self._records if self._records and train and self._records.takes_tokens(step) else None
         # Tokens of dropped groups count nowhere, but records show them.
         mask = RolloutRows.of(inputs).batch.mask if records is None else scored_tokens(inputs)
-        whole = self._sharded or self.aux_loss_enabled or "split" in self.method.breaks
-        *earlier, last = passes.split(inputs, mask, 0 if whole else self.args.tokens_per_pass)
+        *earlier, last = self._passes(inputs, mask)
         if records is not None:
             records.add_rewards(step, inputs)
         before = torch.zeros((), device=mask.device)
+        if train:
+            before += self._learn_from_demonstrations(model, mask.device)
         for part in earlier:
             with self.accelerator.no_sync(model) if train else nullcontext():
                 loss = self._pass_loss(model, *part, records)
                 if train:
-                    with torch.autocast(mask.device.type, enabled=False):
-                        self.accelerator.backward(loss)
+                    self._backward(loss)
             before += loss.detach()
         loss = self._pass_loss(model, *last, records) + before
         if train:
             finite.check("loss", loss.detach(), step)
         if not train or self.accelerator.gradient_state.sync_gradients:
             self._step_metrics.flush()
+            if train and self._demonstrations is not None:
+                self._log_value("demonstration_weight", self._mu)
             if train and self._entropy_term.acts:
                 self._entropy_term.end_of_step(partial(self.accelerator.reduce, reduction="sum"))
                 self.entropy_coef = self._entropy_term.coef  # where TRL keeps it
@@ -316,22 +343,63 @@ class HAPOTrainer(RecordedTrainer):
                 records.write_tokens(step)
         return loss
 
+    def _passes(self, inputs: dict[str, Any], mask: Tensor) -> list[tuple[dict[str, Any], Tensor]]:
+        """Inputs and mask of each pass over a micro-batch."""
+        whole = self._sharded or self.aux_loss_enabled or "split" in self.method.breaks
+        return passes.split(inputs, mask, 0 if whole else self.args.tokens_per_pass)
+
     def _pass_loss(
         self, model: nn.Module, inputs: dict[str, Any], mask: Tensor, records: Recorder | None
     ) -> Tensor:
         """Of some rows, scored at the tokens of `mask` (B,T)."""
         router = self.aux_loss_enabled and torch.is_grad_enabled()
-        scored = self.scorer.current(model, Sequences.of(inputs, mask), router)
+        scored = self.scorer.current(model, self.scorer.sequences(inputs, mask), router)
         assert scored.entropy is not None
         batch = RolloutRows.of(inputs).batch.replace(logp=scored.logp, entropy=scored.entropy.detach())
         out = self.method.loss(batch)
         auxiliary = self.auxiliary_losses(batch, scored)
         loss = total(out.loss, auxiliary, self.accelerator.num_processes)
-        self._step_metrics.add(out, batch, auxiliary)
+        mu = self._mu if self.model.training else 0.0
+        if mu:
+            loss = (1 - mu) * loss
+        self._step_metrics.add(out, batch, auxiliary, mixed=mu > 0)
         if records is not None:
             gate = None if scored.gates is None else scored.gates.mean
             records.add_tokens(self.state.global_step + 1, inputs, batch, out, self._sampled_with, gate)
         return loss
+
+    def _backward(self, loss: Tensor) -> None:
+        with torch.autocast(loss.device.type, enabled=False):
+            self.accelerator.backward(loss)
+
+    @property
+    def _mu(self) -> float:
+        """Weight of the demonstrations in this optimiser step."""
+        return 0.0 if self._demonstrations is None else self._demonstrations.weight.at(self.state.global_step)
+
+    def _learn_from_demonstrations(self, model: nn.Module, device: torch.device) -> Tensor:
+        """Of this micro-batch's demonstrations, in passes that go backward; their share of the step's loss."""
+        learnt, of_all, mu = torch.zeros((), device=device), self._demonstrations, self._mu
+        if of_all is None or not mu:
+            return learnt
+        args, step, ranks = self.args, self.state.global_step, self.accelerator.num_processes
+        micro_batches = args.gradient_accumulation_steps
+        part = self._step % micro_batches * ranks + self.accelerator.process_index
+        shares = {name: torch.zeros((), device=device) for name in of_all.metrics.values()}
+        for rows, mask in of_all.passes(step, part, micro_batches * ranks, args.tokens_per_pass, device):
+            with self.accelerator.no_sync(model):
+                scores = self.scorer.targets(model, Sequences.of(rows, mask), of_all.method.reads)
+                out = of_all.loss(scores, mask, step)
+                self._backward(mu * out.loss * ranks)
+            learnt += mu * out.loss.detach() * ranks
+            for theirs, name in of_all.metrics.items():
+                shares[name] = shares[name] + out.metrics[theirs]
+        self._step_metrics.add_shares(shares)
+        return learnt
+
+    def _layout(self) -> dict[str, Any]:
+        of_all = self._demonstrations
+        return {**super()._layout(), **({} if of_all is None else of_all.identity)}
 
     def _say_if_far_from_policy(self) -> None:
         weights = self._metrics["train"].get("sampler_weight/mean")

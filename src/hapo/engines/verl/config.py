@@ -131,9 +131,15 @@ def resolve_method(config: Mapping[str, Any], settings: Settings) -> Method:
     """The method with the KL weight and the sampler's cap that verl's configuration says.
 
     Raises:
-        ValueError: unknown method or option, or a penalty per token without a reference model.
+        ValueError: unknown method or option, a method of diffusion models, or a penalty per token without a
+            reference model.
     """
     named = policy(settings.method, **settings.options)
+    if named.likelihood is not None:
+        raise ValueError(
+            f"method {named.name!r} is one of masked-diffusion models, which verl does not train: use "
+            "hapo.trl.DiffusionTrainer, or choose another method"
+        )
     changes: dict[str, Any] = {"sampler_cap": _cap(config)}
     weight = named.options["kl_coef"] if named.penalty is not None else 0.0
     own, uses_kl = _own_penalty(named), bool(select(config, f"{ACTOR}.use_kl_loss"))
@@ -191,9 +197,10 @@ def check(config: Mapping[str, Any], method: Method) -> None:
         )
     sequence = f"{ACTOR}.ulysses_sequence_parallel_size"
     if method.step_reads_policy and select(config, sequence, 1) > 1:
+        old = ", or +hapo.options.entropy_source=old" if "entropy_source" in method.options else ""
         raise ValueError(
             f"method {method.name!r} scores the current policy before each step, which was not tested with "
-            f"{sequence}={select(config, sequence)}: set it to 1, or +hapo.options.entropy_source=old"
+            f"{sequence}={select(config, sequence)}: set it to 1{old}"
         )
     verdict = select(config, "algorithm.filter_groups.metric", "reward")
     reward_model = select(config, "reward.reward_model", {})
