@@ -50,6 +50,7 @@ def test_help_lists_every_command_on_one_line(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[4:]] == [
         "train",
+        "sft",
         "eval",
         "report",
         "compare",

@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from hapo.cli import main
-from hapo.cli.train import _check_same_data
+from hapo.cli.run_folder import check_same_data
 from hapo.engines.estimate import Estimate
 from hapo.tasks import TaskConfig, load_task
 from tests.cli.small import accuracy, evaluations, flags, metrics, train
@@ -128,9 +128,9 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path, monkeypatch, capsys):
 
 def test_processes_with_different_data_are_refused():
     task = load_task(TaskConfig(train_size=2, eval_size=1), seed=0)
-    _check_same_data(task, [task.fingerprint] * 2, {})
+    check_same_data(task.name, task.train._fingerprint, [task.fingerprint] * 2, {})
     with pytest.raises(ValueError, match="the processes of this run have different data"):
-        _check_same_data(task, [task.fingerprint, "another"], {})
+        check_same_data(task.name, task.train._fingerprint, [task.fingerprint, "another"], {})
 
 
 def hashes(folder: Path) -> dict[str, str]:

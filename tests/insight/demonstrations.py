@@ -22,7 +22,9 @@ def make_demonstrations(
     steps: Sequence[int] = (1, 5),
 ) -> Path:
     """Write a run folder and return it: `losses` every fourth step, held out and trained, targets at `steps`."""
-    records = RunRecords.create(folder, {"method": method, "output_dir": str(folder)}, {"seed": 3})
+    records = RunRecords.create(
+        folder, {"method": method, "output_dir": str(folder)}, {"seed": 3, "kind": "supervised"}
+    )
     g = torch.Generator().manual_seed(1)
     for i, loss in enumerate(losses):
         records.add_metrics({"step": 4 * i, "eval_loss": loss})

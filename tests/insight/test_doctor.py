@@ -17,7 +17,7 @@ from trl import ModelConfig
 from hapo.assets import tiny_model_path
 from hapo.cli.recipe import RecipeParser
 from hapo.cli.train import TrainOptions
-from hapo.insight.doctor import CONFIG_CHECKS, RUN_CHECKS, Finding, examine_config, examine_run
+from hapo.insight.doctor import CONFIG_CHECKS, RUN_CHECKS, SUPERVISED_CHECKS, Finding, examine_config, examine_run
 from hapo.insight.run import Run
 from hapo.tasks import TaskConfig, load_task
 from hapo.trl import HAPOConfig
@@ -456,7 +456,9 @@ def test_a_run_that_has_hardly_begun_is_examined_as_far_as_it_goes(metrics, tmp_
 def test_the_page_has_every_finding():
     page = (ROOT / "docs/doctor_findings.md").read_text()
     before, _, after = page.partition("## After training")
-    for text, checks in ((before, CONFIG_CHECKS), (after, RUN_CHECKS)):
+    after, _, supervised = after.partition("Of a run that learnt from")
+    own = [check for check in SUPERVISED_CHECKS if check not in RUN_CHECKS]
+    for text, checks in ((before, CONFIG_CHECKS), (after, RUN_CHECKS), (supervised, own)):
         assert re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE) == [check.__name__ for check in checks]
 
 

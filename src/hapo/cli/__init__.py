@@ -1,4 +1,5 @@
-"""The command line: `hapo train`, `eval`, `report`, `compare`, `doctor`, `curriculum`, `calibrate`, `methods`."""
+"""The command line: `hapo train`, `sft`, `eval`, `report`, `compare`, `doctor`, `curriculum`, and the
+others of `COMMANDS`."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from ..outputs import check_free
 
 COMMANDS = {
     "train": ("train", "train a model with verifiable rewards; alone, the embedded demo"),
+    "sft": ("sft", "train a model on demonstrations; alone, an embedded example"),
     "eval": ("evaluate", "accuracy of a model on held-out problems or on named sets, with intervals"),
     "report": ("report", "one HTML page of a run, or of several: curves, token analyses, the token microscope"),
     "compare": ("compare", "methods against each other: paired seeds, intervals, a verdict in words"),

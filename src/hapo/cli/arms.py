@@ -38,7 +38,8 @@ from . import UsageError, nearest
 from .contents import model_identity, reward_identity
 from .held_out import Course, HeldOut
 from .recipe import RecipeParser, told
-from .train import TrainOptions, build_trainer, model_options, model_path, prepare_process
+from .run_folder import model_options, model_path, prepare_process
+from .train import TrainOptions, build_trainer
 
 TRL = "trl:"
 TRL_OPTIONS: dict[str, dict[str, Any]] = {"dapo": {"epsilon_high": 0.28}}
@@ -314,7 +315,7 @@ def build(job: Job) -> Built:
     task_config, args, model_config, options = parse_flags(job.recipe, own)
     if task_config.task_seed is None:
         task_config.task_seed = 0
-    prepare_process(options)
+    prepare_process(options.threads)
     task, tuning = split_task(task_config, args.seed, job.tune_size)
     recipe = told(task_config, model_config, options)
     if job.arm.of_trl:

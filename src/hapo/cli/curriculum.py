@@ -29,7 +29,8 @@ from .evaluate import Draw, EngineOptions, start
 from .measure import Decoding
 from .progress import counting
 from .recipe import RecipeParser
-from .train import TrainOptions, model_path, prepare_process
+from .run_folder import model_path, prepare_process
+from .train import TrainOptions
 
 DESCRIPTION = """Training problems in stages, from those on which a model's sampled answers agree to those on which
 they differ: semantic entropy (SENT, arXiv 2512.04359). Takes the recipe of the training run that is to follow; of
@@ -130,7 +131,7 @@ def main(argv: list[str]) -> int:
     task_config, args, model_config, train_options, options, given = parser.read(argv)
     _check(task_config, args)
     console = Console(highlight=False, markup=False)
-    prepare_process(train_options)
+    prepare_process(train_options.threads)
     task = load_task(task_config, seed=args.seed)
     problems = _problems(task, options)
     blocks = _blocks(len(problems), args, options)

@@ -39,7 +39,8 @@ from .contents import model_files, reward_files
 from .measure import Answer, Decoding, draw_answers, estimate
 from .progress import counting
 from .recipe import RecipeParser
-from .train import TrainOptions, model_path, prepare_process
+from .run_folder import model_path, prepare_process
+from .train import TrainOptions
 from .vllm_answers import VLLMAnswers
 
 DESCRIPTION = """Accuracy of a model with 95 % intervals: on the held-out problems of a task, or on the sets of
@@ -127,7 +128,7 @@ def main(argv: list[str]) -> int:
         inputs = _inputs(given.config, task_config, options, path)
         check_output(output, output.with_suffix(".parquet"), inputs=inputs, replace=given.replace)
     console = Console(highlight=False, markup=False)
-    prepare_process(training)
+    prepare_process(training.threads)
     measure = _measure_benchmarks if options.benchmarks else _measure_task
     figures, rows = measure(task_config, args, model_config, options, path, console)
     if output is not None:

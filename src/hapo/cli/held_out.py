@@ -17,7 +17,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback, TrainerControl, TrainerState
-from trl import GRPOTrainer
 
 from ..engines.estimate import Estimate
 from ..engines.records import append_line
@@ -110,8 +109,8 @@ class Course(TrainerCallback):
 class HeldOut(TrainerCallback):
     """Greedy and sampled accuracy on held-out problems, written to the run's evaluations.jsonl.
 
-    Works on any trainer of TRL's GRPO family. Training does not depend on whether it is measured, and the time
-    that measuring takes is in no count of the run's.
+    Works on any trainer of TRL that generates text. Training does not depend on whether it is measured, and the
+    time that measuring takes is in no count of the run's.
 
     Args:
         trainer: whose model is measured.
@@ -121,6 +120,8 @@ class HeldOut(TrainerCallback):
         console: where progress and the table go.
         every: optimiser steps between measurements during training; None: only when `measure` is called.
         samples: sampled answers to each problem, which are averaged.
+        settings: what has temperature, top_p, top_k, max_completion_length, reward_weights and
+            chat_template_kwargs; the trainer's args, unless told.
 
     Raises:
         ValueError: DeepSpeed or FSDP, which hold no whole model on a device.
@@ -128,7 +129,7 @@ class HeldOut(TrainerCallback):
 
     def __init__(
         self,
-        trainer: GRPOTrainer,
+        trainer: Any,
         problems: Dataset,
         rewards: list[RewardFunction],
         course: Course,
@@ -136,6 +137,7 @@ class HeldOut(TrainerCallback):
         *,
         every: int | None,
         samples: int,
+        settings: Any = None,
     ) -> None:
         if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
             raise ValueError(
@@ -143,6 +145,7 @@ class HeldOut(TrainerCallback):
                 "set evaluate to false, and measure with `hapo eval` afterwards"
             )
         self.trainer, self.problems, self.rewards, self.console = trainer, problems, rewards, console
+        self.settings = trainer.args if settings is None else settings
         self.course, self.every, self.samples = course, every, samples
         self.file = Path(trainer.args.output_dir) / "evaluations.jsonl"
         told = [{line["step"] for line in read_lines(self.file)}]
@@ -153,8 +156,8 @@ class HeldOut(TrainerCallback):
         if step in self._measured:
             return
         self._measured.add(step)
-        args, started = self.trainer.args, time.monotonic()
-        sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
+        args, how_to, started = self.trainer.args, self.settings, time.monotonic()
+        sampling = {"temperature": how_to.temperature, "top_p": how_to.top_p, "top_k": how_to.top_k}
         sampling["samples"] = self.samples
         clock = getattr(self.trainer, "clock", None)  # of the engine's phases
         with self.course.paused(), clock.pause() if clock else nullcontext():
@@ -193,7 +196,7 @@ class HeldOut(TrainerCallback):
         self.console.print(table)
         self.console.print(
             f"{counted(last.problems, 'problem')}, 95 % intervals; sampled at temperature "
-            f"{self.trainer.args.temperature:g}"
+            f"{self.settings.temperature:g}"
         )
 
     def _estimate(self, what: str, **sampling: Any) -> dict[str, Any]:
@@ -201,7 +204,7 @@ class HeldOut(TrainerCallback):
         first, every = args.process_index, args.world_size
         mine = self.problems.select(range(first, len(self.problems), every))
         decoding = Decoding(
-            max_new_tokens=args.max_completion_length,
+            max_new_tokens=self.settings.max_completion_length,
             batch_size=args.per_device_eval_batch_size,
             seed=args.seed + args.process_index,
             **sampling,
@@ -213,8 +216,8 @@ class HeldOut(TrainerCallback):
                 mine,
                 self.rewards,
                 decoding,
-                weights=args.reward_weights,
-                chat_template_kwargs=args.chat_template_kwargs,
+                weights=self.settings.reward_weights,
+                chat_template_kwargs=self.settings.chat_template_kwargs,
                 advance=advance,
             )
         everyone: list[Answer] = gather_object([replace(a, problem=first + every * a.problem) for a in answers])

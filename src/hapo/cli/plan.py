@@ -16,7 +16,8 @@ from ..insight.doctor import Finding, examine_config
 from ..tasks import TaskConfig, load_task
 from ..trl import HAPOConfig
 from .recipe import RecipeParser
-from .train import TrainOptions, model_path, prepare_process
+from .run_folder import model_path, prepare_process
+from .train import TrainOptions
 
 DESCRIPTION = """hapo doctor RECIPE [flags]: what is wrong with a training run before it starts; takes a recipe and
 flags as `hapo train` does, reads data, tokeniser and the model's config.json, and never its weights.
@@ -38,7 +39,7 @@ def examine_recipe(argv: list[str]) -> list[Finding]:
         warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)  # TRL's own
         task_config, args, model_config, options, _ = parser.read([*argv, *_elsewhere()])
     path = model_path(model_config)
-    prepare_process(options)
+    prepare_process(options.threads)
     revision = {"revision": model_config.model_revision, "trust_remote_code": args.trust_remote_code}
     sizes = {k: v for k, v in (args.model_init_kwargs or {}).items() if k == "max_position_embeddings"}
     with _quiet():

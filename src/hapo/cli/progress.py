@@ -84,8 +84,13 @@ class TrainingProgress(TrainerCallback):
 
 
 def describe(metrics: dict[str, Any], tokens_per_second: float, binary: bool) -> str:
-    """One line: reward, accuracy where rewards are 0 or 1, entropy (nats), length, clip shares, tokens/s."""
+    """One line: reward, accuracy where rewards are 0 or 1, entropy (nats), length, clip shares, tokens/s.
+
+    Where there is no reward: the loss, nats per target.
+    """
     parts = []
+    if "reward" not in metrics and "loss" in metrics:
+        parts.append(f"loss {metrics['loss']:.4f}")
     if "reward" in metrics:
         parts.append(f"reward {metrics['reward']:.3f}")
         if binary:
@@ -97,7 +102,8 @@ def describe(metrics: dict[str, Any], tokens_per_second: float, binary: bool) ->
     if "clip_ratio/low_mean" in metrics:
         low, high = metrics["clip_ratio/low_mean"], metrics["clip_ratio/high_mean"]
         parts.append(f"clipped low {100 * low:.2f} % high {100 * high:.2f} %")
-    parts.append(f"{tokens_per_second:,.0f} tokens/s")
+    if tokens_per_second:
+        parts.append(f"{tokens_per_second:,.0f} tokens/s")
     return "  ".join(parts)
 
 

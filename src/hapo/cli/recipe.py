@@ -20,15 +20,16 @@ class RecipeParser(TrlParser):
     """TRL's parser of dataclasses, with `--config NAME_OR_PATH` and messages that name the nearest flag.
 
     A recipe holds values of flags. Flags win over the recipe, the recipe wins over defaults. With neither
-    `--config` nor `--model` it is the embedded demo.
+    `--config` nor `--model` it is the embedded recipe `default`.
     """
 
-    def __init__(self, prog: str, description: str, kinds: list[type]) -> None:
+    def __init__(self, prog: str, description: str, kinds: list[type], default: str = DEFAULT) -> None:
+        self.default = default
         super().__init__(kinds, prog=prog, description=description, allow_abbrev=False)
         self.add_argument(
             "--config",
             help=f"recipe: a YAML file, or the name of an embedded one ({', '.join(embedded())}); "
-            f"{DEFAULT} where neither --config nor --model is given",
+            f"{default} where neither --config nor --model is given",
         )
         self.add_argument(
             "--model", dest="model_name_or_path", default=None, help="model_name_or_path; tiny is embedded"
@@ -49,10 +50,12 @@ class RecipeParser(TrlParser):
         if unknown:
             raise UsageError(self._unknown(unknown[0]))
         if recipe is None:
-            recipe = recipe_of(given.config, given.model_name_or_path)
+            recipe = recipe_of(given.config, given.model_name_or_path, self.default)
         for key in recipe:
             if key not in self._names():
-                raise UsageError(f"{given.config or DEFAULT}: unknown option {key!r}{nearest(key, self._names())}")
+                raise UsageError(
+                    f"{given.config or self.default}: unknown option {key!r}{nearest(key, self._names())}"
+                )
         self.set_defaults_with_config(**recipe)
         try:
             return self.parse_args_into_dataclasses(argv, look_for_args_file=False)
@@ -79,15 +82,15 @@ class RecipeParser(TrlParser):
         return f"unknown flag {word}{nearest(word.partition('=')[0], flags)}"
 
 
-def recipe_of(config: str | None, model: str | None) -> dict[str, Any]:
-    """The recipe of this name or file; the embedded demo where neither it nor a model is named.
+def recipe_of(config: str | None, model: str | None, default: str = DEFAULT) -> dict[str, Any]:
+    """The recipe of this name or file; the embedded default where neither it nor a model is named.
 
     Raises:
         UsageError: see `read_recipe`.
     """
     if config is None and model is not None:
         return {}
-    return read_recipe(config or DEFAULT)
+    return read_recipe(config or default)
 
 
 def read_recipe(name: str) -> dict[str, Any]:

@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import sys
-import warnings
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import datasets
-import torch
-import transformers
-import yaml
 from accelerate.utils import gather_object
 from rich.console import Console
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from ..assets import tiny_model_path
-from ..engines.records import check_writable, files_of_run
 from ..engines.trl.checkpoint import complete_checkpoints, state_of
 from ..insight.run import Run
-from ..outputs import write_whole
 from ..tasks import Task, TaskConfig, load_task
 from ..tasks.curriculum import STAGE
 from ..trl import HAPOConfig, HAPOTrainer
-from . import INTERRUPTED, UsageError
+from . import INTERRUPTED
 from .held_out import Course, HeldOut
-from .progress import Interrupt, TrainingProgress
 from .recipe import RecipeParser, told
+from .run_folder import (
+    check_folder,
+    check_same_data,
+    is_finished,
+    model_options,
+    model_path,
+    prepare_process,
+    prolong,
+    resumed,
+    run_training,
+    save_model,
+    write_page,
+)
 
 DESCRIPTION = """Train a model with verifiable rewards. Flags: those of the task, of TRL's GRPOConfig with a
 method, and of TRL's ModelConfig. Without --config or --model: the embedded demo."""
@@ -72,8 +70,8 @@ class TrainOptions:
 
 def main(argv: list[str]) -> int:
     """Train, and return the exit code."""
-    argv, checkpoint = _resume(argv)
-    if checkpoint is True and _is_finished(argv):
+    argv, checkpoint = resumed(argv)
+    if checkpoint is True and is_finished("train", argv):
         return 0
     parser = RecipeParser("hapo train", DESCRIPTION, [TaskConfig, HAPOConfig, ModelConfig, TrainOptions])
     parser.add_argument(
@@ -84,13 +82,18 @@ def main(argv: list[str]) -> int:
     )
     parser.set_defaults(run_records=True)
     task_config, args, model_config, options, _ = parser.read(argv)
-    _check(args, model_config, resuming=checkpoint is not None)
+    check_folder("train", args, model_config, resuming=checkpoint is not None)
     console = Console(quiet=args.process_index != 0, highlight=False, markup=False)
-    prepare_process(options)
+    prepare_process(options.threads)
     task = load_task(task_config, seed=args.seed)
     folder = Path(args.output_dir)
     shown = "" if task.demonstrations is None else task.demonstrations._fingerprint
-    _check_same_data(task, gather_object([task.fingerprint + shown]), Run(folder).manifest if checkpoint else {})
+    check_same_data(
+        task.name,
+        task.train._fingerprint,
+        gather_object([task.fingerprint + shown]),
+        Run(folder).manifest if checkpoint else {},
+    )
     trainer = build_trainer(task, args, model_config)
     trainer.recipe = told(task_config, model_config, options)
     console.print(
@@ -112,12 +115,13 @@ def main(argv: list[str]) -> int:
         if checkpoint is None:
             held_out.measure(0)
     if checkpoint is not None and args.process_index == 0:
-        _prolong(folder / "config.yaml", args.max_steps)
+        prolong(folder / "config.yaml", args.max_steps)
     finished = checkpoint is not None and _take_up_last(trainer, course, checkpoint)
     if not finished:
-        finished = _train(trainer, checkpoint, console, [course] if held_out is None else [course, held_out])
+        callbacks = [course] if held_out is None else [course, held_out]
+        finished = run_training("train", trainer, checkpoint, console, callbacks, lambda: _binary(trainer))
     if finished:
-        _save_model(trainer, folder / "model")
+        save_model(trainer, folder / "model")
         if held_out is not None:
             held_out.measure(trainer.state.global_step)
             held_out.print()
@@ -126,38 +130,10 @@ def main(argv: list[str]) -> int:
             course.finish(trainer.state)
         console.print(f"model: {folder / 'model'}", soft_wrap=True)
     if options.report and args.process_index == 0:
-        _report(folder, console)
+        write_page(folder, console)
     trainer.accelerator.wait_for_everyone()  # gloo aborts a rank whose peer has gone
     trainer.end()
     return 0 if finished else INTERRUPTED
-
-
-def _save_model(trainer: HAPOTrainer, folder: Path) -> None:
-    """The model as a whole folder: a kill leaves the one of before, if there is one, or none."""
-    partial, old = folder.with_name("model.partial"), folder.with_name("model.old")
-    first = trainer.args.process_index == 0
-    if first:
-        shutil.rmtree(partial, ignore_errors=True)  # of a try of this run that was killed here
-    trainer.accelerator.wait_for_everyone()
-    trainer.save_model(str(partial))
-    trainer.accelerator.wait_for_everyone()
-    if first:
-        if folder.exists():  # of the run before it was prolonged, or taken back to a checkpoint
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        partial.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
-
-
-def _report(folder: Path, console: Console) -> None:
-    """The page of the run; whatever it trips over, the run is complete without it."""
-    try:
-        from ..insight.report import write_report
-
-        console.print(f"report: {write_report([folder], folder / 'report.html')}", soft_wrap=True)
-    except Exception as error:
-        console.print(f"no report ({type(error).__name__}: {error}); try: hapo report {folder}", soft_wrap=True)
 
 
 def build_trainer(task: Task, args: HAPOConfig, model_config: ModelConfig) -> HAPOTrainer:
@@ -180,57 +156,6 @@ def build_trainer(task: Task, args: HAPOConfig, model_config: ModelConfig) -> HA
     return trainer
 
 
-def model_options(model_config: ModelConfig, given: dict[str, Any] | None) -> dict[str, Any]:
-    """How the model is loaded: the options of the model, and over them `model_init_kwargs` as given."""
-    return {
-        "revision": model_config.model_revision,
-        "attn_implementation": model_config.attn_implementation,
-        "dtype": model_config.dtype,
-        **(given or {}),
-    }
-
-
-def model_path(model_config: ModelConfig) -> str:
-    """Path or Hub id of the model; "tiny" is the embedded one."""
-    name = model_config.model_name_or_path
-    if name is None:
-        raise UsageError("no model is named: set model_name_or_path to a folder, a Hub id, or tiny")
-    return str(tiny_model_path()) if name == "tiny" else name
-
-
-def prepare_process(options: TrainOptions) -> None:
-    """Threads; bars of the libraries off, and the warnings that they raise about their own code."""
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    own = "`(is_gradient_checkpointing|gradient_checkpointing_(en|dis)able)` is deprecated"
-    warnings.filterwarnings("ignore", own, FutureWarning)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-
-
-def _train(
-    trainer: HAPOTrainer, checkpoint: bool | str | None, console: Console, callbacks: list[TrainerCallback]
-) -> bool:
-    """Train; False if it was interrupted. However it ends early, say how to go on."""
-    for callback in callbacks:
-        trainer.add_callback(callback)
-    for default in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(default)
-    progress = TrainingProgress(console, lambda: _binary(trainer))
-    trainer.add_callback(progress)
-    try:
-        with closing(progress), Interrupt(console) as interrupt:
-            trainer.add_callback(interrupt)
-            trainer.train(resume_from_checkpoint=checkpoint)
-    except BaseException:
-        _say_how_to_resume(trainer)
-        raise
-    if interrupt.caught:
-        _say_how_to_resume(trainer)
-    return not interrupt.caught
-
-
 def _take_up_last(trainer: HAPOTrainer, course: Course, checkpoint: bool | str) -> bool:
     """Take up a run that was killed between its last optimiser step and its end; False for any other."""
     saved = complete_checkpoints(Path(trainer.args.output_dir) / "checkpoints")
@@ -250,121 +175,3 @@ def _take_up_last(trainer: HAPOTrainer, course: Course, checkpoint: bool | str) 
 def _binary(trainer: HAPOTrainer) -> bool:
     rewards = trainer._rewards_per_func
     return rewards is not None and rewards.shape[1] == 1 and bool(((rewards == 0) | (rewards == 1)).all())
-
-
-def _say_how_to_resume(trainer: HAPOTrainer) -> None:
-    folder = trainer.args.output_dir
-    if trainer.args.process_index or not (Path(folder) / "manifest.json").exists():
-        return
-    saved = complete_checkpoints(Path(folder) / "checkpoints")
-    if saved:
-        print(f"{saved[-1].name} is saved; resume with: hapo train --resume {folder}", file=sys.stderr)
-    else:
-        print(f"no checkpoint was written yet; remove {folder} to start again", file=sys.stderr)
-
-
-def _resume(argv: list[str]) -> tuple[list[str], bool | str | None]:
-    """Arguments and checkpoint of `--resume RUN`; the arguments as they are without it."""
-    if not any(word.partition("=")[0] == "--resume" for word in argv):
-        return argv, None
-    words = [part for word in argv for part in word.split("=", 1)]
-    told = dict(zip(words[::2], words[1::2], strict=False))
-    known = {"--resume"} <= told.keys() <= {"--resume", "--max_steps"}
-    if not known or len(words) != 2 * len(told):
-        raise UsageError(
-            "--resume RUN goes alone, or with --max_steps N to prolong it: a resumed run keeps its own options"
-        )
-    run = Path(told["--resume"])
-    named = run.name.startswith("checkpoint-")
-    folder = run.parent.parent if named else run
-    if not (folder / "config.yaml").is_file():
-        raise UsageError(f"{run} is no run to resume: {folder / 'config.yaml'} does not exist")
-    checkpoint = str(run) if named else True
-    longer = ["--max_steps", told["--max_steps"]] if "--max_steps" in told else []
-    return ["--config", str(folder / "config.yaml"), "--output_dir", str(folder), *longer], checkpoint
-
-
-def _is_finished(argv: list[str]) -> bool:
-    """Whether the run of `_resume` had come to its end; then it says so, and writes the report if there is none.
-
-    Raises:
-        UsageError: `--max_steps` is to prolong a finished run by no step.
-    """
-    folder, longer = Path(argv[3]), argv[5:]
-    done = Run(folder).finished
-    if done is None:
-        return False
-    steps = done["steps"]
-    if longer and not longer[0].isdecimal():
-        raise UsageError(f"--max_steps must be a whole number, got {longer[0]!r}")
-    if longer and int(longer[0]) > steps:
-        return False
-    if longer:
-        raise UsageError(f"the run has {steps} optimiser steps: --max_steps must be above that, got {longer[0]}")
-    console = Console(quiet=os.environ.get("RANK", "0") != "0", highlight=False, markup=False)
-    console.print(
-        f"{folder} is finished: {steps} optimiser steps ({done['why']}). Nothing to do; to prolong it: hapo train "
-        f"--resume {folder} --max_steps {2 * steps}",
-        soft_wrap=True,
-    )
-    if not (folder / "report.html").exists() and os.environ.get("RANK", "0") == "0":
-        _report(folder, console)
-    return True
-
-
-def _check_same_data(task: Task, everywhere: list[str], manifest: dict[str, Any]) -> None:
-    """Raise a ValueError unless all processes, and the run that goes on, have the same data.
-
-    `everywhere` are the fingerprints of task and demonstrations in all processes. Another version of `datasets`
-    may take another fingerprint of the same rows, so nothing is said where that has changed since the run began.
-    """
-    if len(set(everywhere)) > 1:
-        raise ValueError(
-            "the processes of this run have different data, so that their problems would be mixed up: let all of "
-            "them read the same files"
-        )
-    began, same = manifest.get("data_fingerprint"), manifest.get("versions", {}).get("datasets")
-    if began and same == datasets.__version__ and began != task.train._fingerprint:
-        raise ValueError(
-            f"the training data of {task.name} are no longer those that this run began with, and its steps would "
-            "be taken on other problems: put the data back, or start a new run"
-        )
-
-
-def _prolong(config: Path, max_steps: int) -> None:
-    """Write the length of the run into its config.yaml, where it has changed.
-
-    Raises:
-        UsageError: the run has a curriculum, whose stages are shares of its length.
-    """
-    told = yaml.safe_load(config.read_text())
-    if told.get("max_steps", -1) != max_steps:
-        if told.get("stage_column") not in (None, "none"):
-            raise UsageError(
-                "--max_steps cannot prolong a run with a curriculum, for its stages are shares of its length: "
-                f"resume it as it is, or start a new run with --model {config.parent / 'model'}"
-            )
-        write_whole(config, yaml.safe_dump({**told, "max_steps": max_steps}, sort_keys=False, allow_unicode=True))
-
-
-def _check(args: HAPOConfig, model_config: ModelConfig, *, resuming: bool) -> None:
-    """What can be known before anything is loaded; the run folder is the first process's business."""
-    if args.resume_from_checkpoint:
-        raise UsageError("resume with `hapo train --resume RUN` in place of resume_from_checkpoint")
-    if not args.run_records:
-        raise UsageError("run_records cannot be off: `hapo train` resumes and reports from the records")
-    model_path(model_config)
-    if args.process_index:
-        return
-    folder = Path(args.output_dir)
-    if not resuming and (folder / "manifest.json").exists():
-        raise UsageError(
-            f"the run folder {folder} exists: choose another --output_dir, remove it, or go on with "
-            f"`hapo train --resume {folder}`"
-        )
-    if not resuming and (there := files_of_run(folder)):
-        raise UsageError(
-            f"a run in {folder} would write over {', '.join(there)}: choose another --output_dir, or move what is "
-            "there"
-        )
-    check_writable(folder)

@@ -29,8 +29,10 @@ from .targets import method_of_targets, parse_supervised, reweigh
 PAGES = Environment(loader=PackageLoader("hapo.insight"), autoescape=True, undefined=StrictUndefined)
 BUDGET = 8 * 2**20
 """Characters of encoded data that a page may hold."""
-SHARED = ("entropy", "entropy_new", "temperature", "logp_old", "logp_new", "logp_sampler", "logp_ref", "gate")
-SHARED += ("logp", "rank", "expected_rank")
+SHARED = (
+    *("entropy", "entropy_new", "temperature", "logp_old", "logp_new", "logp_sampler", "logp_ref", "gate"),
+    *("logp", "rank", "expected_rank"),
+)
 """Columns that are the same under every method."""
 TREATMENT = (
     "signal",
@@ -128,11 +130,13 @@ def encode(run: Run, first: int, others: Sequence[Method | Supervised], most: in
     """
     tokens = run.tokens(first)
     if run.supervised:
-        tables = [reweigh(tokens, method) for method in (method_of_targets(run), *others)]
+        methods = [method_of_targets(run), *(method for method in others if isinstance(method, Supervised))]
+        tables = [reweigh(tokens, method) for method in methods]
         complete = True
     else:
         rollout = run.rollout(first)
-        own, *rest = (recompute(rollout, method) for method in (run.method(), *others))
+        policies = [run.method(), *(method for method in others if isinstance(method, Method))]
+        own, *rest = (recompute(rollout, method) for method in policies)
         tables, complete = [tokens.assign(push=own["push"]), *rest], rollout.complete
     order = np.argsort(tokens.groupby("group", sort=False).ngroup().to_numpy(), kind="stable")
     number = tokens.iloc[order].groupby(["response", "step"], sort=False).ngroup().to_numpy()

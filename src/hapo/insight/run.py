@@ -121,7 +121,7 @@ class Run:
     @property
     def supervised(self) -> bool:
         """Whether it learnt from demonstrations: its records are of targets, see `hapo.insight.targets`."""
-        return hapo.methods().get(self.config.get("method", "")) == "supervised"
+        return self.manifest.get("kind") == "supervised"
 
     def held_out_loss(self) -> pd.DataFrame:
         """One row a measurement of the loss on held-out demonstrations, with step, eval_loss and others."""

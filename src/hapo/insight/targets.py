@@ -114,8 +114,12 @@ def ranks(tokens: pd.DataFrame) -> Figure:
             alt.Tooltip("weight:Q", title="mean weight"),
         ],
     )
-    diagonal = alt.Chart(alt.InlineData(values=[{"x": 1, "y": 1}, {"x": short(10**end), "y": short(10**end)}]))
-    line = diagonal.mark_line(strokeDash=[3, 3], color="#D55E00").encode(x="x:Q", y="y:Q")
+    corners: list[dict[str, Any]] = [{"x": at, "y": at} for at in (1, short(10**end))]
+    line = (
+        alt.Chart(alt.InlineData(values=corners))
+        .mark_line(strokeDash=[3, 3], color="#D55E00")
+        .encode(x="x:Q", y="y:Q")
+    )
     return replace(figure, chart=alt.layer(density, line))
 
 
@@ -132,7 +136,7 @@ def weights(tokens: pd.DataFrame) -> Figure:
         return figure
     p = np.exp(tokens["logp"])
     part = (p.rank(method="first").sub(1) * 20 // len(p)).astype(int)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"p": short(p[part == n].median())}
         | {
             k: short(tokens["weight"][part == n].quantile(q))

@@ -162,8 +162,8 @@ def load_state(folder: Path, accelerator: Accelerator) -> RunState:
         rollout = _unpack({k: v.to(accelerator.device) for k, v in load_file(file).items()}, rollout)
     names = ("micro_step", "fresh_prompts", "mixed_share", "metrics", "loss", "entropy_term")
     plain = {name: read[name] for name in names}
-    stats = {name: _from_json(read[name]) for name in ("stats", "sampled_with")}
-    return RunState(**stats, rollout=rollout, **plain)
+    stats, sampled_with = _from_json(read["stats"]), _from_json(read["sampled_with"])
+    return RunState(stats=stats, sampled_with=sampled_with, rollout=rollout, **plain)
 
 
 class OnceAtBegin(TrainerCallback):

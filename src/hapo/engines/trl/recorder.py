@@ -51,6 +51,7 @@ def open_records(
             weights_sha256=weights_hash(model),
             data_fingerprint=getattr(dataset, "_fingerprint", None),
             processes=args.world_size,
+            **({"kind": "supervised"} if isinstance(method, Supervised) else {}),
         ),
         rank=rank,
         need=_checkpoint_bytes(model) if args.save_strategy != "no" else 0,

@@ -149,6 +149,7 @@ class SupervisedTrainer(Recorded, SFTTrainer):
         self._tag_names = ["trl", "sft", "hapo"]
         self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         self.recipe = {}
+        self._given = trl_kwargs.get("train_dataset")  # whose fingerprint says which data these are
         if args.run_records:
             check_writable(Path(args.output_dir))
         args = copy.copy(args)
@@ -242,8 +243,10 @@ class SupervisedTrainer(Recorded, SFTTrainer):
 
     def _open_records(self, checkpoint: str | None) -> None:
         net, args = self.accelerator.unwrap_model(self.model), self.args
-        self._run_folder = open_records(args, self.method, self.recipe, net, self.train_dataset, checkpoint)
-        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        self._run_folder = open_records(
+            args, self.method, self.recipe, net, self._given or self.train_dataset, checkpoint
+        )
+        tokenizer: Any = getattr(self.processing_class, "tokenizer", self.processing_class)
         self._records = TargetRecorder(
             self._run_folder,
             self.method,

@@ -84,7 +84,7 @@ class TargetRecorder:
                 scores = model(**passed, hapo_score=request)
         finally:
             model.train(training)
-        fields = {name: scores[name] for name in ("logp", "entropy", "rank", "expected_rank")}
+        fields: dict[str, Any] = {name: scores[name] for name in ("logp", "entropy", "rank", "expected_rank")}
         batch = TokenBatch(mask=mask, **fields)
         made = {**fields, "ids": targets, "mask": mask, "weight": self.method.loss(batch).tokens["weight"]}
         if gates is not None:
@@ -99,11 +99,13 @@ class TargetRecorder:
             name: torch.stack([torch.nn.functional.pad(one[name], (0, width - len(one[name]))) for one in cut])
             for name in made
         }
+        of_rows: dict[str, Any] = {name: padded[name] for name in fields}
+        batch = TokenBatch(mask=padded["mask"], **of_rows)
         numbers = self.rank + self.ranks * (self._held + torch.arange(len(rows)))
         self._held += len(rows)
         self.records.add_targets(
             step,
-            TokenBatch(mask=padded["mask"], **{name: padded[name] for name in fields}),
+            batch,
             padded["weight"],
             numbers,
             padded["ids"],

@@ -65,6 +65,7 @@ class Rollout {
     this.made = new Map();
     this.word = this.unpack(this.head.word);
     this.position = this.unpack(this.head.position);
+    this.none = new Float32Array(this.word.length).fill(NaN);
     const distinct = new Set(this.head.responses.map((r) => r.response));
     this.repeated = distinct.size < this.head.responses.length; // used in several steps
     this.responses = this.head.responses.map((r, place) => ({
@@ -109,7 +110,6 @@ class Rollout {
 
   // What is shown: a quantity under one method, or under the first minus under another; NaN where there is none.
   shown(key, view) {
-    this.none ??= new Float32Array(this.word.length).fill(NaN);
     if (view.as !== "difference") return this.column(key, view.as === "other" ? view.other : 0) ?? this.none;
     const of = key === "side" ? "clipped" : key;
     const make = () => combine(this.column(of, 0), this.column(of, view.other), (a, b) => a - b) ?? this.none;

@@ -75,9 +75,9 @@ function plain(text) {
 function paint(places = spans.keys()) {
   const { rollout, view } = state;
   const shown = values();
-  const side = rollout.column("side", method());
+  const side = rollout.column("side", method()) ?? rollout.none;
   const kept = rollout.column("kept", method());
-  const there = view.as === "difference" ? rollout.column("side", view.other) : rollout.none;
+  const there = view.as === "difference" ? rollout.column("side", view.other) ?? rollout.none : rollout.none;
   for (const place of places) {
     for (const span of spans.get(place)) {
       const i = span.token;
