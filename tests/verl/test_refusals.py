@@ -56,6 +56,7 @@ def compose(tmp_path: Path, *overrides: str) -> DictConfig:
         ((HAPO, "+hapo.record_tokens_every=-1"), "record_tokens_every must be an integer >= 0, got -1"),
         ((HAPO, "+hapo.options.kl_coef=0.1"), "use_kl_loss=True"),
         ((HAPO, "+hapo.options.sampler_cap=3"), "rollout_is_threshold"),
+        (("+hapo.method=vespo",), "corrects for the sampler by itself: set .*rollout_is=null"),
         ((HAPO, "algorithm.adv_estimator=grpo"), "algorithm.adv_estimator=hapo, got grpo"),
         ((HAPO, f"{ACTOR}.policy_loss.loss_mode=vanilla"), "loss_mode=hapo, got vanilla"),
         ((HAPO, "algorithm.rollout_correction.bypass_mode=True"), "bypass_mode=True.*set it to False"),

@@ -140,7 +140,12 @@ def resolve_method(config: Mapping[str, Any], settings: Settings) -> Method:
             f"method {named.name!r} is one of masked-diffusion models, which verl does not train: use "
             "hapo.trl.DiffusionTrainer, or choose another method"
         )
-    changes: dict[str, Any] = {"sampler_cap": _cap(config)}
+    cap = _cap(config)
+    if cap is not None and named.sampler_cap is None:
+        raise ValueError(
+            f"method {named.name!r} corrects for the sampler by itself: set {CORRECTION}.rollout_is=null"
+        )
+    changes: dict[str, Any] = {"sampler_cap": cap}
     weight = named.options["kl_coef"] if named.penalty is not None else 0.0
     own, uses_kl = _own_penalty(named), bool(select(config, f"{ACTOR}.use_kl_loss"))
     if own and not (uses_kl and select(config, f"{ACTOR}.kl_loss_coef") == 0):
