@@ -215,6 +215,7 @@ class HeldOut(TrainerCallback):
                 decoding,
                 weights=args.reward_weights,
                 chat_template_kwargs=args.chat_template_kwargs,
+                draw=getattr(trainer, "draw_responses", None),
                 advance=advance,
             )
         everyone: list[Answer] = gather_object([replace(a, problem=first + every * a.problem) for a in answers])

@@ -20,17 +20,19 @@ from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
+import hapo
+
 from ..assets import tiny_model_path
 from ..engines.records import check_writable, files_of_run
 from ..engines.trl.checkpoint import complete_checkpoints, state_of
 from ..insight.run import Run
 from ..outputs import write_whole
 from ..tasks import Task, TaskConfig, load_task
-from ..trl import HAPOConfig, HAPOTrainer
+from ..trl import DiffusionConfig, DiffusionTrainer, HAPOConfig, HAPOTrainer
 from . import INTERRUPTED, UsageError
 from .held_out import Course, HeldOut
 from .progress import Interrupt, TrainingProgress
-from .recipe import RecipeParser, told
+from .recipe import RecipeParser, recipe_of, told
 
 DESCRIPTION = """Train a model with verifiable rewards. Flags: those of the task, of TRL's GRPOConfig with a
 method, and of TRL's ModelConfig. Without --config or --model: the embedded demo."""
@@ -74,7 +76,7 @@ def main(argv: list[str]) -> int:
     argv, checkpoint = _resume(argv)
     if checkpoint is True and _is_finished(argv):
         return 0
-    parser = RecipeParser("hapo train", DESCRIPTION, [TaskConfig, HAPOConfig, ModelConfig, TrainOptions])
+    parser = RecipeParser("hapo train", DESCRIPTION, [TaskConfig, config_of(argv), ModelConfig, TrainOptions])
     parser.add_argument(
         "--resume",
         metavar="RUN",
@@ -162,7 +164,8 @@ def build_trainer(task: Task, args: HAPOConfig, model_config: ModelConfig) -> HA
     """The trainer of a task, its model loaded as the options say."""
     given = args.model_init_kwargs
     args.model_init_kwargs = model_options(model_config, given)
-    trainer = HAPOTrainer(
+    kind = DiffusionTrainer if isinstance(args, DiffusionConfig) else HAPOTrainer
+    trainer: HAPOTrainer = kind(
         model_path(model_config),
         task.reward_funcs,
         args,
@@ -191,6 +194,23 @@ def model_path(model_config: ModelConfig) -> str:
     if name is None:
         raise UsageError("no model is named: set model_name_or_path to a folder, a Hub id, or tiny")
     return str(tiny_model_path()) if name == "tiny" else name
+
+
+def config_of(argv: list[str]) -> type[HAPOConfig]:
+    """The class of the trainer's options: that of the method which flags or recipe name.
+
+    Raises:
+        UsageError: there is no such recipe, or it is malformed.
+    """
+
+    def flag(name: str) -> str | None:
+        words = [part for word in argv for part in (word.split("=", 1) if word.startswith(name) else [word])]
+        found = [i for i, word in enumerate(words[:-1]) if word == name]
+        return words[found[-1] + 1] if found else None
+
+    named = flag("--method") or recipe_of(flag("--config"), flag("--model")).get("method", HAPOConfig.method)
+    known = str(named) in hapo.methods("policy") and hapo.method(str(named)).likelihood is not None
+    return DiffusionConfig if known else HAPOConfig
 
 
 def prepare_process(options: TrainOptions) -> None:
