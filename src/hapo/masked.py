@@ -21,8 +21,11 @@ from .scoring import Scores, output_layer, score_states
 
 
 def predicts_next(config: Any) -> bool:
-    """Whether a model with this configuration says at k - 1 what stands at k: those of the type Dream do."""
-    return str(getattr(config, "model_type", "")).lower() == "dream"
+    """Whether a model with this configuration says at k - 1 what stands at k.
+
+    Those of the type Dream do, and those whose configuration has `predicts_next: true`.
+    """
+    return bool(getattr(config, "predicts_next", str(getattr(config, "model_type", "")).lower() == "dream"))
 
 
 def mask_token(config: Any, tokenizer: Any) -> int:

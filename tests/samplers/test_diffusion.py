@@ -194,7 +194,7 @@ def test_settings_that_do_not_fit_are_refused(given, words):
 
 def test_what_a_model_is():
     assert predicts_next(type("Config", (), {"model_type": "Dream"})())
-    assert not predicts_next(LlamaConfig())
+    assert predicts_next(LlamaConfig(predicts_next=True)) and not predicts_next(LlamaConfig())
     assert mask_token(LlamaConfig(mask_token_id=7), object()) == 7
     with pytest.raises(ValueError, match="has no mask token"):
         mask_token(LlamaConfig(), object())

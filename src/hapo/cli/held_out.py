@@ -218,6 +218,7 @@ class HeldOut(TrainerCallback):
                 decoding,
                 weights=self.settings.reward_weights,
                 chat_template_kwargs=self.settings.chat_template_kwargs,
+                draw=getattr(trainer, "draw_responses", None),
                 advance=advance,
             )
         everyone: list[Answer] = gather_object([replace(a, problem=first + every * a.problem) for a in answers])

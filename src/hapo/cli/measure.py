@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..engines.estimate import Estimate
@@ -65,6 +66,7 @@ def draw_answers(
     *,
     weights: list[float] | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
+    draw: Callable[[Tensor, Tensor, float], Tensor] | None = None,
     advance: Callable[[int], object] = lambda n: None,
     likelihood: bool = False,
 ) -> list[Answer]:
@@ -73,8 +75,18 @@ def draw_answers(
     With `likelihood` each answer is a `LikelyAnswer`, which takes one more forward pass.
 
     The state of the random generators and `model.training` are as before when it returns, so that training
-    does not depend on whether it was measured.
+    does not depend on whether it was measured. `draw` takes the place of `model.generate`: prompts (B,P), their
+    mask and the temperature -> responses (B,L).
+
+    Raises:
+        ValueError: the model attends in both directions, and no `draw` is given.
     """
+    if draw is None and not getattr(model.config, "is_causal", True):
+        raise ValueError(
+            f"this {type(model).__name__} attends in both directions (is_causal is false): it says what is "
+            "hidden, and not what comes next. Its accuracy is measured in training, by hapo train with a method "
+            "of diffusion models"
+        )
     asked = [(i, k) for i in range(len(problems)) for k in range(decoding.samples)]
     config = _generation_config(model, tokenizer, decoding)
     training, answers = model.training, []
@@ -86,7 +98,10 @@ def draw_answers(
                 part = asked[start : start + decoding.batch_size]
                 prompts = [problems[i]["prompt"] for i, _ in part]
                 inputs = encode(tokenizer, prompts, chat_template_kwargs or {}).to(model.device)
-                output = model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1] :]
+                if draw is not None:
+                    output = draw(inputs["input_ids"], inputs["attention_mask"], decoding.temperature)
+                else:
+                    output = model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1] :]
                 ids = [_until_end(row, config.eos_token_id) for row in output.tolist()]
                 judged = judge(tokenizer, problems, part, ids, config.eos_token_id, reward_funcs, weights)
                 if likelihood:

@@ -9,14 +9,16 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
+import hapo
+
 from ..engines.trl.checkpoint import complete_checkpoints, state_of
 from ..insight.run import Run
 from ..tasks import Task, TaskConfig, load_task
 from ..tasks.curriculum import STAGE
-from ..trl import HAPOConfig, HAPOTrainer
+from ..trl import DiffusionConfig, DiffusionTrainer, HAPOConfig, HAPOTrainer
 from . import INTERRUPTED
 from .held_out import Course, HeldOut
-from .recipe import RecipeParser, told
+from .recipe import RecipeParser, recipe_of, told
 from .run_folder import (
     check_folder,
     check_same_data,
@@ -73,7 +75,7 @@ def main(argv: list[str]) -> int:
     argv, checkpoint = resumed(argv)
     if checkpoint is True and is_finished("train", argv):
         return 0
-    parser = RecipeParser("hapo train", DESCRIPTION, [TaskConfig, HAPOConfig, ModelConfig, TrainOptions])
+    parser = RecipeParser("hapo train", DESCRIPTION, [TaskConfig, config_of(argv), ModelConfig, TrainOptions])
     parser.add_argument(
         "--resume",
         metavar="RUN",
@@ -142,7 +144,8 @@ def build_trainer(task: Task, args: HAPOConfig, model_config: ModelConfig) -> HA
         args.stage_column = STAGE
     given = args.model_init_kwargs
     args.model_init_kwargs = model_options(model_config, given)
-    trainer = HAPOTrainer(
+    kind = DiffusionTrainer if isinstance(args, DiffusionConfig) else HAPOTrainer
+    trainer: HAPOTrainer = kind(
         model_path(model_config),
         task.reward_funcs,
         args,
@@ -154,6 +157,23 @@ def build_trainer(task: Task, args: HAPOConfig, model_config: ModelConfig) -> HA
     )
     trainer.args.model_init_kwargs = given  # the run's config.yaml has them under the names that the user gave
     return trainer
+
+
+def config_of(argv: list[str]) -> type[HAPOConfig]:
+    """The class of the trainer's options: that of the method which flags or recipe name.
+
+    Raises:
+        UsageError: there is no such recipe, or it is malformed.
+    """
+
+    def flag(name: str) -> str | None:
+        words = [part for word in argv for part in (word.split("=", 1) if word.startswith(name) else [word])]
+        found = [i for i, word in enumerate(words[:-1]) if word == name]
+        return words[found[-1] + 1] if found else None
+
+    named = flag("--method") or recipe_of(flag("--config"), flag("--model")).get("method", HAPOConfig.method)
+    known = str(named) in hapo.methods("policy") and hapo.method(str(named)).likelihood is not None
+    return DiffusionConfig if known else HAPOConfig
 
 
 def _take_up_last(trainer: HAPOTrainer, course: Course, checkpoint: bool | str) -> bool:

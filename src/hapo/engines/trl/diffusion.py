@@ -158,6 +158,14 @@ class DiffusionTrainer(HAPOTrainer):
             autocast=self.accelerator.autocast,
         )
 
+    def draw_responses(
+        self, prompt_ids: Int[Tensor, "B P"], prompt_mask: Int[Tensor, "B P"], temperature: float
+    ) -> Int[Tensor, "B L"]:
+        """Responses of the model as it is, decoded as in training but for the temperature."""
+        assert isinstance(self.sampler, DiffusionSampler)
+        how = self.args.unmasking(temperature)
+        return self.sampler.decoded(self.accelerator.unwrap_model(self.model), prompt_ids, prompt_mask, how)
+
     @property
     def _mask_id(self) -> int:
         return mask_token(self.accelerator.unwrap_model(self.model).config, self._tokenizer)

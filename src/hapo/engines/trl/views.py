@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ...masked import masked_scores
@@ -72,22 +72,21 @@ class DiffusionSampler(Sampler):
         ids = torch.tensor([[self.pad_id] * (width - len(p)) + [*p] for p in asked.prompt_ids], device=device)
         lengths = torch.tensor([len(p) for p in asked.prompt_ids], device=device)
         mask = (torch.arange(width, device=device) >= width - lengths.unsqueeze(1)).long()
-        training = asked.net.training
-        asked.net.eval()
+        return Turn(self.decoded(asked.net, ids, mask, self.how).tolist(), None)
+
+    def decoded(
+        self, net: Any, ids: Int[Tensor, "B P"], mask: Int[Tensor, "B P"], how: Unmasking
+    ) -> Int[Tensor, "B L"]:
+        """Responses to left-padded prompts, with the model in evaluation mode."""
+        training = net.training
+        net.eval()
         try:
             with self.autocast():
-                drawn = decode(
-                    asked.net,
-                    ids,
-                    mask,
-                    self.how,
-                    mask_id=self.mask_id,
-                    eos_ids=self.eos_ids,
-                    shifted=self.shifted,
-                )
+                return decode(
+                    net, ids, mask, how, mask_id=self.mask_id, eos_ids=self.eos_ids, shifted=self.shifted
+                ).ids
         finally:
-            asked.net.train(training)
-        return Turn(drawn.ids.tolist(), None)
+            net.train(training)
 
 
 class DiffusionScorer(Scorer):

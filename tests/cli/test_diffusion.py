@@ -1,0 +1,69 @@
+"""`hapo train` with a method of diffusion models: measured, resumed, and refused where tokens come one by one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import hapo
+from hapo.assets import tiny_model_path
+from hapo.cli import main
+from hapo.cli.train import config_of
+from hapo.trl import DiffusionConfig, HAPOConfig
+from tests.cli.small import evaluations, metrics, train
+
+OPTIONS = {"method": "espo", "block_length": 6, "diffusion_steps": 4, "max_num_gen_batches": 1, "max_steps": 3}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A random Llama with full attention, and the tokenizer of the bundled model with a mask token."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_path())
+    tokenizer.add_special_tokens({"mask_token": "<mask>"})
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, is_causal=False, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_run_is_measured_and_resumes_inside_a_rollout(model, tmp_path):
+    """Two optimiser steps a use, two uses: the checkpoint after the second step is half way through a rollout."""
+    options = {**OPTIONS, "model_name_or_path": model, "num_iterations": 2, "threads": 1, "use_cpu": True}
+    options |= {"bf16": False, "activation_checkpointing": False, "report_to": "none", "dataset": "addition"}
+    assert main(train(tmp_path / "whole", **options)) == 0
+    measured = [(line["step"], line["how"]) for line in evaluations(tmp_path / "whole")]
+    assert measured == [(step, how) for step in (0, 3) for how in ("greedy", "sampled")]
+    assert any(line["grad_norm"] > 0 for line in metrics(tmp_path / "whole"))
+    assert main(train(tmp_path / "part", **options, evaluate=False)) == 0
+    checkpoint = tmp_path / "part" / "checkpoints" / "checkpoint-2"
+    assert main(["train", "--resume", str(checkpoint)]) == 0
+    one, other = (load_file(tmp_path / name / "model/model.safetensors") for name in ("whole", "part"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    start = load_file(model / "model.safetensors")
+    assert any(not torch.equal(one[name], start[name]) for name in start)
+
+
+@pytest.mark.parametrize("name", hapo.methods("policy"))
+def test_the_class_of_the_options_is_that_of_the_method(name, tmp_path):
+    expected = DiffusionConfig if name in ("espo", "diffu_grpo") else HAPOConfig
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"method: {name}\n")
+    assert config_of(["--method", name]) is config_of(["--config", str(recipe)]) is expected
+    assert config_of(["--config", str(recipe), "--method=grpo"]) is HAPOConfig
+
+
+def test_what_writes_from_left_to_right_refuses_the_model(model, capsys):
+    assert main(["eval", "--model", str(model), "--dataset", "addition", "--eval_size", "2", "--use_cpu"]) != 0
+    assert "attends in both directions" in capsys.readouterr().err
+    assert main(["train", "--method", "gspo", "--model", str(model), "--block_length", "4"]) != 0
+    assert "unknown flag --block_length" in capsys.readouterr().err
