@@ -34,7 +34,7 @@ def test_a_run_learns_from_demonstrations_and_goes_on_after_an_error(tmp_path, m
     [
         ({"demonstration_weight": 1.0}, "demonstration_weight must be a number in [0, 1)"),
         ({"demonstration_method": "gspo"}, "method 'gspo' is a policy method"),
-        ({"demonstration_column": "text"}, "demonstration_column='text' needs demonstrations"),
+        ({"completion_column": "text"}, "completion_column='text' needs demonstrations"),
     ],
 )
 def test_a_wrong_option_is_told_what_is_right(tmp_path, capsys, options, message):
@@ -48,7 +48,7 @@ def test_options_without_demonstrations_and_rows_without_answers_are_refused(tmp
     file = tmp_path / "shown.jsonl"
     file.write_text(json.dumps({"question": "1+1", "answer": "2"}))
     assert main(small.train(tmp_path / "run", demonstrations=file)) == 1
-    assert "Set question_column and demonstration_column" in capsys.readouterr().err
+    assert "Set messages_column or completion_column (beside question_column)" in capsys.readouterr().err
     assert not (tmp_path / "run/manifest.json").exists()
 
 

@@ -22,7 +22,7 @@ def worked(numbers):
 def test_they_are_put_as_the_problems_are_and_evaluation_questions_are_left_out(tmp_path, caplog):
     template = "{question} Think."
     with caplog.at_level(logging.WARNING):
-        task = task_of(tmp_path, worked(range(6)), demonstration_column="solution", prompt_template=template)
+        task = task_of(tmp_path, worked(range(6)), completion_column="solution", prompt_template=template)
     assert "dropped 2 of 6 demonstrations whose questions are evaluation questions" in caplog.text
     asked = {" ".join(q.lower().split()) for q in task.eval["question"]}
     shown = {" ".join(q.lower().split()) for q in task.demonstrations["question"]}
@@ -30,7 +30,7 @@ def test_they_are_put_as_the_problems_are_and_evaluation_questions_are_left_out(
     row = task.demonstrations[0]
     assert row["prompt"] == row["question"] + " Think." and row["completion"].startswith("One more")
     chat = {"chat": True, "system_prompt": "Be brief.", "demonstration_size": 3}
-    task = task_of(tmp_path, worked(range(6)), demonstration_column="solution", **chat)
+    task = task_of(tmp_path, worked(range(6)), completion_column="solution", **chat)
     assert len(task.demonstrations) == 3
     assert [m["role"] for m in task.demonstrations[0]["prompt"]] == ["system", "user"]
 
@@ -55,13 +55,14 @@ def test_worked_sums_are_embedded_and_answer_no_evaluation_problem():
 @pytest.mark.parametrize(
     ("shown", "options", "message"),
     [
-        ([{"question": "7?", "text": "8"}], {}, "a column 'question' and one 'completion', or messages; there are 'que"),
-        ([{"question": "7?", "completion": " "}], {}, "row 1: the answer of a demonstration must be text"),
-        ([{"question": "7?", "completion": 8}], {}, "row 1: the answer of a demonstration must be text, not 8"),
-        ([{"messages": [{"role": "user", "content": "7?"}]}], {}, "row 1: the answer of a demonstration must be text"),
+        ([{"question": "7?", "text": "8"}], {}, "none of the columns 'messages' and 'completion', but 'question', 'text'. Set"),
+        ([{"question": "7?", "completion": " "}], {}, "row 1: the completion must be text or messages, got ' '"),
+        ([{"question": "7?", "completion": 8}], {}, "row 1: the completion must be text or messages, got 8"),
+        ([{"messages": [{"role": "user", "content": "7?"}]}], {}, "row 1: a demonstration is a list of messages that ends"),
+        ([{"messages": [{"role": "assistant", "content": "8"}]}], {}, "beside rollouts needs a question"),
         ([], {}, "no rows"),
-        (worked(range(6)), {"demonstration_column": "solution", "demonstration_size": 5}, "demonstration_size is 5, but"),
-        (worked([2] * 3), {"demonstration_column": "solution", "eval_size": 5}, "all are evaluation questions"),
+        (worked(range(6)), {"completion_column": "solution", "demonstration_size": 5}, "demonstration_size is 5, but"),
+        (worked([2] * 3), {"completion_column": "solution", "eval_size": 5}, "all are evaluation questions"),
         ([], {"demonstrations": "reasoning_gym:chain_sum"}, "has no answers in full"),
         ([], {"demonstrations": None, "demonstration_size": 5}, "demonstration_size=5 needs demonstrations"),
     ],

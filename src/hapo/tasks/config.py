@@ -19,6 +19,10 @@ RESERVED_COLUMNS = frozenset(
 """Names that the problems themselves or TRL's calls of a reward function use."""
 
 
+OF_DEMONSTRATIONS = ("demonstration", "messages_column", "completion_column")
+"""How the names of the options begin that say what demonstrations are."""
+
+
 @dataclass
 class TaskConfig:
     """Which problems to train on, how they are put to the model, and how its answers are scored.
@@ -122,11 +126,15 @@ class TaskConfig:
     demonstration_split: str = field(
         default="train", metadata={"help": "split of demonstrations from the Hub or a folder"}
     )
-    demonstration_column: str = field(
+    messages_column: str = field(
+        default="messages",
+        metadata={"help": "column of the demonstrations with conversations, each ending with the answer"},
+    )
+    completion_column: str = field(
         default="completion",
         metadata={
-            "help": "column of the demonstrations with the answer in full; the problem is in question_column. "
-            "Without it messages, whose last one is the answer"
+            "help": "column of the demonstrations with the answer in full, where there are no conversations; the "
+            "problem is in question_column"
         },
     )
     demonstration_size: int | None = field(
@@ -177,7 +185,7 @@ class TaskConfig:
         """The same problems, for what learns nothing."""
         without = copy.copy(self)
         for f in fields(self):
-            if f.name.startswith("demonstration"):
+            if f.name.startswith(OF_DEMONSTRATIONS):
                 setattr(without, f.name, f.default)
         return without
 
@@ -187,7 +195,7 @@ class TaskConfig:
         if self.demonstrations is not None:
             return
         for f in fields(self):
-            if f.name.startswith("demonstration_") and getattr(self, f.name) != f.default:
+            if f.name.startswith(OF_DEMONSTRATIONS) and getattr(self, f.name) != f.default:
                 raise ValueError(f"{f.name}={getattr(self, f.name)!r} needs demonstrations: name their source")
 
     def options(self) -> dict[str, Any]:

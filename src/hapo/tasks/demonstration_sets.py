@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
-from .columns import answer_column, problem_columns, question_name, value_of
 from .config import REASONING_GYM, TaskConfig
 from .data import (
     EVAL_SEED,
@@ -19,6 +19,7 @@ from .data import (
     sample_rows,
     sources,
 )
+from .demonstrations import read_demonstrations
 from .files import Row
 from .rewards import RewardFunction, load_rewards, math_verify_reward
 
@@ -31,26 +32,20 @@ TRAINED_ON = ("messages", "prompt", "completion", "text")
 
 @dataclass
 class DemonstrationConfig(TaskConfig):
-    """Where the demonstrations are, and how held-out answers are scored: the options of a task, and three columns.
+    """Where the demonstrations are, and how held-out answers are scored: a task's options, and a column of text.
 
     Raises:
         ValueError: a value that no data set could make right.
     """
 
-    messages_column: str = field(
-        default="messages",
-        metadata={"help": "column with a whole conversation, the demonstration its last message"},
-    )
-    completion_column: str = field(
-        default="completion", metadata={"help": "column with what the model is to write after question_column"}
-    )
     text_column: str = field(default="text", metadata={"help": "column with text, all of which is demonstration"})
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("demonstrations", "curriculum"):
-            if getattr(self, name) is not None:
-                raise ValueError(f"{name} is of hapo train; what hapo sft learns from is its dataset")
+    def _check_demonstrations(self) -> None:
+        others = ("demonstrations", "demonstration_config", "demonstration_size", "curriculum")
+        given = [name for name in others if getattr(self, name) is not None]
+        if given or self.demonstration_split != TaskConfig.demonstration_split:
+            name = (given or ["demonstration_split"])[0]
+            raise ValueError(f"{name} is of hapo train; what hapo sft learns from is its dataset")
 
 
 @dataclass(frozen=True)
@@ -126,85 +121,9 @@ def _rows(config: DemonstrationConfig, seed: int) -> tuple[list[Row], list[Row] 
         evaluation = draw_problems(random.Random(EVAL_SEED), config.eval_size or HELD_OUT, evaluation=True)
         return [made(*pair) for pair in train], [made(*pair) for pair in evaluation], addition_reward
     given = sources(config)
-    evaluation_rows = None if given.evaluation is None else _read(given.evaluation, config)
-    return _read(given.training, config), evaluation_rows, math_verify_reward(config.reward_timeout)
-
-
-def _read(tables: dict[str, list[Row]], config: DemonstrationConfig) -> list[Row]:
-    """The rows of all sources, in the columns of `DemonstrationSet`; "asked" is the prompt of a problem."""
-    found = []
-    for source, rows in tables.items():
-        if not rows:
-            raise ValueError(f"{source}: no rows")
-        names = dict.fromkeys(name for row in rows for name in row)
-        kind = next(
-            (k for k in ("messages", "completion", "text") if _has(rows, getattr(config, f"{k}_column"))), None
-        )
-        if kind is None:
-            raise ValueError(
-                f"{source}: no demonstrations: it has none of the columns {config.messages_column!r}, "
-                f"{config.completion_column!r} and {config.text_column!r}, but {', '.join(map(repr, names))}. "
-                "Set messages_column, completion_column (beside question_column) or text_column"
-            )
-        answer = answer_column(rows, config)
-        answered = kind != "text" and _has(rows, answer)
-        question = question_name(rows, config)
-        needed = [*config.extra_columns, *([question] if kind == "completion" else [])]
-        if missing := [name for name in needed if not _has(rows, name)]:
-            raise ValueError(
-                f"{source}: no column {', '.join(map(repr, missing))}; it has {', '.join(map(repr, names))}"
-            )
-        for number, row in enumerate(rows, 1):
-            place = f"{source}, row {number}"
-            made = _demonstration(kind, row, question, config, place)
-            if answered:
-                made |= {"answer": value_of(row, answer)} | {n: value_of(row, n) for n in config.extra_columns}
-            found.append(made)
-    return found
-
-
-def _has(rows: list[Row], name: str) -> bool:
-    return any(value_of(row, name) is not None for row in rows)
-
-
-def _demonstration(kind: str, row: Row, question: str, config: DemonstrationConfig, place: str) -> Row:
-    value = value_of(row, getattr(config, f"{kind}_column"))
-    if kind == "text":
-        if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"{place}: the text must not be empty, got {value!r:.200}")
-        return {"text": value, "question": value}
-    if kind == "messages":
-        _check_conversation(value, place)
-        problem = problem_columns(value[:-1], config, place) if len(value) > 1 else {"prompt": [], "question": ""}
-        return {
-            "messages": [*problem["prompt"], value[-1]],
-            "asked": problem["prompt"],
-            "question": problem["question"] or value[-1]["content"],
-        }
-    problem = problem_columns(value_of(row, question), config, place)
-    if isinstance(value, list):
-        _check_conversation(value, place)
-    elif not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{place}: the completion must be text or messages, got {value!r:.200}")
-    if isinstance(value, str) and not isinstance(problem["prompt"], str):
-        value = [{"role": "assistant", "content": value}]
-    if isinstance(value, list) and isinstance(problem["prompt"], str):
-        raise ValueError(f"{place}: the completion is messages and the question is text: set chat to true")
-    return {**problem, "asked": problem["prompt"], "completion": value}
-
-
-def _check_conversation(value: Any, place: str) -> None:
-    if (
-        not isinstance(value, list)
-        or not value
-        or not all(isinstance(message, dict) for message in value)
-        or value[-1].get("role") != "assistant"
-        or not isinstance(value[-1].get("content"), str)
-    ):
-        raise ValueError(
-            f"{place}: a demonstration is a list of messages that ends with text of the assistant, got "
-            f"{value!r:.200}"
-        )
+    read = partial(read_demonstrations, config=config, kinds=("messages", "completion", "text"), answers=True)
+    evaluation_rows = None if given.evaluation is None else read(given.evaluation)
+    return read(given.training), evaluation_rows, math_verify_reward(config.reward_timeout)
 
 
 def _dataset(rows: list[Row], names: tuple[str, ...] | None) -> Dataset:

@@ -1,4 +1,4 @@
-"""Demonstrations to learn from beside rollouts: read as training problems are, each with its answer in full."""
+"""Demonstrations, read as problems are, each with its answer in full; those to learn from beside rollouts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import random
 from typing import TYPE_CHECKING, Any
 
 from .answers import normalise
-from .columns import problem_columns, question_name, value_of
+from .columns import answer_column, problem_columns, question_name, value_of
 from .config import REASONING_GYM, TaskConfig
 from .files import Row, is_local, read_hub, read_local
 from .table import dataset_of
@@ -68,38 +68,104 @@ def _read(source: str, config: TaskConfig) -> list[Row]:
         tables = read_local(source, split)
     else:
         tables = {f"{source}, split {split}": read_hub(source, config.demonstration_config, split)}
-    return [row for name, table in tables.items() for row in _rows(name, table, config)]
+    rows = read_demonstrations(tables, config, ("messages", "completion"))
+    return [_after_prompt(row, source) for row in rows]
 
 
-def _rows(source: str, table: list[Row], config: TaskConfig) -> list[Row]:
-    """The rows of one file or split; conversations where no column is the answer."""
-    if not table:
-        raise ValueError(f"{source}: no rows")
-    question, answer = question_name(table, config), config.demonstration_column
-    found = dict.fromkeys(name for row in table for name in row)
-    if "messages" in found and answer not in found:
-        pairs: list[tuple[Any, Any]] = [_cut(row["messages"]) for row in table]
-    elif all(any(value_of(row, name) is not None for row in table) for name in (question, answer)):
-        pairs = [(value_of(row, question), value_of(row, answer)) for row in table]
-    else:
+def _after_prompt(row: Row, source: str) -> Row:
+    """The columns prompt, completion and question; of messages the last one is the completion."""
+    if "messages" in row:
+        if not row["asked"]:
+            raise ValueError(
+                f"{source}: a demonstration beside rollouts needs a question, got {row['messages']!r:.200}"
+            )
+        row = row | {"prompt": row["asked"], "completion": row["messages"][-1:]}
+    return {name: row[name] for name in ("prompt", "completion", "question")}
+
+
+def read_demonstrations(
+    tables: dict[str, list[Row]], config: TaskConfig, kinds: tuple[str, ...], *, answers: bool = False
+) -> list[Row]:
+    """The rows of all sources, of the first of these kinds that a source has a column of.
+
+    Kinds are messages, completion (beside a prompt) and text: the columns that a row then has, and question, and
+    "asked", the prompt of a problem. With `answers` also answer and `extra_columns`, where a source has answers.
+
+    Raises:
+        ValueError: no rows, no column of any kind, or a demonstration of another form; the place and the remedy.
+    """
+    found = []
+    for source, rows in tables.items():
+        if not rows:
+            raise ValueError(f"{source}: no rows")
+        names = ", ".join(map(repr, dict.fromkeys(name for row in rows for name in row)))
+        columns = {kind: getattr(config, f"{kind}_column") for kind in kinds}
+        kind = next((kind for kind, column in columns.items() if _has(rows, column)), None)
+        if kind is None:
+            beside = [
+                f"{k}_column (beside question_column)" if k == "completion" else f"{k}_column" for k in kinds
+            ]
+            raise ValueError(
+                f"{source}: no demonstrations: it has none of the columns {_listed(map(repr, columns.values()))}, "
+                f"but {names}. Set {_listed(beside, 'or')}"
+            )
+        answer, question = answer_column(rows, config), question_name(rows, config)
+        answered = answers and kind != "text" and _has(rows, answer)
+        needed = [*(config.extra_columns if answers else []), *([question] if kind == "completion" else [])]
+        if missing := [name for name in needed if not _has(rows, name)]:
+            raise ValueError(f"{source}: no column {', '.join(map(repr, missing))}; it has {names}")
+        for number, row in enumerate(rows, 1):
+            made = _demonstration(kind, row, columns[kind], question, config, f"{source}, row {number}")
+            if answered:
+                made |= {"answer": value_of(row, answer)} | {n: value_of(row, n) for n in config.extra_columns}
+            found.append(made)
+    return found
+
+
+def _has(rows: list[Row], name: str) -> bool:
+    return any(value_of(row, name) is not None for row in rows)
+
+
+def _listed(names: Iterable[str], word: str = "and") -> str:
+    *most, last = names
+    return f"{', '.join(most)} {word} {last}" if most else last
+
+
+def _demonstration(kind: str, row: Row, column: str, question: str, config: TaskConfig, place: str) -> Row:
+    value = value_of(row, column)
+    if kind == "text":
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f"{place}: the text must not be empty, got {value!r:.200}")
+        return {"text": value, "question": value}
+    if kind == "messages":
+        _check_conversation(value, place)
+        problem = problem_columns(value[:-1], config, place) if len(value) > 1 else {"prompt": [], "question": ""}
+        return {
+            "messages": [*problem["prompt"], value[-1]],
+            "asked": problem["prompt"],
+            "question": problem["question"] or value[-1]["content"],
+        }
+    problem = problem_columns(value_of(row, question), config, place)
+    if isinstance(value, list):
+        _check_conversation(value, place)
+    elif not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{place}: the completion must be text or messages, got {value!r:.200}")
+    if isinstance(value, str) and not isinstance(problem["prompt"], str):
+        value = [{"role": "assistant", "content": value}]
+    if isinstance(value, list) and isinstance(problem["prompt"], str):
+        raise ValueError(f"{place}: the completion is messages and the question is text: set chat to true")
+    return {**problem, "asked": problem["prompt"], "completion": value}
+
+
+def _check_conversation(value: Any, place: str) -> None:
+    if (
+        not isinstance(value, list)
+        or not value
+        or not all(isinstance(message, dict) for message in value)
+        or value[-1].get("role") != "assistant"
+        or not isinstance(value[-1].get("content"), str)
+    ):
         raise ValueError(
-            f"{source}: a demonstration has a column {question!r} and one {answer!r}, or messages; there are "
-            f"{', '.join(map(repr, found))}. Set question_column and demonstration_column"
+            f"{place}: a demonstration is a list of messages that ends with text of the assistant, got "
+            f"{value!r:.200}"
         )
-    rows = []
-    for number, (asked, answered) in enumerate(pairs, 1):
-        place = f"{source}, row {number}"
-        if not (isinstance(answered, str) and answered.strip()):
-            raise ValueError(f"{place}: the answer of a demonstration must be text, not {answered!r:.200}")
-        row = problem_columns(asked, config, place)
-        says = [{"role": "assistant", "content": answered}]
-        rows.append(row | {"completion": answered if isinstance(row["prompt"], str) else says})
-    return rows
-
-
-def _cut(messages: Any) -> tuple[Any, Any]:
-    """Messages up to the answer, and the answer; the latter None where they do not end with one."""
-    if not (isinstance(messages, list) and messages and isinstance(messages[-1], dict)):
-        return messages, None
-    last = messages[-1]
-    return messages[:-1], last.get("content") if last.get("role") == "assistant" else None
