@@ -335,7 +335,7 @@ class Rows(torch.utils.data.Dataset):
         return {"input_ids": torch.cat([ids, pad]), "attention_mask": mask, "labels": labels}
 
 
-def trainer_gradients(folder, size, weight, **options):
+def trainer_gradients(folder, size, weight, compute_loss_func=None, **options):
     model = adapted(net=double(), entropy_weight=weight)
     add_gate_loss(model)
     args = TrainingArguments(
@@ -355,7 +355,7 @@ def trainer_gradients(folder, size, weight, **options):
             )
             return optimizer
 
-    Keep(model, args, train_dataset=Rows()).train()
+    Keep(model, args, train_dataset=Rows(), compute_loss_func=compute_loss_func).train()
     return found
 
 
@@ -375,6 +375,15 @@ def test_one_line_gives_a_plain_trainer_the_loss(tmp_path):
     assert_equal_gradients({n: added[n] for n in own}, own, 1e-6)
 
 
+@pytest.mark.parametrize("how", ["smoothed", "own"])
+def test_a_trainer_that_takes_the_labels_away_is_refused(tmp_path, how):
+    options = (
+        {"label_smoothing_factor": 0.1} if how == "smoothed" else {"compute_loss_func": lambda o, *_: o[0].sum()}
+    )
+    with pytest.raises(ValueError, match="no labels reach the model"):
+        trainer_gradients(tmp_path, 8, 0.7, **options)
+
+
 def test_the_added_loss_is_for_training_with_labels_of_tokens():
     model = adapted()
     add_gate_loss(model)
@@ -382,7 +391,8 @@ def test_the_added_loss_is_for_training_with_labels_of_tokens():
     plain = model(**inputs).loss
     assert model.train()(**inputs).loss > plain
     assert model(**inputs, return_dict=False)[0] > plain
-    assert "loss" not in model(input_ids=IDS)
+    with torch.no_grad():
+        assert "loss" not in model(input_ids=IDS)
     with pytest.raises(ValueError, match="SFTTrainer makes its loss itself"):
         model(**inputs, fused_lm_head=True)
     classifier = adapted(net=LlamaForSequenceClassification(tiny.model().config), task_type="SEQ_CLS").train()

@@ -174,16 +174,22 @@ def add_gate_loss(model: Any) -> None:
     any wrapper.
 
     Raises:
-        ValueError: in the forward pass: labels are not those of the tokens, (B, L), or the caller makes the loss
-            itself, as TRL's `SFTTrainer` does.
+        ValueError: in the forward pass: labels are missing or not those of the tokens, (B, L), or the caller makes
+            the loss itself, as TRL's `SFTTrainer` does.
     """
     forward = model.forward
 
     @functools.wraps(forward)
     def with_gates(*args: Any, **kwargs: Any) -> Any:
         labels, weight = kwargs.get("labels"), entropy_weight(model)
-        if labels is None or not weight or not (model.training and torch.is_grad_enabled()):
+        if not weight or not (model.training and torch.is_grad_enabled()):
             return forward(*args, **kwargs)
+        if labels is None:
+            raise ValueError(
+                "no labels reach the model, so that the entropy of the gates would be left out: leave out "
+                "compute_loss_func and label_smoothing_factor, which take them away; hapo's trainers add it by "
+                "themselves, without add_gate_loss; in a loop of your own use record_gates"
+            )
         if "fused_lm_head" in kwargs:
             raise ValueError(
                 "TRL's SFTTrainer makes its loss itself, so that the entropy of the gates would be left out: take "
