@@ -24,8 +24,8 @@ from tests.insight.conftest import make_run
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Every file below a folder, with its hash and its time."""
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.suffix != ".lock"]
+    """Every file below a folder, with its hash and its time; not what Python caches of modules."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.suffix not in (".lock", ".pyc")]
     return {
         str(file.relative_to(folder)): f"{hashlib.sha256(file.read_bytes()).hexdigest()} {file.stat().st_mtime_ns}"
         for file in files

@@ -338,7 +338,16 @@ def test_a_checkpoint_gives_back_the_state(alone, args, tmp_path):
         row.put(part)
     stats = hapo.EntropyStats(pivot=-0.1, sigma=1.5, h_max=0.8, h_min=-4.5)
     term = {"coef": 0.2, "last": 1.5}
-    state = checkpoint.RunState(stats, None, 5, 7, 0.5, {"a": [1.0]}, {"total": 2.0}, term, parts)
+    state = checkpoint.RunState(
+        metrics={"a": [1.0]},
+        loss={"total": 2.0},
+        stats=stats,
+        micro_step=5,
+        fresh_prompts=7,
+        mixed_share=0.5,
+        entropy_term=term,
+        rollout=parts,
+    )
     layout = checkpoint.layout_of(args, 1)
     folder = tmp_path / "checkpoint-5"
     folder.mkdir()
