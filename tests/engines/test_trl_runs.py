@@ -829,6 +829,7 @@ def test_what_the_model_s_own_generation_config_asks_for_does_not_act(tmp_path, 
     """Rollouts are drawn from the policy; what the file asked for is said, and is in the saved model still."""
     asked = {"typical_p": 0.2, "min_p": 0.5, "repetition_penalty": 2.0}
     options = {"use_transformers_continuous_batching": continuous, "max_steps": 1, "method": "grpo", "beta": 0.0}
+    options["transformers_continuous_batching_config"] = {"num_blocks": 64, "page_size": 16}
     net = tiny.model()
     net.generation_config = GenerationConfig(eos_token_id=1, pad_token_id=0, do_sample=True, **asked)
     with pytest.warns(UserWarning, match="asks for .*typical_p=0.2.* only what you set acts"):
