@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import json
@@ -94,14 +95,16 @@ def test_a_card_has_stages_options_defaults_and_their_meaning(name, capsys, monk
     differs = differences(name)
     for stage, choice in {**hapo.method(name).stages, **differs}.items():
         assert [f"{stage} *" if stage in differs else stage, choice] in rows
+    meaning = option_docs(cls)
     for option, value in defaults(cls).items():
         shown = "{'tau': 0.1}" if isinstance(value, TemperatureOptions) else repr(value)
-        assert [option, shown, option_docs(cls)[option]] in rows
+        assert [option, shown, meaning[option]] in rows
     if cls.kind == "supervised":
         assert f"{name} (supervised): " in out and "temperature" not in out
         return
+    meaning = option_docs(TemperatureOptions)
     for f in fields(TemperatureOptions):
-        assert [f.name, repr(f.default), option_docs(TemperatureOptions)[f.name]] in rows
+        assert [f.name, repr(f.default), meaning[f.name]] in rows
 
 
 @pytest.mark.parametrize("name", COMPANIONS)
@@ -154,6 +157,10 @@ def test_help_and_the_examination_of_a_run_import_only_what_they_use(tmp_path):
     assert not {"torch", "scipy", "altair", "datasets", "transformers", "trl"} & modules
 
 
+made_once = functools.cache(cards.make_cards)
+"""Making them takes longer than all that is tested about them."""
+
+
 @pytest.fixture
 def made(tmp_path, monkeypatch):
     """Sources and a cache of their own; how often the cards were made of them."""
@@ -163,9 +170,8 @@ def made(tmp_path, monkeypatch):
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, copy)
     calls = []
-    make = cards.make_cards
     monkeypatch.setattr(cards, "PACKAGE", tmp_path / "hapo")
-    monkeypatch.setattr(cards, "make_cards", lambda: calls.append(1) or make())
+    monkeypatch.setattr(cards, "make_cards", lambda: calls.append(1) or made_once())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return calls
 
