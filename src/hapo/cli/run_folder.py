@@ -27,6 +27,7 @@ from ..insight.run import Run
 from ..outputs import write_whole
 from . import UsageError
 from .progress import Interrupt, TrainingProgress
+from .recipe import RecipeParser
 
 
 def check_folder(command: str, args: Any, model_config: ModelConfig, *, resuming: bool) -> None:
@@ -120,6 +121,16 @@ def _say_how_to_resume(command: str, trainer: Recorded) -> None:
         print(f"{saved[-1].name} is saved; resume with: hapo {command} --resume {folder}", file=sys.stderr)
     else:
         print(f"no checkpoint was written yet; remove {folder} to start again", file=sys.stderr)
+
+
+def add_resume(parser: RecipeParser) -> None:
+    """The flag --resume, which `resumed` reads before the others: there for the help."""
+    parser.add_argument(
+        "--resume",
+        metavar="RUN",
+        help="go on with the run in this folder, or from this checkpoint of it; goes alone, or with --max_steps, "
+        "which prolongs a run",
+    )
 
 
 def resumed(argv: list[str]) -> tuple[list[str], bool | str | None]:

@@ -20,6 +20,7 @@ from . import INTERRUPTED
 from .held_out import Course, HeldOut
 from .recipe import RecipeParser, told
 from .run_folder import (
+    add_resume,
     check_folder,
     check_same_data,
     is_finished,
@@ -79,12 +80,7 @@ def main(argv: list[str]) -> int:
         return 0
     kinds = [DemonstrationConfig, SupervisedConfig, ModelConfig, SftOptions]
     parser = RecipeParser("hapo sft", DESCRIPTION, kinds, default="sft")
-    parser.add_argument(
-        "--resume",
-        metavar="RUN",
-        help="go on with the run in this folder, or from this checkpoint of it; goes alone, or with --max_steps, "
-        "which prolongs a run",
-    )
+    add_resume(parser)
     parser.set_defaults(run_records=True)
     data_config, args, model_config, options, _ = parser.read(argv)
     check_folder("sft", args, model_config, resuming=checkpoint is not None)

@@ -20,6 +20,7 @@ from . import INTERRUPTED
 from .held_out import Course, HeldOut
 from .recipe import RecipeParser, recipe_of, told
 from .run_folder import (
+    add_resume,
     check_folder,
     check_same_data,
     is_finished,
@@ -76,12 +77,7 @@ def main(argv: list[str]) -> int:
     if checkpoint is True and is_finished("train", argv):
         return 0
     parser = RecipeParser("hapo train", DESCRIPTION, [TaskConfig, config_of(argv), ModelConfig, TrainOptions])
-    parser.add_argument(
-        "--resume",
-        metavar="RUN",
-        help="go on with the run in this folder, or from this checkpoint of it; goes alone, or with --max_steps, "
-        "which prolongs a run",
-    )
+    add_resume(parser)
     parser.set_defaults(run_records=True)
     task_config, args, model_config, options, _ = parser.read(argv)
     check_folder("train", args, model_config, resuming=checkpoint is not None)
