@@ -21,11 +21,12 @@ from trl import ModelConfig
 
 from ..assets import tiny_model_path
 from ..engines.records import check_writable, files_of_run
-from ..engines.trl.checkpoint import complete_checkpoints
+from ..engines.trl.checkpoint import complete_checkpoints, state_of
 from ..engines.trl.recorded import Recorded
 from ..insight.run import Run
 from ..outputs import write_whole
 from . import UsageError
+from .held_out import Course
 from .progress import Interrupt, TrainingProgress
 from .recipe import RecipeParser
 
@@ -216,6 +217,23 @@ def prolong(config: Path, max_steps: int) -> None:
                 f"resume it as it is, or start a new run with --model {config.parent / 'model'}"
             )
         write_whole(config, yaml.safe_dump({**told, "max_steps": max_steps}, sort_keys=False, allow_unicode=True))
+
+
+def take_up_last(trainer: Recorded, course: Course, checkpoint: bool | str) -> bool:
+    """Take up a run that was killed between its last optimiser step and its end; False for any other."""
+    saved = complete_checkpoints(Path(trainer.args.output_dir) / "checkpoints")
+    named = [path for path in saved if checkpoint is True or path.samefile(str(checkpoint))]
+    if not named:
+        return False
+    last = named[-1]
+    state = state_of(last)
+    # Only a policy run has a token budget, which ends it where a rollout batch is used up.
+    spent = course.is_spent(state) and state.global_step % trainer.args.updates_per_rollout == 0
+    if not (spent or trainer.is_last(last)):
+        return False
+    trainer.take_up_last(last)
+    course.take_up(state)
+    return True
 
 
 def save_model(trainer: Recorded, folder: Path) -> None:

@@ -12,7 +12,6 @@ from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from ..engines.trl.checkpoint import complete_checkpoints, state_of
 from ..insight.run import Run
 from ..tasks.demonstration_sets import DemonstrationConfig, DemonstrationSet, load_demonstrations
 from ..trl import SupervisedConfig, SupervisedTrainer
@@ -31,6 +30,7 @@ from .run_folder import (
     resumed,
     run_training,
     save_model,
+    take_up_last,
     write_page,
 )
 
@@ -123,7 +123,7 @@ def main(argv: list[str]) -> int:
             held_out.measure(0)
     if checkpoint is not None and args.process_index == 0:
         prolong(folder / "config.yaml", args.max_steps)
-    finished = checkpoint is not None and _take_up_last(trainer, course, checkpoint)
+    finished = checkpoint is not None and take_up_last(trainer, course, checkpoint)
     if not finished:
         finished = run_training("sft", trainer, checkpoint, console, callbacks)
     if finished:
@@ -182,17 +182,6 @@ class HeldOutLoss(TrainerCallback):
         last = state.global_step >= state.max_steps
         if last or (self.every is not None and state.global_step % self.every == 0):
             self.measure()
-
-
-def _take_up_last(trainer: SupervisedTrainer, course: Course, checkpoint: bool | str) -> bool:
-    """Take up a run that was killed between its last optimiser step and its end; False for any other."""
-    saved = complete_checkpoints(Path(trainer.args.output_dir) / "checkpoints")
-    named = [path for path in saved if checkpoint is True or path.samefile(str(checkpoint))]
-    if not named or not trainer.is_last(named[-1]):
-        return False
-    trainer.take_up_last(named[-1])
-    course.take_up(state_of(named[-1]))
-    return True
 
 
 def _print_loss(folder: Path, console: Console) -> None:

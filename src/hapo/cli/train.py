@@ -11,7 +11,6 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 import hapo
 
-from ..engines.trl.checkpoint import complete_checkpoints, state_of
 from ..insight.run import Run
 from ..tasks import Task, TaskConfig, load_task
 from ..tasks.curriculum import STAGE
@@ -31,6 +30,7 @@ from .run_folder import (
     resumed,
     run_training,
     save_model,
+    take_up_last,
     write_page,
 )
 
@@ -114,7 +114,7 @@ def main(argv: list[str]) -> int:
             held_out.measure(0)
     if checkpoint is not None and args.process_index == 0:
         prolong(folder / "config.yaml", args.max_steps)
-    finished = checkpoint is not None and _take_up_last(trainer, course, checkpoint)
+    finished = checkpoint is not None and take_up_last(trainer, course, checkpoint)
     if not finished:
         callbacks = [course] if held_out is None else [course, held_out]
         finished = run_training("train", trainer, checkpoint, console, callbacks, lambda: _binary(trainer))
@@ -170,22 +170,6 @@ def config_of(argv: list[str]) -> type[HAPOConfig]:
     named = flag("--method") or recipe_of(flag("--config"), flag("--model")).get("method", HAPOConfig.method)
     known = str(named) in hapo.methods("policy") and hapo.method(str(named)).likelihood is not None
     return DiffusionConfig if known else HAPOConfig
-
-
-def _take_up_last(trainer: HAPOTrainer, course: Course, checkpoint: bool | str) -> bool:
-    """Take up a run that was killed between its last optimiser step and its end; False for any other."""
-    saved = complete_checkpoints(Path(trainer.args.output_dir) / "checkpoints")
-    named = [path for path in saved if checkpoint is True or path.samefile(str(checkpoint))]
-    if not named:
-        return False
-    last = named[-1]
-    state = state_of(last)
-    spent = course.is_spent(state) and state.global_step % trainer.args.updates_per_rollout == 0
-    if not (spent or trainer.is_last(last)):
-        return False
-    trainer.take_up_last(last)
-    course.take_up(state)
-    return True
 
 
 def _binary(trainer: HAPOTrainer) -> bool:
