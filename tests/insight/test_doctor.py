@@ -105,7 +105,7 @@ BROKEN_CONFIGS = [
         "learning_rate",
         "warning",
         {"learning_rate": 2e-3, "architecture": BIG, "model": {"use_peft": True}},
-        "learning_rate 0.002 with LoRA",
+        "learning_rate 0.002 with an adapter",
     ),
 ]
 

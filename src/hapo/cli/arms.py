@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config, get_quantization_config
+from trl import GRPOConfig, GRPOTrainer, get_quantization_config
 
 import hapo
 
@@ -35,6 +35,7 @@ from ..tasks import Task, TaskConfig, load_task
 from ..tasks.answers import normalise
 from ..trl import HAPOConfig
 from . import UsageError, nearest
+from .adapted import AdaptedModelConfig
 from .contents import model_identity, reward_identity
 from .held_out import Course, HeldOut
 from .recipe import RecipeParser, told
@@ -199,14 +200,14 @@ class Job:
 
 
 def content_of(
-    recipe: Recipe, task: Task, task_config: TaskConfig, args: HAPOConfig, model: ModelConfig
+    recipe: Recipe, task: Task, task_config: TaskConfig, args: HAPOConfig, model: AdaptedModelConfig
 ) -> dict[str, Any]:
     """What runs are told and read, by its content: the same for a file under another name, or in another place.
 
     Data, model and the files of rewards are their hashes. A library is its version: an edit of its code is not
     seen, nor one of a module that a reward imports.
     """
-    parser = RecipeParser("hapo compare", "", [TaskConfig, HAPOConfig, ModelConfig, TrainOptions])
+    parser = RecipeParser("hapo compare", "", [TaskConfig, HAPOConfig, AdaptedModelConfig, TrainOptions])
     options = {k: v for k, v in parser.told(recipe.words, recipe.options).items() if k not in NO_CONTENT}
     for name, value in options.items():
         if isinstance(value, str) and Path(value).suffix and Path(value).expanduser().is_file():
@@ -261,10 +262,12 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def parse_flags(recipe: Recipe, flags: dict[str, Any]) -> tuple[TaskConfig, HAPOConfig, ModelConfig, TrainOptions]:
+def parse_flags(
+    recipe: Recipe, flags: dict[str, Any]
+) -> tuple[TaskConfig, HAPOConfig, AdaptedModelConfig, TrainOptions]:
     """The recipe's flags, then these, parsed as `hapo train` does."""
     words = [word for name, value in flags.items() for word in (f"--{name}", *_words(value))]
-    parser = RecipeParser("hapo compare", "", [TaskConfig, HAPOConfig, ModelConfig, TrainOptions])
+    parser = RecipeParser("hapo compare", "", [TaskConfig, HAPOConfig, AdaptedModelConfig, TrainOptions])
     parser.set_defaults(run_records=True)
     *configs, _ = parser.read([*recipe.words, *words], recipe.options)
     return tuple(configs)
@@ -354,7 +357,7 @@ def _run(job: Job) -> None:
 def _trl_trainer(
     task: Task,
     args: HAPOConfig,
-    model_config: ModelConfig,
+    model_config: AdaptedModelConfig,
     loss: str,
     flags: dict[str, Any],
     recipe: dict[str, Any],
@@ -378,7 +381,7 @@ def _trl_trainer(
         config,
         train_dataset=task.train,
         quantization_config=get_quantization_config(model_config),
-        peft_config=get_peft_config(model_config),
+        peft_config=model_config.adapter(),
     )
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.generation_config = ids_only(model.generation_config)  # as with the other arms

@@ -14,7 +14,6 @@ from filelock import FileLock, Timeout
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from trl import ModelConfig
 
 from ..engines.records import check_writable
 from ..insight.run import Run
@@ -22,6 +21,7 @@ from ..outputs import check_made
 from ..tasks import TaskConfig
 from ..trl import HAPOConfig
 from . import UsageError
+from .adapted import AdaptedModelConfig
 from .arms import PLAN, TRL, Arm, Job, Recipe, content_of, parse_flags, split_task
 from .finished import finished_runs, split_named
 from .jobs import check_jobs, find_gpus, make_room, run_all
@@ -119,7 +119,7 @@ class CompareOptions:
 
 def main(argv: list[str]) -> int:
     """Compare, and return the exit code: 1 where a run failed."""
-    kinds = [TaskConfig, HAPOConfig, ModelConfig, TrainOptions, CompareOptions]
+    kinds = [TaskConfig, HAPOConfig, AdaptedModelConfig, TrainOptions, CompareOptions]
     parser = RecipeParser("hapo compare", DESCRIPTION, kinds)
     parser.set_defaults(run_records=True)
     parser.add_argument(
@@ -137,7 +137,7 @@ def main(argv: list[str]) -> int:
     if "seed" in given:
         raise UsageError("the seeds of a comparison count up from --first_seed; drop --seed")
     arms = [Arm(label) for label in options.arms]
-    _check(folder, args, training, arms)
+    _check(folder, args, model_config, training, arms)
     with _alone(folder):
         check_made(folder, FILES, TRAINED, told.replace)
         config, words = _without(argv, options)
@@ -166,7 +166,7 @@ def _compare(
     folder: Path,
     task_config: TaskConfig,
     args: HAPOConfig,
-    model_config: ModelConfig,
+    model_config: AdaptedModelConfig,
     training: TrainOptions,
     options: CompareOptions,
     arms: list[Arm],
@@ -290,7 +290,9 @@ def _choose(table: pd.DataFrame, console: Console) -> dict[str, float]:
     return chosen
 
 
-def _check(folder: Path, args: HAPOConfig, training: TrainOptions, arms: list[Arm]) -> None:
+def _check(
+    folder: Path, args: HAPOConfig, model: AdaptedModelConfig, training: TrainOptions, arms: list[Arm]
+) -> None:
     """What can be known before anything is loaded."""
     if args.max_steps < 1:
         raise UsageError("compare needs max_steps: a run's length in optimiser steps")
@@ -309,6 +311,11 @@ def _check(folder: Path, args: HAPOConfig, training: TrainOptions, arms: list[Ar
         for name in ("use_vllm", "overlong_buffer"):
             if arm.of_trl and getattr(args, name):
                 raise UsageError(f"arm {arm.label}: {TRL} arms run without {name}; drop it, or the arm")
+        if arm.of_trl and model.gate_loss:
+            raise UsageError(
+                f"arm {arm.label}: TRL's trainer leaves the entropy of the gates out of its loss; set "
+                "entropy_weight to 0 in gatera, or drop the arm"
+            )
     _check_folder(folder)
 
 
@@ -322,7 +329,7 @@ def _settle(
     recipe: Recipe,
     task_config: TaskConfig,
     args: HAPOConfig,
-    model_config: ModelConfig,
+    model_config: AdaptedModelConfig,
     tune_size: int,
     arms: list[Arm],
 ) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import altair as alt
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
-from trl import ModelConfig
 
 from ..insight.figures import Figure
 from ..insight.finding import counted
@@ -24,6 +23,7 @@ from ..tasks.final_answers import AnswerSpace, Equality, answer_space
 from ..tasks.semantic import Weight, answer_clusters, semantic_entropy, stages
 from ..trl import HAPOConfig
 from . import UsageError
+from .adapted import AdaptedModelConfig
 from .contents import model_identity
 from .evaluate import Draw, EngineOptions, start
 from .measure import Decoding
@@ -124,7 +124,7 @@ class Sampled:
 
 def main(argv: list[str]) -> int:
     """Sample, sort, write, and return the exit code."""
-    kinds = [TaskConfig, HAPOConfig, ModelConfig, TrainOptions, CurriculumOptions]
+    kinds = [TaskConfig, HAPOConfig, AdaptedModelConfig, TrainOptions, CurriculumOptions]
     parser = RecipeParser("hapo curriculum", DESCRIPTION, kinds)
     parser.set_defaults(bf16=False, activation_checkpointing=False)  # of training; they complain on a CPU
     parser.add_argument("--replace", action="store_true", help="write over what is in the folder")
@@ -182,7 +182,7 @@ def _name(block: int) -> str:
 
 
 def _made_of(
-    problems: Dataset, task: TaskConfig, args: HAPOConfig, model: ModelConfig, options: CurriculumOptions
+    problems: Dataset, task: TaskConfig, args: HAPOConfig, model: AdaptedModelConfig, options: CurriculumOptions
 ) -> str:
     """A hash of all that the samples and their clusters depend on."""
     told: dict[str, Any] = {
@@ -219,7 +219,7 @@ def _sample(
     space: AnswerSpace,
     place: Place,
     args: HAPOConfig,
-    model_config: ModelConfig,
+    model_config: AdaptedModelConfig,
     options: CurriculumOptions,
     console: Console,
 ) -> list[Sampled]:
@@ -256,7 +256,7 @@ def _sample(
     return sampled
 
 
-def _start(args: HAPOConfig, model_config: ModelConfig, options: CurriculumOptions) -> Draw:
+def _start(args: HAPOConfig, model_config: AdaptedModelConfig, options: CurriculumOptions) -> Draw:
     engine = EngineOptions(options.engine)
     if options.engine == "vllm":
         assert not isinstance(options.vllm_options, str)

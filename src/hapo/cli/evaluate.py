@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from trl import ModelConfig
 
 from ..engines.records import manifest
 from ..insight.finding import counted
@@ -25,7 +24,7 @@ from ..tasks import TaskConfig, load_task
 from ..tasks.benchmarks import BENCHMARKS, ProblemSet, load_benchmark
 from ..trl import HAPOConfig
 from . import UsageError, check_output
-from .adapted import know_adapter
+from .adapted import AdaptedModelConfig, know_adapter
 from .benchmark import (
     PRESET_LENGTH,
     PRESETS,
@@ -155,7 +154,7 @@ def _read(argv: list[str]) -> tuple[Any, ...]:
 
 def _parser() -> RecipeParser:
     parser = RecipeParser(
-        "hapo eval", DESCRIPTION, [TaskConfig, HAPOConfig, ModelConfig, TrainOptions, EvalOptions]
+        "hapo eval", DESCRIPTION, [TaskConfig, HAPOConfig, AdaptedModelConfig, TrainOptions, EvalOptions]
     )
     parser.set_defaults(bf16=False, activation_checkpointing=False)  # of training; they complain on a CPU
     parser.add_argument("--replace", action="store_true", help="write over the output, if it is there")
@@ -174,7 +173,7 @@ def _inputs(config: str | None, task_config: TaskConfig, options: EvalOptions, m
 def _measure_task(
     task_config: TaskConfig,
     args: HAPOConfig,
-    model_config: ModelConfig,
+    model_config: AdaptedModelConfig,
     options: EvalOptions,
     path: str,
     console: Console,
@@ -203,7 +202,7 @@ def _measure_task(
 def _measure_benchmarks(
     task_config: TaskConfig,
     args: HAPOConfig,
-    model_config: ModelConfig,
+    model_config: AdaptedModelConfig,
     options: EvalOptions,
     path: str,
     console: Console,
@@ -277,7 +276,7 @@ def _decoding(args: HAPOConfig, **sampling: Any) -> Decoding:
     )
 
 
-def start(args: HAPOConfig, model_config: ModelConfig, options: EngineOptions, path: str) -> Draw:
+def start(args: HAPOConfig, model_config: AdaptedModelConfig, options: EngineOptions, path: str) -> Draw:
     """Load the model; what draws its answers."""
     own: GenerationConfig
     draw: Draw
@@ -322,7 +321,7 @@ def _protocol(options: EvalOptions, decoding: Decoding) -> str:
     )
 
 
-def _source(args: HAPOConfig, model_config: ModelConfig) -> dict[str, Any]:
+def _source(args: HAPOConfig, model_config: AdaptedModelConfig) -> dict[str, Any]:
     return {"revision": model_config.model_revision, "trust_remote_code": args.trust_remote_code}
 
 

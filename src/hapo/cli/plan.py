@@ -10,10 +10,10 @@ from dataclasses import replace
 
 import torch
 from transformers import AutoConfig, AutoTokenizer
-from trl import ModelConfig
 
 from ..insight.doctor import Finding, examine_config
 from ..tasks import TaskConfig, load_task
+from .adapted import AdaptedModelConfig
 from .recipe import RecipeParser
 from .run_folder import model_path, prepare_process
 from .train import TrainOptions, config_of
@@ -30,7 +30,7 @@ def examine_recipe(argv: list[str]) -> list[Finding]:
     Raises:
         UsageError: see `RecipeParser.read`; no model is named.
     """
-    kinds = [TaskConfig, config_of(argv), ModelConfig, TrainOptions]
+    kinds: list[type] = [TaskConfig, config_of(argv), AdaptedModelConfig, TrainOptions]
     parser = RecipeParser("hapo doctor", DESCRIPTION, kinds)
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     with warnings.catch_warnings():

@@ -10,12 +10,13 @@ import torch
 from accelerate.utils import gather_object
 from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl import get_quantization_config
 
 from ..insight.run import Run
 from ..tasks.demonstration_sets import DemonstrationConfig, DemonstrationSet, load_demonstrations
 from ..trl import SupervisedConfig, SupervisedTrainer
 from . import INTERRUPTED
+from .adapted import AdaptedModelConfig
 from .held_out import Course, HeldOut
 from .recipe import RecipeParser, told
 from .run_folder import (
@@ -78,7 +79,7 @@ def main(argv: list[str]) -> int:
     argv, checkpoint = resumed(argv)
     if checkpoint is True and is_finished("sft", argv):
         return 0
-    kinds = [DemonstrationConfig, SupervisedConfig, ModelConfig, SftOptions]
+    kinds = [DemonstrationConfig, SupervisedConfig, AdaptedModelConfig, SftOptions]
     parser = RecipeParser("hapo sft", DESCRIPTION, kinds, default="sft")
     add_resume(parser)
     parser.set_defaults(run_records=True)
@@ -142,7 +143,9 @@ def main(argv: list[str]) -> int:
     return 0 if finished else INTERRUPTED
 
 
-def build_trainer(data: DemonstrationSet, args: SupervisedConfig, model_config: ModelConfig) -> SupervisedTrainer:
+def build_trainer(
+    data: DemonstrationSet, args: SupervisedConfig, model_config: AdaptedModelConfig
+) -> SupervisedTrainer:
     """The trainer of some demonstrations, its model loaded as the options say."""
     given = args.model_init_kwargs
     args.model_init_kwargs = model_options(model_config, given)
@@ -152,7 +155,7 @@ def build_trainer(data: DemonstrationSet, args: SupervisedConfig, model_config: 
         train_dataset=data.train,
         eval_dataset=data.eval,
         quantization_config=get_quantization_config(model_config),
-        peft_config=get_peft_config(model_config),
+        peft_config=model_config.adapter(),
     )
     trainer.args.model_init_kwargs = given  # the run's config.yaml has them under the names that the user gave
     return trainer

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from accelerate.utils import gather_object
 from rich.console import Console
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl import get_quantization_config
 
 import hapo
 
@@ -16,6 +16,7 @@ from ..tasks import Task, TaskConfig, load_task
 from ..tasks.curriculum import STAGE
 from ..trl import DiffusionConfig, DiffusionTrainer, HAPOConfig, HAPOTrainer
 from . import INTERRUPTED
+from .adapted import AdaptedModelConfig
 from .held_out import Course, HeldOut
 from .recipe import RecipeParser, recipe_of, told
 from .run_folder import (
@@ -76,7 +77,9 @@ def main(argv: list[str]) -> int:
     argv, checkpoint = resumed(argv)
     if checkpoint is True and is_finished("train", argv):
         return 0
-    parser = RecipeParser("hapo train", DESCRIPTION, [TaskConfig, config_of(argv), ModelConfig, TrainOptions])
+    parser = RecipeParser(
+        "hapo train", DESCRIPTION, [TaskConfig, config_of(argv), AdaptedModelConfig, TrainOptions]
+    )
     add_resume(parser)
     parser.set_defaults(run_records=True)
     task_config, args, model_config, options, _ = parser.read(argv)
@@ -134,7 +137,7 @@ def main(argv: list[str]) -> int:
     return 0 if finished else INTERRUPTED
 
 
-def build_trainer(task: Task, args: HAPOConfig, model_config: ModelConfig) -> HAPOTrainer:
+def build_trainer(task: Task, args: HAPOConfig, model_config: AdaptedModelConfig) -> HAPOTrainer:
     """The trainer of a task, its model loaded as the options say."""
     if task.staged and args.stage_column is None:
         args.stage_column = STAGE
@@ -148,7 +151,7 @@ def build_trainer(task: Task, args: HAPOConfig, model_config: ModelConfig) -> HA
         train_dataset=task.train,
         eval_dataset=task.eval if args.eval_strategy != "no" else None,
         quantization_config=get_quantization_config(model_config),
-        peft_config=get_peft_config(model_config),
+        peft_config=model_config.adapter(),
         demonstrations=task.demonstrations,
     )
     trainer.args.model_init_kwargs = given  # the run's config.yaml has them under the names that the user gave

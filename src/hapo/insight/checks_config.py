@@ -149,15 +149,15 @@ def small_groups(plan: Plan) -> Finding | None:
 
 def learning_rate(plan: Plan) -> Finding | None:
     """A learning rate a hundred times away from what is usual."""
-    rate, lora = plan.args.learning_rate, plan.model_config.use_peft
-    usual = 1e-5 if lora else 1e-6
-    small_model = not lora and (plan.architecture is None or _parameters(plan.architecture) < 100e6)
+    rate, adapter = plan.args.learning_rate, plan.model_config.use_peft
+    usual = 1e-5 if adapter else 1e-6
+    small_model = not adapter and (plan.architecture is None or _parameters(plan.architecture) < 100e6)
     if usual / 100 <= rate and (small_model or rate <= 100 * usual):
         return None
     return Finding(
         "learning_rate",
         "warning",
-        f"learning_rate {rate:g} with {'LoRA' if lora else 'full fine-tuning'}",
+        f"learning_rate {rate:g} with {'an adapter' if adapter else 'full fine-tuning'}",
         "the policy stays where it is, and so does the reward"
         if rate < usual
         else "one optimiser step moves the policy so far that answers fall apart before the reward can tell",
