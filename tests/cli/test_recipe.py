@@ -9,12 +9,13 @@ import pytest
 from trl import ModelConfig
 
 from hapo.cli import UsageError, main
+from hapo.cli.adapted import AdaptedModelConfig
 from hapo.cli.recipe import RecipeParser, read_recipe, told
 from hapo.cli.train import TrainOptions
 from hapo.tasks import TaskConfig
 from hapo.trl import HAPOConfig
 
-KINDS = [TaskConfig, HAPOConfig, ModelConfig, TrainOptions]
+KINDS = [TaskConfig, HAPOConfig, AdaptedModelConfig, TrainOptions]
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 CPU = ["--use_cpu", "--bf16", "false", "--activation_checkpointing", "false"]
 

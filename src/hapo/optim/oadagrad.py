@@ -59,17 +59,9 @@ class OptimisticAdagrad(Optimistic):
         capturable: bool = False,
         fused: bool | None = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "delta": delta,
-            "lag": lag,
-            "include_g0": include_g0,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-            "foreach": foreach,
-        }
-        self.check({**defaults, "differentiable": differentiable, "capturable": capturable, "fused": fused})
-        super().__init__(params, defaults)
+        shared = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "foreach": foreach}
+        own = {"delta": delta, "lag": lag, "include_g0": include_g0}
+        super().__init__(params, shared | own, differentiable=differentiable, capturable=capturable, fused=fused)
 
     def check(self, group: dict[str, Any]) -> None:
         """Raise a ValueError, unless the options of a group can be honoured."""

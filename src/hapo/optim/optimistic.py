@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import _default_to_fused_or_foreach
+from torch.optim.optimizer import ParamsT, _default_to_fused_or_foreach
 
 NOT_OURS = {
     "differentiable": "a step is taken in place, without a graph; leave it out",
@@ -44,6 +44,11 @@ class Optimistic(Optimizer):
     """Further options of groups that the method has not -> why, and what to do."""
 
     # -- options ----------------------------------------------------------------------------------------------
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], **refused: Any) -> None:
+        """Check the options of all groups, and those of torch's optimisers that neither method has."""
+        self.check({**defaults, **refused})
+        super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch.

@@ -55,15 +55,9 @@ class OptimisticSGD(Optimistic):
         capturable: bool = False,
         fused: bool | None = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "projection": projection,
-            "maximize": maximize,
-            "foreach": foreach,
-        }
-        self.check({**defaults, "differentiable": differentiable, "capturable": capturable, "fused": fused})
-        super().__init__(params, defaults)
+        shared = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "foreach": foreach}
+        own = {"projection": projection}
+        super().__init__(params, shared | own, differentiable=differentiable, capturable=capturable, fused=fused)
 
     def check(self, group: dict[str, Any]) -> None:
         """Raise a ValueError, unless the options of a group can be honoured."""
