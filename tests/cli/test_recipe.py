@@ -9,7 +9,7 @@ import pytest
 from trl import ModelConfig
 
 from hapo.cli import UsageError, main
-from hapo.cli.adapted import AdaptedModelConfig
+from hapo.cli.model import AdaptedModelConfig
 from hapo.cli.recipe import RecipeParser, read_recipe, told
 from hapo.cli.train import TrainOptions
 from hapo.tasks import TaskConfig

@@ -35,9 +35,9 @@ from ..tasks import Task, TaskConfig, load_task
 from ..tasks.answers import normalise
 from ..trl import HAPOConfig
 from . import UsageError, nearest
-from .adapted import AdaptedModelConfig
 from .contents import model_identity, reward_identity
 from .held_out import Course, HeldOut
+from .model import AdaptedModelConfig
 from .recipe import RecipeParser, told
 from .run_folder import model_options, model_path, prepare_process
 from .train import TrainOptions, build_trainer

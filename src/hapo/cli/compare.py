@@ -21,10 +21,10 @@ from ..outputs import check_made
 from ..tasks import TaskConfig
 from ..trl import HAPOConfig
 from . import UsageError
-from .adapted import AdaptedModelConfig
 from .arms import PLAN, TRL, Arm, Job, Recipe, content_of, parse_flags, split_task
 from .finished import finished_runs, split_named
 from .jobs import check_jobs, find_gpus, make_room, run_all
+from .model import AdaptedModelConfig
 from .recipe import RecipeParser, recipe_of
 from .train import TrainOptions
 

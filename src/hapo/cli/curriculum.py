@@ -23,10 +23,10 @@ from ..tasks.final_answers import AnswerSpace, Equality, answer_space
 from ..tasks.semantic import Weight, answer_clusters, semantic_entropy, stages
 from ..trl import HAPOConfig
 from . import UsageError
-from .adapted import AdaptedModelConfig
 from .contents import model_identity
 from .evaluate import Draw, EngineOptions, start
 from .measure import Decoding
+from .model import AdaptedModelConfig
 from .progress import counting
 from .recipe import RecipeParser
 from .run_folder import model_path, prepare_process

@@ -24,7 +24,7 @@ from ..tasks import TaskConfig, load_task
 from ..tasks.benchmarks import BENCHMARKS, ProblemSet, load_benchmark
 from ..trl import HAPOConfig
 from . import UsageError, check_output
-from .adapted import AdaptedModelConfig, know_adapter
+from .adapted import know_adapter
 from .benchmark import (
     PRESET_LENGTH,
     PRESETS,
@@ -36,6 +36,7 @@ from .benchmark import (
 )
 from .contents import model_files, reward_files
 from .measure import Answer, Decoding, draw_answers, estimate
+from .model import AdaptedModelConfig
 from .progress import counting
 from .recipe import RecipeParser
 from .run_folder import model_path, prepare_process

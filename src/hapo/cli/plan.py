@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from ..insight.doctor import Finding, examine_config
 from ..tasks import TaskConfig, load_task
-from .adapted import AdaptedModelConfig
+from .model import AdaptedModelConfig
 from .recipe import RecipeParser
 from .run_folder import model_path, prepare_process
 from .train import TrainOptions, config_of

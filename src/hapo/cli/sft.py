@@ -16,8 +16,8 @@ from ..insight.run import Run
 from ..tasks.demonstration_sets import DemonstrationConfig, DemonstrationSet, load_demonstrations
 from ..trl import SupervisedConfig, SupervisedTrainer
 from . import INTERRUPTED
-from .adapted import AdaptedModelConfig
 from .held_out import Course, HeldOut
+from .model import AdaptedModelConfig
 from .recipe import RecipeParser, told
 from .run_folder import (
     add_resume,

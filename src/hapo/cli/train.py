@@ -16,8 +16,8 @@ from ..tasks import Task, TaskConfig, load_task
 from ..tasks.curriculum import STAGE
 from ..trl import DiffusionConfig, DiffusionTrainer, HAPOConfig, HAPOTrainer
 from . import INTERRUPTED
-from .adapted import AdaptedModelConfig
 from .held_out import Course, HeldOut
+from .model import AdaptedModelConfig
 from .recipe import RecipeParser, recipe_of, told
 from .run_folder import (
     add_resume,

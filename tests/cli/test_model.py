@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from hapo.adapters import GateRAConfig
 from hapo.cli import main
-from hapo.cli.adapted import AdaptedModelConfig
+from hapo.cli.model import AdaptedModelConfig
 from hapo.cli.recipe import RecipeParser
 from tests.cli.small import flags, metrics, train
 
