@@ -36,7 +36,7 @@ GATERA = Companion(
     year=2025,
     arxiv="2511.17582",
     home="hapo.adapters.GateRAConfig",
-    use="peft_config=GateRAConfig(r=32, task_type='CAUSAL_LM')",
+    use="peft_config=GateRAConfig(r=32, task_type='CAUSAL_LM'); gatera: {r: 32} in a recipe",
     options={
         "r": ["32", "rank (paper)"],
         "branch": ["'hira'", "what is gated: hira (paper), lora or dora"],
