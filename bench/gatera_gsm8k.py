@@ -7,8 +7,8 @@ data are rows of `question`, `solution` and `answer`; their text is cut into row
 predicted. A run is a few steps of AdamW, its rate falling linearly to 0. A seed decides the order of the rows, the
 first A of each module, which is the same in all arms, and the gates.
 
-The rate of each arm is chosen on a seed and texts of its own: three rates, and further ones while the best is at
-an end. Every finished run is a line beside the output (`.jsonl`); a study that was stopped goes on from there.
+The rate of each arm is chosen on a seed and texts of its own: three rates, further ones while the best is at an
+end, and two closer to the best. Every finished run is a line beside the output (`.jsonl`); a study that was stopped goes on from there.
 """
 
 from __future__ import annotations
@@ -224,23 +224,24 @@ class Study:
         return math.inf if loss is None else loss
 
     def tune(self, arm: str) -> dict[float, float]:
-        """Rates, apart by factors of about three -> loss on the text for tuning; the best one is at no end."""
+        """Rates -> loss on the text for tuning; the best one is at no end."""
         return tuned(lambda rate: self.run(arm, rate, TUNED_ON), FIRST[arm])
 
 
 def tuned(loss: Callable[[float], float], first: float) -> dict[float, float]:
-    """Three rates around the first, and on while the best is at an end."""
-    at = round(2 * math.log10(first))
-    tried = {k: loss(rate_of(k)) for k in (at - 1, at, at + 1)}
+    """Three rates around the first, apart by about three, on while the best is at an end, and the two beside it."""
+    at = round(4 * math.log10(first))
+    tried = {k: loss(rate_of(k)) for k in (at - 2, at, at + 2)}
     while (best := min(tried, key=lambda k: tried[k])) in (min(tried), max(tried)):
-        k = best - 1 if best == min(tried) else best + 1
+        k = best - 2 if best == min(tried) else best + 2
         tried[k] = loss(rate_of(k))
+    tried |= {k: loss(rate_of(k)) for k in (best - 1, best + 1)}
     return {rate_of(k): tried[k] for k in sorted(tried)}
 
 
 def rate_of(k: int) -> float:
-    """10^(k/2), to one digit."""
-    return float(f"{10 ** (k / 2):.0e}")
+    """10^(k/4), to one digit."""
+    return float(f"{10 ** (k / 4):.0e}")
 
 
 def summarise(study: Study, seeds: int) -> dict[str, Any]:
