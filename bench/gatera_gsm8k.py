@@ -8,7 +8,8 @@ predicted. A run is a few steps of AdamW, its rate falling linearly to 0. A seed
 first A of each module, which is the same in all arms, and the gates.
 
 The rate of each arm is chosen on a seed and texts of its own: three rates, further ones while the best is at an
-end, and two closer to the best. Every finished run is a line beside the output (`.jsonl`); a study that was stopped goes on from there.
+end, and two closer to the best. Every finished run is a line beside the output (`.jsonl`); a study that was stopped
+goes on from there.
 """
 
 from __future__ import annotations
@@ -229,7 +230,7 @@ class Study:
 
 
 def tuned(loss: Callable[[float], float], first: float) -> dict[float, float]:
-    """Three rates around the first, apart by about three, on while the best is at an end, and the two beside it."""
+    """Three rates around the first, further ones while the best is at an end, and the two beside it."""
     at = round(4 * math.log10(first))
     tried = {k: loss(rate_of(k)) for k in (at - 2, at, at + 2)}
     while (best := min(tried, key=lambda k: tried[k])) in (min(tried), max(tried)):
