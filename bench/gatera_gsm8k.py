@@ -8,8 +8,8 @@ predicted. A run is a few steps of AdamW, its rate falling linearly to 0. A seed
 first A of each module, which is the same in all arms, and the gates.
 
 The rate of each arm is chosen on a seed and texts of its own: three rates, further ones while the best is at an
-end, and two closer to the best. Every finished run is a line beside the output (`.jsonl`); a study that was stopped
-goes on from there.
+end, and two closer to the best. Every finished run is a line beside the output (`.jsonl`); a study that was
+stopped goes on from there.
 """
 
 from __future__ import annotations
