@@ -7,9 +7,8 @@ data are rows of `question`, `solution` and `answer`; their text is cut into row
 predicted. A run is a few steps of AdamW, its rate falling linearly to 0. A seed decides the order of the rows, the
 first A of each module, which is the same in all arms, and the gates.
 
-The rate of each arm is chosen on a seed and texts of its own: three rates, further ones while the best is at an
-end, and two closer to the best. Every finished run is a line beside the output (`.jsonl`); a study that was
-stopped goes on from there.
+The rate of each arm is chosen on a seed and texts of its own: three rates, and further ones while the best is
+at an end. Every finished run is a line beside the output (`.jsonl`); a study that was stopped goes on from there.
 """
 
 from __future__ import annotations
@@ -226,17 +225,18 @@ class Study:
 
     def tune(self, arm: str) -> dict[float, float]:
         """Rates -> loss on the text for tuning; the best one is at no end."""
-        return tuned(lambda rate: self.run(arm, rate, TUNED_ON), FIRST[arm])
+        tuned(lambda rate: self.run(arm, rate, TUNED_ON), FIRST[arm])
+        rates = [rate for one, rate, seed in self.runs if (one, seed) == (arm, TUNED_ON)]
+        return {rate: self.run(arm, rate, TUNED_ON) for rate in sorted(rates)}
 
 
 def tuned(loss: Callable[[float], float], first: float) -> dict[float, float]:
-    """Three rates around the first, further ones while the best is at an end, and the two beside it."""
+    """Rate -> loss: of three rates around the first, and of further ones until the best has two neighbours."""
     at = round(4 * math.log10(first))
-    tried = {k: loss(rate_of(k)) for k in (at - 2, at, at + 2)}
+    tried = {k: loss(rate_of(k)) for k in (at - 1, at, at + 1)}
     while (best := min(tried, key=lambda k: tried[k])) in (min(tried), max(tried)):
-        k = best - 2 if best == min(tried) else best + 2
+        k = best - 1 if best == min(tried) else best + 1
         tried[k] = loss(rate_of(k))
-    tried |= {k: loss(rate_of(k)) for k in (best - 1, best + 1)}
     return {rate_of(k): tried[k] for k in sorted(tried)}
 
 

@@ -60,9 +60,9 @@ def test_a_study_goes_on_where_it_was_stopped(base, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("best", "tried"),
     [
-        (-2.5, [1e-3, 2e-3, 3e-3, 6e-3, 1e-2]),
-        (-4.5, [1e-5, 2e-5, 3e-5, 6e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2]),
-        (-1.5, [1e-3, 3e-3, 1e-2, 2e-2, 3e-2, 6e-2, 1e-1]),
+        (-2.5, [2e-3, 3e-3, 6e-3]),
+        (-3.5, [2e-4, 3e-4, 6e-4, 1e-3, 2e-3, 3e-3, 6e-3]),
+        (-1.75, [2e-3, 3e-3, 6e-3, 1e-2, 2e-2, 3e-2]),
     ],
 )
 def test_rates_are_tried_until_the_best_is_at_no_end(best, tried):

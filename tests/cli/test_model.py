@@ -58,7 +58,7 @@ def test_trl_s_own_trainer_would_leave_out_the_loss_of_the_gates(tmp_path, capsy
     assert "trl:dapo: TRL's trainer leaves the entropy of the gates out" in capsys.readouterr().err
 
 
-def test_a_run_trains_the_adapter_goes_on_and_is_measured(tmp_path):
+def test_a_run_trains_the_adapter_goes_on_and_is_measured(tmp_path, capsys):
     run = tmp_path / "run"
     assert main(train(run, gatera='{"r": 4, "branch": "lora"}', max_steps=3, evaluate=False)) == 0
     assert yaml.safe_load((run / "config.yaml").read_text())["gatera"] == {"r": 4, "branch": "lora"}
@@ -73,3 +73,5 @@ def test_a_run_trains_the_adapter_goes_on_and_is_measured(tmp_path):
     options = {"eval_size": 4, "max_completion_length": 8, "output": tmp_path / "found.json"}
     assert main(["eval", *flags(model=run / "model", **options)]) == 0
     assert json.loads((tmp_path / "found.json").read_text())
+    assert main(train(tmp_path / "other", model=run / "model")) == 2
+    assert "model is an adapter, and training begins with a whole model" in capsys.readouterr().err

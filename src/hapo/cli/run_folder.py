@@ -37,7 +37,12 @@ def check_folder(command: str, args: Any, model_config: ModelConfig, *, resuming
         raise UsageError(f"resume with `hapo {command} --resume RUN` in place of resume_from_checkpoint")
     if not args.run_records:
         raise UsageError(f"run_records cannot be off: `hapo {command}` resumes and reports from the records")
-    model_path(model_config)
+    path = Path(model_path(model_config))
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").exists():
+        raise UsageError(
+            f"{path} is an adapter, and training begins with a whole model: name its base model; to train the "
+            f"adapter further, prolong its run with `hapo {command} --resume RUN --max_steps N`"
+        )
     if args.process_index:
         return
     folder = Path(args.output_dir)
