@@ -266,7 +266,10 @@ def summarise(study: Study, seeds: int) -> dict[str, Any]:
     return {
         "start": round(measure(study.base, study.texts.held_out), 4),
         "arms": arms,
-        "verdicts": [say(one, p, *pair) for one, p, pair in zip(found, adjusted, CONTRASTS, strict=True)],
+        "verdicts": {
+            f"{a} against {b}": say(one, p, a, b)
+            for one, p, (a, b) in zip(found, adjusted, CONTRASTS, strict=True)
+        },
     }
 
 
@@ -285,7 +288,8 @@ def main() -> None:
         "settings": asdict(settings),
         **summarise(study, given.seeds),
     }
-    print("\n".join(result["verdicts"]))
+    for pair, found in result["verdicts"].items():
+        print(f"{pair}: {found}")
     given.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
