@@ -12,6 +12,7 @@ from . import (  # noqa: F401 - each is there after `import hapo`, as hapo.parts
     reduce,
     select,
     shaping,
+    soft_q,
     surrogate,
     temperature,
 )
