@@ -110,6 +110,54 @@ def bellman_targets(
     return torch.where(mask, target, 0.0)
 
 
+def lambda_targets(
+    value: Float[Tensor, "... S+1 L"],
+    kl: Float[Tensor, "... S+1 L"],
+    reward: Float[Tensor, "... S"],
+    goes_on: Bool[Tensor, "... S"],
+    mask: Bool[Tensor, "... S L"],
+    *,
+    beta: float,
+    gamma: float,
+    lam: float,
+) -> Float[Tensor, "... S L"]:
+    """Soft TD(lambda): `bellman_targets` with the value of the next state mixed with what the trajectory got there.
+
+        V[s,j]  is replaced by  (1 - lam) V[s,j] + lam (y[s,j] - beta KL[s,j])      where a token was taken
+
+    `lam` = 0 is `bellman_targets`, the paper's; `lam` = 1 the soft return of the trajectory, up to slot S. It is ours:
+    one-step targets carry a reward one token further with each update of the target critic. For tokens that were
+    drawn from P it has the same expectation; sampling at another temperature or top-k biases it.
+
+    Args:
+        value, reward, goes_on, mask, gamma: as in `bellman_targets`.
+        kl: KL(P || rho) of the states.
+        beta: weight of the KL.
+        lam: share of the trajectory.
+
+    Raises:
+        ValueError: lam outside [0, 1], and as `bellman_targets` does.
+    """
+    if not 0 <= lam <= 1:
+        raise ValueError(f"lam must be between 0 and 1, got {lam}")
+    target = bellman_targets(value, reward, goes_on, mask, gamma)
+    if lam == 0:
+        return target
+    value, kl, reward = (x.detach().to(working_dtype(x)) for x in (value, kl, reward))
+    *_, turns, length = mask.shape
+    first = value[..., turns, 0]  # what the first state of the turn after is worth
+    for s in reversed(range(turns)):
+        after = torch.where(goes_on[..., s], first, 0.0)
+        following = reward[..., s] + gamma * after
+        for j in reversed(range(length)):
+            there = mask[..., s, j]
+            target[..., s, j] = torch.where(there, following, 0.0)
+            mixed = (1 - lam) * value[..., s, j] + lam * (target[..., s, j] - beta * kl[..., s, j])
+            following = torch.where(there, mixed, following)
+        first = torch.where(mask[..., s, 0], following, value[..., s, 0])
+    return target
+
+
 def soft_q_targets(
     q: Float[Tensor, "... S+1 L V"],
     logits: Float[Tensor, "... S+1 L V"],
@@ -245,8 +293,8 @@ def chunk_size(vocabulary: int, device: torch.device) -> int:
 
 
 def in_chunks(
-    part: Callable[..., tuple[Tensor, ...]], rows: Sequence[Float[Tensor, "*n D"]], size: int | None = None
-) -> tuple[Float[Tensor, "*n"], ...]:
+    part: Callable[..., tuple[Tensor, ...]], rows: Sequence[Tensor], size: int | None = None
+) -> tuple[Tensor, ...]:
     """What `part` makes of the rows, `size` positions at a time: numbers per position, in the rows' leading shape.
 
     What a piece makes on its way is dropped and made anew in the backward pass, so that memory holds the tensors of
@@ -254,7 +302,7 @@ def in_chunks(
 
     Args:
         part: (rows of n positions, ...) -> tensors (n,).
-        rows: tensors with the same leading axes.
+        rows: tensors (..., width) with the same leading axes; integers and masks may be among them.
         size: positions at a time; `chunk_size` of the last row's width where None.
 
     Raises:

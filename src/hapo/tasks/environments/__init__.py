@@ -6,9 +6,17 @@ model sees before its next turn, and keeps the reward. The same class serves ETP
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+KNOWN = {"addition": "addition", "code": "code"}
+"""Name -> module of this package, whose `load(seed, train_size, eval_size)` gives the class and two data sets."""
 
 
 @runtime_checkable
@@ -57,3 +65,47 @@ def tool_of(environment: Environment) -> Callable[[str], str]:
         )
     tool: Callable[[str], str] = getattr(environment, names[0])
     return tool
+
+
+@dataclass(frozen=True)
+class EnvironmentTask:
+    """An environment, and the rows that its episodes begin with: column `prompt`, and what `reset` reads."""
+
+    name: str
+    environment: Callable[..., Environment]
+    train: Dataset
+    eval: Dataset
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of the environment's class."""
+
+    def make(self) -> Environment:
+        """An instance."""
+        return self.environment(**self.options)
+
+
+def load_environment(
+    name: str, *, seed: int, train_size: int, eval_size: int, options: dict[str, Any] | None = None
+) -> EnvironmentTask:
+    """The environment of this name, or what MODULE:FUNCTION returns for seed, train_size and eval_size.
+
+    Raises:
+        ValueError: there is none, it takes no such options, or its rows have no prompt.
+    """
+    module, colon, function = name.partition(":")
+    if not colon and name not in KNOWN:
+        raise ValueError(f"there is no environment {name!r}; known: {', '.join(KNOWN)}, or name MODULE:FUNCTION")
+    try:
+        home = importlib.import_module(module) if colon else importlib.import_module(f".{KNOWN[name]}", __name__)
+        load = getattr(home, function or "load")
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ValueError(f"environment {name!r} cannot be loaded: {error}") from error
+    environment, train, held_out = load(seed, train_size, eval_size)
+    task = EnvironmentTask(name, environment, train, held_out, dict(options or {}))
+    try:
+        tool_of(task.make())
+    except TypeError as error:
+        raise ValueError(f"environment {name!r} with the options {task.options}: {error}") from error
+    for part, rows in (("train", train), ("eval", held_out)):
+        if not len(rows) or "prompt" not in rows.column_names:
+            raise ValueError(f"environment {name!r}: its {part} rows have no column prompt, or there are none")
+    return task
