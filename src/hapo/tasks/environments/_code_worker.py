@@ -178,20 +178,24 @@ def main() -> None:
 
 def _try_out(limits: Limits, places: list[str] | None) -> None:
     """Raise an error, unless a process that was confined here is."""
-    child = os.fork()
+    told, child = os.memfd_create("told"), os.fork()
     if child == 0:
-        kept = 0
+        refused = 0
         try:
             confine(limits, places)
-            kept += _refused(os.fork)
-            kept += _refused(lambda: os.kill(os.getppid(), 0))
-            kept += _refused(lambda: __import__("socket").socket())
-            kept += places is None or _refused(lambda: open(__file__))
+            refused += _refused(os.fork)
+            refused += _refused(lambda: os.kill(os.getppid(), 0))
+            refused += _refused(lambda: __import__("socket").socket())
+            refused += places is None or _refused(lambda: open(__file__))
+        except Exception as error:
+            os.write(told, f": {error}".encode())
         finally:
-            os._exit(kept)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if status != 4:
-        raise OSError(f"this machine does not hold a process that was confined ({status} of 4 tries were refused)")
+            os._exit(refused)
+    refused = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    why = os.pread(told, 1000, 0).decode("utf-8", "replace")
+    os.close(told)
+    if refused != 4:
+        raise OSError(f"a process cannot be confined here: {refused} of 4 tries to break out were refused{why}")
 
 
 def _refused(act: Callable[[], object]) -> bool:
