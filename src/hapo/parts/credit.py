@@ -52,8 +52,7 @@ def gae(
     instead.
     """
     reward, v = (masked(x.detach(), mask).double() for x in (token_reward, value))
-    after = torch.zeros_like(v[:, 0])
-    delta = torch.zeros_like(v)
+    after, delta = v.new_zeros(len(v)), torch.zeros_like(v)
     for t in range(mask.shape[1] - 1, -1, -1):
         delta[:, t] = reward[:, t] + gamma * after - v[:, t]
         after = torch.where(mask[:, t], v[:, t], after)
@@ -144,7 +143,7 @@ def last_token(mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
 def shaped_reward(
     reward: Float[Tensor, " B"],
     attribution: Float[Tensor, "B K T"],
-    weight: Sequence[float] | Float[Tensor, " K1"],
+    weight: Sequence[int | float] | Float[Tensor, " K1"],
     mask: Bool[Tensor, "B T"],
     *,
     normalisation: Sequence[Normalisation] | None = None,
@@ -225,7 +224,7 @@ def attribution_share(
     else:
         share = phi.abs() if normalisation == "abs" else phi
     total = share.sum(-1, keepdim=True)
-    even = mask / mask.sum(-1, keepdim=True).clamp_min(1)
+    even = mask.double() / mask.sum(-1, keepdim=True).clamp_min(1)
     share = torch.where(total.abs() > LEAST_SUM, share / total, even)
     return torch.where(whole, torch.where(mask, share, 0.0), last_token(mask).double())
 
@@ -247,7 +246,7 @@ def _to_go(token_reward: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], gamma:
 
 def _backward(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], decay: float) -> Float[Tensor, "B T"]:
     """y_t = x_t + decay y_{t+1} at valid places, y_{t+1} at masked ones; 0 after the last."""
-    y, out = torch.zeros_like(x[:, 0]), torch.empty_like(x)
+    y, out = x.new_zeros(len(x)), torch.empty_like(x)
     for t in range(x.shape[1] - 1, -1, -1):
         y = torch.where(mask[:, t], x[:, t] + decay * y, y)
         out[:, t] = y
