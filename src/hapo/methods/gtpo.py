@@ -122,8 +122,8 @@ def share_advantage(
     correct = verdict > threshold
     shaped = entropy_shaped_reward(entropy, correct, group, mask, base, bonus)
     advantage = signed_advantage(shaped, correct, group, mask, normalisation)
-    if singleton == "reward":
-        single = alone(group, mask.any(-1)).unsqueeze(1)
-        advantage = torch.where(single & mask, columns(reward).double() / (1 + STD_EPS), advantage)
+    single = alone(group, mask.any(-1)).unsqueeze(1)
+    lone = columns(reward).double() / (1 + STD_EPS) if singleton == "reward" else 0.0
+    advantage = torch.where(single & mask, lone, advantage)
     advantage = advantage.to(dtype)
     return advantage.expand(shape) if len(advantage) == shape[0] else advantage.view(shape)
