@@ -16,4 +16,5 @@ from . import (  # noqa: F401 - each is there after `import hapo`, as hapo.parts
     soft_q,
     surrogate,
     temperature,
+    turns,
 )
