@@ -9,8 +9,8 @@
 Policy, critic, target critic and reference are language models; the logits of the critics are their Q values. One
 forward pass of each network an update. The data are dropped after it.
 
-Over several processes each has some of the agents; losses are divided by the tokens of all, and gradients added up,
-so that the update does not depend on the number of processes. Every process holds the whole networks.
+Over several processes each has some of the agents; losses are divided by the tokens of all, and gradients added
+up, so that the update does not depend on the number of processes. Every process holds the whole networks.
 
 The authors take Lion; this loop takes AdamW. See docs/methods/etpo.md for what else is ours.
 
@@ -39,7 +39,16 @@ from ..engines.trl.finite import check
 from ..outputs import write_whole
 from ..parts import soft_q
 from ..tasks.environments import EnvironmentTask
-from .networks import Networks, SharedNetworks, WholeNetworks, follow, hidden_states, load_networks, save_networks
+from .networks import (
+    Name,
+    Networks,
+    SharedNetworks,
+    WholeNetworks,
+    follow,
+    hidden_states,
+    load_networks,
+    save_networks,
+)
 from .options import ETPOConfig
 from .turns import Agent, Sampling, Segment, Speech, collect, play
 
@@ -67,6 +76,8 @@ class Packed(NamedTuple):
 class States(NamedTuple):
     """What an update made of each state of some segments, for metrics and records; nothing has a gradient."""
 
+    target: Float[Tensor, " N"]
+    """y; 0 in a state that no token was taken in."""
     value: Float[Tensor, " N"]
     kl: Float[Tensor, " N"]
     entropy: Float[Tensor, " N"]
@@ -79,7 +90,6 @@ class States(NamedTuple):
     q_other: Float[Tensor, " N"]
     push: Float[Tensor, " N"]
     """-N dL_pi / dz of the taken token."""
-    target: Float[Tensor, " N"]
 
 
 def pack(segments: Sequence[Segment], pad: int, device: torch.device) -> Packed:
@@ -101,7 +111,9 @@ def pack(segments: Sequence[Segment], pad: int, device: torch.device) -> Packed:
             states.append((r, len(one.ids) - 1, len(one.turns), 0, pad, False))
     row, column, turn_, token_, action, taken = (torch.tensor(x, device=device) for x in zip(*states, strict=True))
     ids = torch.tensor([one.ids + [pad] * (width - len(one.ids)) for one in segments], device=device)
-    attention = torch.tensor([[1] * len(one.ids) + [0] * (width - len(one.ids)) for one in segments], device=device)
+    attention = torch.tensor(
+        [[1] * len(one.ids) + [0] * (width - len(one.ids)) for one in segments], device=device
+    )
     place = torch.stack([row, turn_, token_])
     at = torch.stack([row, column])
     return Packed(ids, attention, at, place, action, taken, mask.to(device), reward.to(device), goes_on.to(device))
@@ -147,13 +159,19 @@ def update(
         means = (states.value, states.kl, states.entropy, states.q, states.target)
         sums += torch.stack([*losses, *(x[packed.taken].sum() / count for x in means)]).double()
     norms = {}
-    for name in ("policy", "critic"):
+    for name in LEARNING:
         norms[name] = _step(networks.parameters(name), optimisers[name], args.max_grad_norm, accelerator, step)
     follow(networks.parameters("target"), networks.parameters("critic"), args.polyak)
     found = dict(zip(MEANS, accelerator.reduce(sums, "sum").tolist(), strict=True))
-    return {**found, "loss": found["loss/policy"], "grad_norm": norms["policy"], "grad_norm/critic": norms["critic"]}
+    return {
+        **found,
+        "loss": found["loss/policy"],
+        "grad_norm": norms["policy"],
+        "grad_norm/critic": norms["critic"],
+    }
 
 
+LEARNING: tuple[Name, ...] = ("policy", "critic")
 MEANS = ("loss/policy", "loss/critic", "value", "kl", "entropy", "q", "target")
 """Of the tokens of an update."""
 
@@ -175,8 +193,8 @@ def _pass(networks: Networks, packed: Packed, args: ETPOConfig, count: int) -> t
     with networks.use("policy") as net:
         pi = hidden_states(net, *inputs)
         with torch.no_grad():
-            states = States(*chunks(partial(_see, networks, q_of, args), [action, slow, fast, rho, pi]), rho[:, 0])
-            states = states._replace(target=_targets(packed, states, args))
+            value, kl, *more = chunks(partial(_see, networks, q_of, args), [action, slow, fast, rho, pi])
+            states = States(_targets(packed, value, kl, args), value, kl, *more)
         (terms,) = chunks(partial(_policy, networks, q_of, args), [fast.detach()[taken], rho[taken], pi[taken]])
         policy_loss = terms.sum() / count
         policy_loss.backward()
@@ -193,7 +211,14 @@ def _q(networks: Networks, critic: str, name: Any, hidden: Tensor, rho: Tensor) 
 
 
 def _see(
-    networks: Networks, q_of: Any, args: ETPOConfig, action: Tensor, slow: Tensor, fast: Tensor, rho: Tensor, pi: Tensor
+    networks: Networks,
+    q_of: Any,
+    args: ETPOConfig,
+    action: Tensor,
+    slow: Tensor,
+    fast: Tensor,
+    rho: Tensor,
+    pi: Tensor,
 ) -> tuple[Tensor, ...]:
     logits, ref_logits = networks.logits("policy", pi), networks.logits("reference", rho)
     value, kl = soft_q.soft_value(q_of("target", slow, rho), logits, ref_logits, args.beta)
@@ -202,13 +227,17 @@ def _see(
     p = logits.softmax(-1)
     f = args.beta * (logp - (ref_logp if args.target == "kl_ref" else 0.0)) - q
     best, other = q.scatter(-1, action, -torch.inf).max(-1)
-    of_taken = [x.gather(-1, action).squeeze(-1) for x in (p * ((p * f).sum(-1, keepdim=True) - f), logp, ref_logp, q)]
+    of_taken = [
+        x.gather(-1, action).squeeze(-1) for x in (p * ((p * f).sum(-1, keepdim=True) - f), logp, ref_logp, q)
+    ]
     entropy = -(p * logp).sum(-1)
     push, logp, ref_logp, q = of_taken
     return value, kl, entropy, logp, ref_logp, q, other, best, push
 
 
-def _policy(networks: Networks, q_of: Any, args: ETPOConfig, fast: Tensor, rho: Tensor, pi: Tensor) -> tuple[Tensor]:
+def _policy(
+    networks: Networks, q_of: Any, args: ETPOConfig, fast: Tensor, rho: Tensor, pi: Tensor
+) -> tuple[Tensor]:
     logits, ref_logits = networks.logits("policy", pi), networks.logits("reference", rho).detach()
     q = q_of("critic", fast, rho).detach()
     return (soft_q.policy_terms(logits, q, ref_logits, beta=args.beta, target=args.target),)
@@ -218,17 +247,16 @@ def _taken(q_of: Any, action: Tensor, rho: Tensor, fast: Tensor) -> tuple[Tensor
     return (q_of("critic", fast, rho).gather(-1, action).squeeze(-1),)
 
 
-def _targets(packed: Packed, states: States, args: ETPOConfig) -> Float[Tensor, " N"]:
+def _targets(packed: Packed, value: Tensor, kl: Tensor, args: ETPOConfig) -> Float[Tensor, " N"]:
     """y of each state that a token was taken in; 0 elsewhere."""
     segments, turns, length = packed.mask.shape
-    value, kl = (
-        x.new_zeros(segments, turns + 1, length).index_put(tuple(packed.place), x) for x in (states.value, states.kl)
-    )
+    place = tuple(packed.place)
+    value, kl = (x.new_zeros(segments, turns + 1, length).index_put(place, x) for x in (value, kl))
     target = soft_q.lambda_targets(
         value, kl, packed.reward, packed.goes_on, packed.mask, beta=args.beta, gamma=args.gamma, lam=args.lam
     )
     target = nn.functional.pad(target, (0, 0, 0, 1))
-    return target[tuple(packed.place)]
+    return target[place]
 
 
 def _step(
@@ -245,7 +273,9 @@ def _step(
     if accelerator.num_processes > 1:
         flat = torch.cat([parameter.grad.flatten() for parameter in parameters.values()])  # type: ignore[union-attr]
         flat = accelerator.reduce(flat, "sum")
-        for parameter, grad in zip(parameters.values(), flat.split([p.numel() for p in parameters.values()]), strict=True):
+        for parameter, grad in zip(
+            parameters.values(), flat.split([p.numel() for p in parameters.values()]), strict=True
+        ):
             parameter.grad = grad.view_as(parameter)
     norm = float(nn.utils.clip_grad_norm_(list(parameters.values()), limit))
     check("gradient norm", norm, step)
@@ -287,10 +317,16 @@ class ETPO:
             )
         torch.manual_seed(args.seed)  # of the adapters
         model = model.to(self.accelerator.device).eval()
-        self.networks: Networks = WholeNetworks(model) if peft_config is None else SharedNetworks(model, peft_config)
-        rates = {"policy": args.learning_rate, "critic": args.critic_learning_rate or args.learning_rate}
+        self.networks: Networks = (
+            WholeNetworks(model) if peft_config is None else SharedNetworks(model, peft_config)
+        )
+        rates = dict(
+            zip(LEARNING, (args.learning_rate, args.critic_learning_rate or args.learning_rate), strict=True)
+        )
         self.optimisers: dict[str, torch.optim.Optimizer] = {
-            name: torch.optim.AdamW(self.networks.parameters(name).values(), lr=rate, weight_decay=args.weight_decay)
+            name: torch.optim.AdamW(
+                self.networks.parameters(name).values(), lr=rate, weight_decay=args.weight_decay
+            )
             for name, rate in rates.items()
         }
         self.sampling = Sampling.of(model, tokenizer, args)
@@ -309,7 +345,9 @@ class ETPO:
         row: dict[str, Any] = self.task.train[int(order[place])]
         return row
 
-    def steps(self, see: Callable[[list[Segment], Packed, States], None] | None = None) -> Iterator[dict[str, float]]:
+    def steps(
+        self, see: Callable[[list[Segment], Packed, States], None] | None = None
+    ) -> Iterator[dict[str, float]]:
         """Update until `max_steps`; after each update its metrics. `see`: as in `update`."""
         while self.step < self.args.max_steps:
             with self.networks.use("policy") as net:
@@ -349,7 +387,8 @@ class ETPO:
         }
 
     def measure(self, temperature: float, samples: int = 1, batch: int = 64) -> list[list[float]]:
-        """The last reward of held-out episodes: `samples` of each row, at a temperature; in the order of the rows."""
+        """The last reward of held-out episodes: `samples` of each row, at a temperature; in the order of the
+        rows."""
         sampling, world = self.sampling._replace(temperature=temperature), self.accelerator.num_processes
         asked = [(i, k) for i in range(len(self.task.eval)) for k in range(samples)]
         mine = asked[self.accelerator.process_index :: world]
@@ -387,7 +426,8 @@ class ETPO:
         """Go on from a checkpoint, bit for bit on as many processes as wrote it.
 
         Raises:
-            ValueError: it is incomplete, of another model or of other options, or an environment answers otherwise.
+            ValueError: it is incomplete, of another model or of other options, or an environment answers
+            otherwise.
         """
         if not (folder / STATE).is_file():
             raise ValueError(f"{folder} has no {STATE}: it is no checkpoint of ETPO, or its writing was cut short")
@@ -395,7 +435,9 @@ class ETPO:
         now = bound(self.args)
         if wrong := [name for name in now if state["options"].get(name) != now[name]]:
             was = state["options"].get(wrong[0])
-            raise ValueError(f"{folder} was written with {wrong[0]}={was!r}, not {now[wrong[0]]!r}: resume with the same")
+            raise ValueError(
+                f"{folder} was written with {wrong[0]}={was!r}, not {now[wrong[0]]!r}: resume with the same"
+            )
         load_networks(self.networks, folder)
         device = self.accelerator.device
         for name, optimiser in self.optimisers.items():
@@ -407,6 +449,8 @@ class ETPO:
 
 def bound(args: ETPOConfig) -> dict[str, Any]:
     """The options that a resumed run shares with the run before."""
-    free = ("output_dir", "max_steps", "use_cpu", "logging_steps", "save_steps", "save_total_limit")
-    free += ("record_tokens_every", "record_tokens_rows", "eval_size")
+    free = (
+        *("output_dir", "max_steps", "use_cpu", "logging_steps", "save_steps", "save_total_limit"),
+        *("record_tokens_every", "record_tokens_rows", "eval_size"),
+    )
     return {name: value for name, value in asdict(args).items() if name not in free}

@@ -1,8 +1,8 @@
 """Four networks of one shape: policy, critic, target critic and reference.
 
-Each is a causal language model; what the critics put out as logits are Q values. A tiny model is copied whole. With
-LoRA all four stand on one shared base: policy, critic and target are adapters on it, and the base is the reference, so
-that four networks cost little more than one.
+Each is a causal language model; what the critics put out as logits are Q values. A tiny model is copied whole.
+With LoRA all four stand on one shared base: policy, critic and target are adapters on it, and the base is the
+reference, so that four networks cost little more than one.
 
 Shapes: R rows, C columns; N positions, D width, V vocabulary.
 """
@@ -57,10 +57,9 @@ class WholeNetworks:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._models: dict[Name, Any] = {"policy": model}
-        for name in ("critic", "target", "reference"):
-            self._models[name] = copy.deepcopy(model)
-        for name in ("target", "reference"):
-            self._models[name].requires_grad_(False)
+        others: tuple[Name, ...] = ("critic", "target", "reference")
+        for name in others:
+            self._models[name] = copy.deepcopy(model).requires_grad_(name == "critic")
 
     @contextmanager
     def use(self, name: Name) -> Iterator[Any]:
@@ -83,7 +82,8 @@ class WholeNetworks:
 class SharedNetworks:
     """Three adapters of one LoRA configuration on one base, which alone is the reference.
 
-    The adapters begin equal. The output layer is the base's: an adapter on it would be another head for each network.
+    The adapters begin equal. The output layer is the base's: an adapter on it would be another head for each
+    network.
 
     Raises:
         ValueError: dropout, an adapter on the output layer, or layers that are trained whole (modules_to_save).
@@ -107,7 +107,7 @@ class SharedNetworks:
         if not isinstance(head, nn.Linear):
             raise ValueError("the output layer cannot have an adapter: leave it out of target_modules")
         first = self.parameters("policy")
-        for name in ("critic", "target"):
+        for name in TRAINED[1:]:
             self._model.add_adapter(name, config)
             with torch.no_grad():
                 for key, parameter in self.parameters(name).items():
@@ -183,7 +183,9 @@ def load_networks(networks: Networks, folder: Path) -> None:
     for name in TRAINED:
         found, own = load_file(folder / f"{name}.safetensors"), networks.parameters(name)
         if {k: x.shape for k, x in found.items()} != {k: x.shape for k, x in own.items()}:
-            raise ValueError(f"{folder / f'{name}.safetensors'} is of another model or adapter; resume with the same")
+            raise ValueError(
+                f"{folder / f'{name}.safetensors'} is of another model or adapter; resume with the same"
+            )
         with torch.no_grad():
             for key, parameter in own.items():
                 parameter.copy_(found[key])

@@ -36,18 +36,22 @@ class ETPOConfig:
 
     beta: float = field(default=0.01, metadata={"help": "weight of KL(policy || initial model), reward per nat"})
     gamma: float = field(default=0.99, metadata={"help": "discount between turns; inside a turn there is none"})
-    polyak: float = field(default=0.995, metadata={"help": "share of itself that the target critic keeps an update"})
+    polyak: float = field(
+        default=0.995, metadata={"help": "share of itself that the target critic keeps an update"}
+    )
     huber_delta: float = field(default=10.0, metadata={"help": "where the critic's loss becomes linear"})
     target: PolicyTarget = field(
         default="kl_ref",
         metadata={
-            "help": "what the policy is moved towards: kl_ref, its optimum under the KL to the initial model; entropy, "
-            "that under an entropy bonus; released, the expression of the authors' code, which learns nothing"
+            "help": "what the policy is moved towards: kl_ref, its optimum under the KL to the initial model; "
+            "entropy, that under an entropy bonus; released, the expression of the authors' code, which learns nothing"
         },
     )
     lam: float = field(
         default=0.0,
-        metadata={"help": "share of the trajectory in the targets, soft TD(lambda); 0 is the paper's backup (ours)"},
+        metadata={
+            "help": "share of the trajectory in the targets, soft TD(lambda); 0 is the paper's backup (ours)"
+        },
     )
     critic: Critic = field(
         default="logits",
@@ -61,10 +65,13 @@ class ETPOConfig:
     turns_per_update: int = field(default=2, metadata={"help": "turns that each agent takes before an update"})
     max_steps: int = field(default=250, metadata={"help": "updates; with two turns each, 500 turns an agent"})
     per_device_train_batch_size: int = field(
-        default=8, metadata={"help": "episodes in one forward and backward pass; results do not depend on it (ours)"}
+        default=8,
+        metadata={"help": "episodes in one forward and backward pass; results do not depend on it (ours)"},
     )
     learning_rate: float = field(default=1e-6, metadata={"help": "of the policy, AdamW (the authors take Lion)"})
-    critic_learning_rate: float | None = field(default=None, metadata={"help": "of the critic; that of the policy"})
+    critic_learning_rate: float | None = field(
+        default=None, metadata={"help": "of the critic; that of the policy"}
+    )
     weight_decay: float = field(default=0.0, metadata={"help": "of both (ours)"})
     max_grad_norm: float = field(default=10.0, metadata={"help": "at which the gradient of either is clipped"})
 
@@ -78,7 +85,9 @@ class ETPOConfig:
     seed: int = field(default=0, metadata={"help": "of rows, turns and adapters"})
     use_cpu: bool = field(default=False, metadata={"help": "even where there is a GPU"})
     logging_steps: int = field(default=1, metadata={"help": "updates between lines of metrics.jsonl"})
-    save_steps: int = field(default=50, metadata={"help": "updates between checkpoints; one is written at the end too"})
+    save_steps: int = field(
+        default=50, metadata={"help": "updates between checkpoints; one is written at the end too"}
+    )
     save_total_limit: int = field(default=2, metadata={"help": "checkpoints that are kept"})
     record_tokens_every: int = field(
         default=10, metadata={"help": "updates between token records, besides the first; 0 writes none"}
@@ -103,15 +112,25 @@ class ETPOConfig:
         }
         at_least_one = (
             *("train_size", "eval_size", "environments", "turns_per_update", "max_steps", "max_new_tokens"),
-            *("per_device_train_batch_size", "logging_steps", "save_steps", "save_total_limit", "record_tokens_rows"),
+            *(
+                "per_device_train_batch_size",
+                "logging_steps",
+                "save_steps",
+                "save_total_limit",
+                "record_tokens_rows",
+            ),
         )
         ranges |= {name: getattr(self, name) >= 1 for name in at_least_one}
         ranges["context_length"] = self.context_length is None or self.context_length >= 2
         wrong = [name for name, right in ranges.items() if not right]
         if wrong:
             allowed = {"gamma": "in [0, 1]", "lam": "in [0, 1]", "polyak": "in [0, 1)"}
-            allowed |= dict.fromkeys(("beta", "weight_decay", "temperature", "top_k", "record_tokens_every"), ">= 0")
-            allowed |= dict.fromkeys(("huber_delta", "learning_rate", "critic_learning_rate", "max_grad_norm"), "> 0")
+            allowed |= dict.fromkeys(
+                ("beta", "weight_decay", "temperature", "top_k", "record_tokens_every"), ">= 0"
+            )
+            allowed |= dict.fromkeys(
+                ("huber_delta", "learning_rate", "critic_learning_rate", "max_grad_norm"), "> 0"
+            )
             allowed |= {"context_length": ">= 2"}
             raise ValueError(f"{wrong[0]} must be {allowed.get(wrong[0], '>= 1')}, got {getattr(self, wrong[0])}")
         for name, kinds in (("target", get_args(PolicyTarget)), ("critic", get_args(Critic))):

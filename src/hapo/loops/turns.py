@@ -1,7 +1,7 @@
 """Agents in their environments: contexts, sampled turns, and the segments of episodes that an update learns from.
 
-The context of a turn is the text of the episode so far, token by token as it was taken, so that one forward pass over
-the last context holds the states of all turns before it.
+The context of a turn is the text of the episode so far, token by token as it was taken, so that one forward pass
+over the last context holds the states of all turns before it.
 
 What an agent samples depends on the weights, its seed, its number and how many turns it has taken: on no generator
 whose state a checkpoint would have to hold, and on no other agent.
@@ -55,7 +55,9 @@ class Sampling(NamedTuple):
         most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         context = args.context_length or most
         if context is None or (most is not None and context > most):
-            raise ValueError(f"context_length is {args.context_length}, and the model takes {most} tokens; set it lower")
+            raise ValueError(
+                f"context_length is {args.context_length}, and the model takes {most} tokens; set it lower"
+            )
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends)
         return cls(args.max_new_tokens, args.temperature, args.top_k, context, tuple(sorted(ends)), pad)
 
@@ -91,8 +93,8 @@ class Segment:
 class Speech:
     """Texts as token ids: prompts, what a turn says, and what the environment answers.
 
-    A prompt that is a text begins a plain text; messages go through the tokenizer's chat template, and so does then
-    what the environment answers, as a message of the user's. A text that reads like a special token is none.
+    A prompt that is a text begins a plain text; messages go through the tokenizer's chat template, and so does
+    then what the environment answers, as a message of the user's. A text that reads like a special token is none.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> None:
@@ -123,7 +125,8 @@ class Speech:
         return [*first, *self._plain(text, special=False), *last]
 
     def _chat(self) -> list[str]:
-        """The template's text between a message of the model's and one of the user's, and from there to the next."""
+        """The template's text between a message of the model's and one of the user's, and from there to the
+        next."""
         if "chat" not in self._around:
             messages = [
                 {"role": "user", "content": "-"},
@@ -133,7 +136,9 @@ class Speech:
             rendered = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
             parts = str(rendered).split(MARK)
             if len(parts) != 3:
-                raise ValueError("the chat template does not show every message as it is: episodes cannot be rendered")
+                raise ValueError(
+                    "the chat template does not show every message as it is: episodes cannot be rendered"
+                )
             self._around["chat"] = parts[1:]
         return self._around["chat"]
 
@@ -155,9 +160,20 @@ class Agent:
     """
 
     def __init__(
-        self, number: int, environment: Environment, speech: Speech, rows: Callable[[int], dict[str, Any]], context: int
+        self,
+        number: int,
+        environment: Environment,
+        speech: Speech,
+        rows: Callable[[int], dict[str, Any]],
+        context: int,
     ) -> None:
-        self.number, self.environment, self.speech, self.rows, self.limit = number, environment, speech, rows, context
+        self.number, self.environment, self.speech, self.rows, self.limit = (
+            number,
+            environment,
+            speech,
+            rows,
+            context,
+        )
         self.tool = tool_of(environment)
         self.episodes, self.taken = -1, 0
         self.texts: list[list[int]] = []
@@ -213,8 +229,8 @@ class Agent:
         self.taken = state["taken"]
         if self.context != state["context"]:
             raise ValueError(
-                f"agent {self.number}: the environment does not answer as it did before the checkpoint, so that the "
-                "run cannot go on where it was; an environment must be a function of its row and turns"
+                f"agent {self.number}: the environment does not answer as it did before the checkpoint, so that "
+                "the run cannot go on where it was; an environment must be a function of its row and turns"
             )
 
 

@@ -10,14 +10,15 @@ A turn is a text, and each of its tokens a decision. The critic says a value q f
 P is the policy that took the tokens, rho the frozen initial model, q in the targets a slow copy of the critic.
 Logits go through log-softmax. What is given as a target, a value or a mask is a constant here.
 
-The paper's numbered equations could not be read: targets and critic loss are those of the authors' code, its KL index
-set right and its Huber loss made symmetric; the policy loss is derived from the objective that the abstract states.
+The paper's numbered equations could not be read: targets and critic loss are those of the authors' code, its KL
+index set right and its Huber loss made symmetric; the policy loss is derived from the objective that the abstract
+states.
 
-A log-probability below `LOWEST` nats counts as `LOWEST`, so that a token which rho rules out costs beta (log P + 100)
-and not infinity. A token that the policy rules out (logit -inf) adds nothing, whatever q says of it.
+A log-probability below `LOWEST` nats counts as `LOWEST`, so that a token which rho rules out costs
+beta (log P + 100) and not infinity. A token that the policy rules out (logit -inf) adds nothing, whatever q says of it.
 
-Shapes: S turns, slot S is the state after the last one; L tokens; V vocabulary; ... axes in front (batch, agents).
-Float32 inside; float64 stays.
+Shapes: S turns, Z = S + 1 slots, of which slot S is the state after the last turn; L tokens; V vocabulary; ...
+axes in front (batch, agents). Float32 inside; float64 stays.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ class SoftTargets(NamedTuple):
 
     target: Float[Tensor, "... S L"]
     """y; 0 at masked positions."""
-    value: Float[Tensor, "... S+1 L"]
+    value: Float[Tensor, "... Z L"]
     """V of each state."""
-    kl: Float[Tensor, "... S+1 L"]
+    kl: Float[Tensor, "... Z L"]
     """KL(P || rho) of each state, nats."""
 
 
@@ -69,7 +70,7 @@ def soft_value(
 
 
 def bellman_targets(
-    value: Float[Tensor, "... S+1 L"],
+    value: Float[Tensor, "... Z L"],
     reward: Float[Tensor, "... S"],
     goes_on: Bool[Tensor, "... S"],
     mask: Bool[Tensor, "... S L"],
@@ -77,8 +78,8 @@ def bellman_targets(
 ) -> Float[Tensor, "... S L"]:
     """The targets y of the module's first lines; 0 at masked positions. Constants.
 
-    A turn of one token has the second line alone. An empty turn (no position of its mask is True) has no target and
-    its reward reaches none; the turn before it bootstraps from the state that the empty one was taken in. A
+    A turn of one token has the second line alone. An empty turn (no position of its mask is True) has no target
+    and its reward reaches none; the turn before it bootstraps from the state that the empty one was taken in. A
     truncated episode goes on (c = 1): its last turn bootstraps from slot S. What stands in `value` where it is not
     read, and in slot S after a terminal turn, is without effect.
 
@@ -97,8 +98,8 @@ def bellman_targets(
     *front, turns, length = mask.shape
     if value.shape != (*front, turns + 1, length) or not reward.shape == goes_on.shape == mask.shape[:-1]:
         raise ValueError(
-            f"mask has shape {tuple(mask.shape)} (... S L), so value must be (... S+1 L), reward and goes_on (... S); "
-            f"got {tuple(value.shape)}, {tuple(reward.shape)}, {tuple(goes_on.shape)}"
+            f"mask has shape {tuple(mask.shape)} (... S L), so value must be (... S+1 L), reward and goes_on "
+            f"(... S); got {tuple(value.shape)}, {tuple(reward.shape)}, {tuple(goes_on.shape)}"
         )
     if (mask[..., 1:] & ~mask[..., :-1]).any():
         raise ValueError("mask must have the valid tokens of a turn at its beginning, without a gap")
@@ -111,8 +112,8 @@ def bellman_targets(
 
 
 def lambda_targets(
-    value: Float[Tensor, "... S+1 L"],
-    kl: Float[Tensor, "... S+1 L"],
+    value: Float[Tensor, "... Z L"],
+    kl: Float[Tensor, "... Z L"],
     reward: Float[Tensor, "... S"],
     goes_on: Bool[Tensor, "... S"],
     mask: Bool[Tensor, "... S L"],
@@ -121,13 +122,13 @@ def lambda_targets(
     gamma: float,
     lam: float,
 ) -> Float[Tensor, "... S L"]:
-    """Soft TD(lambda): `bellman_targets` with the value of the next state mixed with what the trajectory got there.
+    """Soft TD(lambda): `bellman_targets`, with a state's value mixed with what the trajectory got from there on.
 
         V[s,j]  is replaced by  (1 - lam) V[s,j] + lam (y[s,j] - beta KL[s,j])      where a token was taken
 
-    `lam` = 0 is `bellman_targets`, the paper's; `lam` = 1 the soft return of the trajectory, up to slot S. It is ours:
-    one-step targets carry a reward one token further with each update of the target critic. For tokens that were
-    drawn from P it has the same expectation; sampling at another temperature or top-k biases it.
+    `lam` = 0 is `bellman_targets`, the paper's; `lam` = 1 the soft return of the trajectory, up to slot S. It is
+    ours: one-step targets carry a reward one token further with each update of the target critic. For tokens that
+    were drawn from P it has the same expectation; sampling at another temperature or top-k biases it.
 
     Args:
         value, reward, goes_on, mask, gamma: as in `bellman_targets`.
@@ -159,9 +160,9 @@ def lambda_targets(
 
 
 def soft_q_targets(
-    q: Float[Tensor, "... S+1 L V"],
-    logits: Float[Tensor, "... S+1 L V"],
-    ref_logits: Float[Tensor, "... S+1 L V"],
+    q: Float[Tensor, "... Z L V"],
+    logits: Float[Tensor, "... Z L V"],
+    ref_logits: Float[Tensor, "... Z L V"],
     reward: Float[Tensor, "... S"],
     goes_on: Bool[Tensor, "... S"],
     mask: Bool[Tensor, "... S L"],
@@ -193,7 +194,7 @@ def critic_loss(
     mask: Bool[Tensor, "*n L"],
     *,
     delta: float = 10.0,
-    count: float | None = None,
+    count: int | Tensor | None = None,
 ) -> Float[Tensor, ""]:
     """sum mask huber(y - q[a]) / N, with N the valid tokens.
 
@@ -217,7 +218,7 @@ def policy_terms(
     ref_logits: Float[Tensor, "*n V"],
     *,
     beta: float,
-    target: PolicyTarget = "kl_ref",
+    target: str = "kl_ref",
 ) -> Float[Tensor, "*n"]:
     """The policy loss of each position; the gradient flows through `logits` alone.
 
@@ -247,8 +248,8 @@ def policy_loss(
     mask: Bool[Tensor, "*n L"],
     *,
     beta: float = 0.01,
-    target: PolicyTarget = "kl_ref",
-    count: float | None = None,
+    target: str = "kl_ref",
+    count: int | Tensor | None = None,
     chunk: int | None = None,
 ) -> Float[Tensor, ""]:
     """sum mask l / N with l of `policy_terms`, exactly over the vocabulary, in pieces of `chunk` positions.
@@ -259,7 +260,7 @@ def policy_loss(
         ref_logits: of rho.
         mask: valid tokens.
         beta: weight of the KL, in units of reward per nat.
-        target: what the policy is moved towards.
+        target: one of `PolicyTarget`, what the policy is moved towards.
         count: N, where this is a slice of a step; the slice's own where None. No token: the loss is 0.
         chunk: positions at a time; `chunk_size` of the vocabulary where None.
     """
@@ -297,8 +298,8 @@ def in_chunks(
 ) -> tuple[Tensor, ...]:
     """What `part` makes of the rows, `size` positions at a time: numbers per position, in the rows' leading shape.
 
-    What a piece makes on its way is dropped and made anew in the backward pass, so that memory holds the tensors of
-    one piece beside the rows. `part` may take hidden states and make logits of them.
+    What a piece makes on its way is dropped and made anew in the backward pass, so that memory holds the tensors
+    of one piece beside the rows. `part` may take hidden states and make logits of them.
 
     Args:
         part: (rows of n positions, ...) -> tensors (n,).
@@ -333,7 +334,7 @@ def _valued(q: Tensor, logits: Tensor) -> Tensor:
     return q.to(working_dtype(q)).masked_fill(logits.detach() == -torch.inf, 0.0)
 
 
-def _mean(loss: Tensor, mask: Tensor, count: float | None) -> Tensor:
+def _mean(loss: Tensor, mask: Tensor, count: int | Tensor | None) -> Tensor:
     n = mask.sum() if count is None else torch.as_tensor(count)
     return torch.where(mask, loss, 0.0).sum() / n.clamp(min=1)
 

@@ -1,7 +1,8 @@
 """Environments: tasks of several turns, in the form that TRL's `environment_factory` takes.
 
-A turn of the model is one text. The environment reads it with its one public method, answers with a text, which the
-model sees before its next turn, and keeps the reward. The same class serves ETPO's loop and a trainer of TRL's.
+A turn of the model is one text. The environment reads it with its one public method, answers with a text, which
+the model sees before its next turn, and keeps the reward. The same class serves ETPO's loop and a trainer of
+TRL's.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ KNOWN = {"addition": "addition", "code": "code"}
 class Environment(Protocol):
     """What an environment has, beside exactly one public method that takes a turn: `name(text: str) -> str`.
 
-    That method has type hints and a docstring with an `Args:` section, from which TRL writes the tool's schema. Every
-    other public function would be a second tool; `get_reward` is TRL's own name and none. A turn is deterministic: the
-    same row and the same turns give the same answers and rewards, so that a resumed run can go through them again.
+    That method has type hints and a docstring with an `Args:` section, from which TRL writes the tool's schema.
+    Every other public function would be a second tool; `get_reward` is TRL's own name and none. A turn is
+    deterministic: the same row and the same turns give the same answers and rewards, so that a resumed run can go
+    through them again.
     """
 
     reward: float
@@ -60,8 +62,8 @@ def tool_of(environment: Environment) -> Callable[[str], str]:
     names = [name for name, _ in functions if name not in ("reset", "get_reward") and not name.startswith("_")]
     if len(names) != 1:
         raise TypeError(
-            f"environment {kind} has the public methods {', '.join(names) or '(none)'} beside reset: it needs exactly "
-            "one, which takes the text of a turn; begin the names of the others with an underscore"
+            f"environment {kind} has the public methods {', '.join(names) or '(none)'} beside reset: it needs "
+            "exactly one, which takes the text of a turn; begin the names of the others with an underscore"
         )
     tool: Callable[[str], str] = getattr(environment, names[0])
     return tool

@@ -1,12 +1,12 @@
 """Addition with a correction: the embedded environment.
 
-The model sees ``347+586=`` and writes columns and sum, as in `hapo.tasks.addition`. After a wrong answer it is told
-which of its columns are wrong, from the right, 4 for the sum, and sees the problem again:
+The model sees ``347+586=`` and writes columns and sum, as in `hapo.tasks.addition`. After a wrong answer it is
+told which of its columns are wrong, from the right, 4 for the sum, and sees the problem again:
 
     347+586=7+6=13;4+8+1=13;3+5+1=8;833      answer: !3,4;347+586=
 
-A column is wrong if it is not the one of the worked answer, so that one forgotten carry is named where it is. An answer
-with another number of columns is told ``!?;`` in their place.
+A column is wrong if it is not the one of the worked answer, so that one forgotten carry is named where it is. An
+answer with another number of columns is told ``!?;`` in their place.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ MAX_NEW_TOKENS = 32
 class AdditionEnvironment:
     """A sum in at most `max_turns` tries; the reward of a turn is 1 where its sum is right, else 0.
 
-    Deterministic. Nothing is stripped or parsed: ``0933`` and ``933 `` are wrong, whatever the columns say. The columns
-    are not rewarded.
+    Deterministic. Nothing is stripped or parsed: ``0933`` and ``933 `` are wrong, whatever the columns say. The
+    columns are not rewarded.
 
     Raises:
         ValueError: max_turns < 1.
