@@ -91,7 +91,9 @@ def test_one_turn_is_the_outcome_whatever_its_tokens_earn():
 
 def test_methods_of_another_advantage_refuse_it():
     for name in ("hapo", "rloo", "gtpo"):
-        with pytest.raises(ValueError, match="advantage must be one of 'outcome', 'token_reward', got 'turn_reward'"):
+        with pytest.raises(
+            ValueError, match="advantage must be one of 'outcome', 'token_reward', got 'turn_reward'"
+        ):
             hapo.method(name, advantage="turn_reward")
     with pytest.raises(ValueError, match="'token_reward', 'turn_reward', got 'turns'"):
         hapo.method("grpo", advantage="turns")

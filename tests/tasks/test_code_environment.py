@@ -85,9 +85,9 @@ def test_an_error_is_told_costs_one_and_leaves_five_tries(environment):
 
 def test_the_same_program_earns_the_same(environment):
     by_chance = inside("import random\nx_train = x_train + np.random.normal(size=x_train.shape) * random.random()")
-    by_chance = by_chance.replace("from sklearn.dummy import DummyClassifier", "from sklearn.svm import SVC").replace(
-        "DummyClassifier()", "SVC(probability=True)"
-    )
+    by_chance = by_chance.replace(
+        "from sklearn.dummy import DummyClassifier", "from sklearn.svm import SVC"
+    ).replace("DummyClassifier()", "SVC(probability=True)")
     rewards = set()
     for _ in range(2):
         tried(environment, by_chance)
@@ -171,7 +171,10 @@ HOSTILE = {
         "if os.fork() == 0:\n    os.setsid()\n    os.fork()\n    while True: pass",
         "Operation not permitted",
     ),
-    "threads": ("import threading\nwhile True: threading.Thread(target=lambda: 1).start()", "can't start new thread"),
+    "threads": (
+        "import threading\nwhile True: threading.Thread(target=lambda: 1).start()",
+        "can't start new thread",
+    ),
     "another program": ("os.execv('/bin/sh', ['sh', '-c', 'touch {out}/new'])", "Operation not permitted"),
     "a shell": ("import subprocess; subprocess.run('touch {out}/new', shell=True)", "Operation not permitted"),
     "a new file": ("open('{out}/new', 'w')", "Read-only file system"),
@@ -217,7 +220,10 @@ HOSTILE = {
     "endless output": ("while True: print('x' * 1000)", "File too large"),
     "endless output without a line": ("while True: os.write(1, b'x' * 65536)", "File too large"),
     "all closed": ("os.closerange(0, 100)\n1/0", "ended with status"),
-    "the secrets of the trainer": ("raise ValueError(os.environ.get('HF_TOKEN', 'nothing there'))", "nothing there"),
+    "the secrets of the trainer": (
+        "raise ValueError(os.environ.get('HF_TOKEN', 'nothing there'))",
+        "nothing there",
+    ),
     "the labels in scikit-learn": ("from sklearn.datasets import load_iris; load_iris()", "Permission denied"),
     "the labels in its tests": (
         "import sklearn; os.listdir(os.path.join(os.path.dirname(sklearn.__file__), 'datasets', 'tests'))",
@@ -252,7 +258,9 @@ def test_a_hostile_program_ends_and_changes_nothing(environment, outside, name, 
 
 
 def state(folder):
-    return {p.name: (p.stat().st_mode, p.stat().st_mtime_ns, p.stat().st_uid, p.read_bytes()) for p in folder.iterdir()}
+    return {
+        p.name: (p.stat().st_mode, p.stat().st_mtime_ns, p.stat().st_uid, p.read_bytes()) for p in folder.iterdir()
+    }
 
 
 def process_of(environment):
@@ -269,7 +277,7 @@ CHEATS = {
         "r.roc_auc_score = sklearn.metrics.roc_auc_score = lambda *a, **k: 1.0"
     ),
     "a result made up": inside("os.write(3, np.zeros((75, 3)).tobytes()); os._exit(0)"),
-    "a reply made up": inside("print('{\"result\": {\"exit\": 0, \"scores\": \"\"}, \"reward\": 1.0}')"),
+    "a reply made up": inside('print(\'{"result": {"exit": 0, "scores": ""}, "reward": 1.0}\')'),
     "labels found in memory": inside(
         """
         import gc

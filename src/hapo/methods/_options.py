@@ -19,8 +19,8 @@ from ..parts.credit import Finished, position_returns
 from ..parts.entropy import entropy_stats
 from ..parts.penalty import kl_penalty, unbiased_kl_penalty
 from ..parts.select import on_policy
-from ..parts.turns import turn_advantage, turn_returns
 from ..parts.temperature import bounded_factor, zscore_factor
+from ..parts.turns import turn_advantage, turn_returns
 from ..stage import Stage, When
 from ..supervised import Supervised
 

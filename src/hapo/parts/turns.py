@@ -53,8 +53,8 @@ def turn_advantage(
 ) -> Float[Tensor, "B T"]:
     """`group_advantage` of each column of `turn_returns`, the same on all tokens of the turn.
 
-    A_is = (G_is - mean_k G_ks) / (std_k G_ks + 1e-6) over the episodes k of the group: a baseline for each turn. With
-    one turn it is the outcome form.
+    A_is = (G_is - mean_k G_ks) / (std_k G_ks + 1e-6) over the episodes k of the group: a baseline for each turn.
+    With one turn it is the outcome form.
     """
     turn = turn_index(mask)
     options = {"singleton": singleton, "std_eps": std_eps, "scale": scale}

@@ -1,14 +1,14 @@
-"""The process that runs programs which nobody has read: a script, one JSON object a line in and out, no import of hapo.
+"""The process that runs programs which nobody has read: a script, one JSON object a line in and out.
 
-The first line, ``{"seconds": ..., "memory": ..., "output": ..., "landlock": ...}``, sets it up. Every further one,
+No import of hapo. The first line, ``{"seconds": ..., "memory": ..., "output": ..., "landlock": ...}``, sets it up. Every further one,
 ``{"code": ..., "data": path}``, is answered by ``{"result": {"exit": int, "text": str, "scores": str}}``: the exit
-status (minus a signal's number), the end of what the program printed and its error, and the bytes that it gave back,
-in hex.
+status (minus a signal's number), the end of what the program printed and its error, and the bytes that it gave
+back, in hex.
 
-The libraries are loaded once. Each program then gets a process of its own, a copy of this one, which reads the data,
-gives up what it does not need (`_confine`), and only then runs the program. This process itself reads no data: its
-memory, of which each program has a copy, holds nothing but libraries. What comes back are files in memory, read when
-the process has ended: they can say what they like, and are judged elsewhere.
+The libraries are loaded once. Each program then gets a process of its own, a copy of this one, which reads the
+data, gives up what it does not need (`_confine`), and only then runs the program. This process itself reads no
+data: its memory, of which each program has a copy, holds nothing but libraries. What comes back are files in
+memory, read when the process has ended: they can say what they like, and are judged elsewhere.
 """
 
 import gc
@@ -186,7 +186,7 @@ def _try_out(limits: Limits, places: list[str] | None) -> None:
             refused += _refused(os.fork)
             refused += _refused(lambda: os.kill(os.getppid(), 0))
             refused += _refused(lambda: __import__("socket").socket())
-            refused += places is None or _refused(lambda: open(__file__))
+            refused += places is None or _refused(lambda: os.open(__file__, os.O_RDONLY))
         except Exception as error:
             os.write(told, f": {error}".encode())
         finally:

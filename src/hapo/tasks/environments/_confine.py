@@ -167,9 +167,9 @@ def _filter() -> bytes:
         (PRLIMIT, argument(2) + do(test, 0, 0, 3) + do(load, 16 + 8 * 2 + 4) + one_of([0])),  # asks, sets none
         (TGKILL, argument(0) + one_of([os.getpid()])),  # a signal to itself: abort()
     ):
-        if call[column] is not None:
+        if (number := call[column]) is not None:
             body += do(give, refuse)
-            program += do(test, call[column], 0, len(body) // 8) + body
+            program += do(test, number, 0, len(body) // 8) + body
     return program + do(give, refuse)
 
 

@@ -81,7 +81,11 @@ class CodeEnvironment:
         memory: int = 2 << 30,
         isolation: Literal["kernel", "container"] = "kernel",
     ) -> None:
-        for name, value, least in (("max_turns", max_turns, 1), ("seconds", seconds, 1), ("memory", memory, 1 << 30)):
+        for name, value, least in (
+            ("max_turns", max_turns, 1),
+            ("seconds", seconds, 1),
+            ("memory", memory, 1 << 30),
+        ):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if isolation not in ("kernel", "container"):
@@ -168,7 +172,9 @@ class _Runner:
         """One class against the rest, the mean over the classes; the second column's of two classes."""
         answer = self.worker.answer({"code": code, "data": str(split.file)})
         if answer is None:
-            LOG.warning("the worker of the code environment was ended from outside (no memory?); another takes over")
+            LOG.warning(
+                "the worker of the code environment was ended from outside (no memory?); another takes over"
+            )
             raise ProgramError("the program was ended: the machine has too little memory")
         result = answer["result"]
         if result["exit"] != 0:
@@ -266,7 +272,12 @@ def load(seed: int, train_size: int, eval_size: int) -> tuple[type[CodeEnvironme
 
     def rows(size: int, first: int) -> Dataset:
         tables = [TABLES[(first + i) % len(TABLES)] for i in range(size)]
-        columns = {"prompt": [prompt(t) for t in tables], "question": tables, "answer": [""] * size, "table": tables}
+        columns = {
+            "prompt": [prompt(t) for t in tables],
+            "question": tables,
+            "answer": [""] * size,
+            "table": tables,
+        }
         return Dataset.from_dict(columns)
 
     return CodeEnvironment, rows(train_size, seed), rows(eval_size, 0)
