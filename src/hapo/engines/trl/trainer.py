@@ -116,6 +116,8 @@ class HAPOTrainer(RecordedTrainer):
         self._sampled_with: hapo.EntropyStats | None = None
         self._rewards_per_func: Tensor | None = None
         self._turns: list[Draws | None] = []
+        self.rollout_rows: list[dict[str, Any]] = []
+        """Rows of the data set that the rollout at work is of, one for each response of this process."""
         self._old: Scored | None = None
         self.clock = PhaseClock()
         """Seconds by phase; pause it around what is no training."""
@@ -242,7 +244,7 @@ class HAPOTrainer(RecordedTrainer):
 
     def _rollout(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's rollout of these prompts, with rollout entropies and the verdict of each response."""
-        self._turns, self._old = [], None
+        self._turns, self._old, self.rollout_rows = [], None, inputs
         output = super()._generate_and_score_completions(inputs)
         if self._old is None:  # TRL takes every ratio for 1, and has not asked
             train, args = self.model.training, self.args

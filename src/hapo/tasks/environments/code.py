@@ -1,8 +1,8 @@
 """Code that trains a classifier on a table: the setting of ETPO's paper (arXiv 2402.06700).
 
 The model writes ``build_model(x_train, y_train)``, which returns a fitted classifier. The reward is its ROC-AUC on
-the other half of the table, one class against the rest, the mean of five splits; -1 where the program fails, and the
-model then sees the error and tries again. The tables are those that scikit-learn brings.
+the other half of the table, one class against the rest, the mean of five splits; -1 where the program fails, and
+the model then sees the error and tries again. The tables are those that scikit-learn brings.
 
 The programs are hostile until proven otherwise. They run in processes without network, without other processes and
 files (`_confine` says how), get no labels but those of the training half, and give back numbers, from which the
@@ -46,9 +46,9 @@ OUTPUT = 1 << 20
 """Bytes that a program may print, and give back."""
 
 REMEDY = (
-    "Train on Linux 5.13 or later with Landlock (/sys/kernel/security/lsm names it), on x86-64 or ARM64. Or train in a "
-    "container of its own, with no secret in it, and say so with isolation='container': a program can then read the "
-    "files of the container, the labels of the tables among them; all else is refused to it as before"
+    "Train on Linux 5.13 or later with Landlock (/sys/kernel/security/lsm names it), on x86-64 or ARM64. Or train "
+    "in a container of its own, with no secret in it, and say so with isolation='container': a program can then "
+    "read the files of the container, the labels of the tables among them; all else is refused to it as before"
 )
 
 FENCED = re.compile(r"```[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
@@ -65,8 +65,8 @@ class CodeEnvironment:
         max_turns: programs of an episode.
         seconds: of one core, for each split; by the clock six times as long.
         memory: address space of a program, bytes; the libraries take half a GiB of it.
-        isolation: "kernel": the process of a program gives up what it does not need, here. "container": as well, but
-            it can read files: you declare that the trainer runs in a container that has nothing to hide.
+        isolation: "kernel": the process of a program gives up what it does not need. "container": as well, but it
+            can read files: you declare that the trainer runs in a container that has nothing to hide.
 
     Raises:
         ValueError: a limit that no program could keep, or an unknown isolation.
@@ -172,9 +172,7 @@ class _Runner:
         """One class against the rest, the mean over the classes; the second column's of two classes."""
         answer = self.worker.answer({"code": code, "data": str(split.file)})
         if answer is None:
-            LOG.warning(
-                "the worker of the code environment was ended from outside (no memory?); another takes over"
-            )
+            LOG.warning("the worker of the code environment was ended (too little memory?): another takes over")
             raise ProgramError("the program was ended: the machine has too little memory")
         result = answer["result"]
         if result["exit"] != 0:
@@ -255,8 +253,8 @@ def prompt(table: str) -> str:
     return (
         f"Classification of the table {table.replace('_', ' ')}: {rows} rows, {columns} columns ({names}), "
         f"{len(data.target_names)} classes.\n"
-        "Write Python code that defines build_model(x_train, y_train) and returns a scikit-learn classifier that is "
-        f"trained with x_train, a numpy array with {columns} columns, and y_train, and that has predict_proba. "
+        "Write Python code that defines build_model(x_train, y_train): it returns a scikit-learn classifier with "
+        f"predict_proba, trained with x_train, a numpy array of {columns} columns, and y_train, whole numbers. "
         "The higher its ROC-AUC on other rows, the better. The code runs alone: one thread (leave n_jobs out), no "
         "files, no network. Answer with the code.\n"
     )
@@ -265,8 +263,8 @@ def prompt(table: str) -> str:
 def load(seed: int, train_size: int, eval_size: int) -> tuple[type[CodeEnvironment], Dataset, Dataset]:
     """The environment with rows to train on and rows to measure: the tables in turn, from one that `seed` says.
 
-    Columns: prompt, question (the table's name), answer (none) and table. Both have the same tables, of which there
-    are four: what is measured is the policy on these.
+    Columns: prompt, question (the table's name), answer (none) and table. Both have the same tables, of which
+    there are four: what is measured is the policy on these.
     """
     from datasets import Dataset
 
