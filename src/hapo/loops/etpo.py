@@ -20,7 +20,6 @@ Shapes: R segments of episodes, C columns, S turns, L tokens of a turn; N states
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -382,8 +381,8 @@ class ETPO:
         ).tolist()
         self.num_tokens += round(tokens)
         return {
-            "reward": reward / n,
-            "reward/episode": last / episodes if episodes else math.nan,
+            **({"reward": last / episodes} if episodes else {}),
+            "reward/turn": reward / n,
             "episodes": episodes,
             "completions/mean_length": length / n,
             "completions/clipped_ratio": cut / n,
