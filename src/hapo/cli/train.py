@@ -12,10 +12,12 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 import hapo
 
 from ..insight.run import Run
+from ..loops.options import ETPOConfig
 from ..tasks import Task, TaskConfig, load_task
 from ..tasks.curriculum import STAGE
 from ..trl import DiffusionConfig, DiffusionTrainer, HAPOConfig, HAPOTrainer
 from . import INTERRUPTED
+from .agent import train_agent
 from .held_out import Course, HeldOut
 from .recipe import RecipeParser, recipe_of, told
 from .run_folder import (
@@ -76,6 +78,8 @@ def main(argv: list[str]) -> int:
     argv, checkpoint = resumed(argv)
     if checkpoint is True and is_finished("train", argv):
         return 0
+    if method_of(argv) == ETPOConfig.method:
+        return train_agent(argv, checkpoint)
     parser = RecipeParser("hapo train", DESCRIPTION, [TaskConfig, config_of(argv), ModelConfig, TrainOptions])
     add_resume(parser)
     parser.set_defaults(run_records=True)
@@ -161,15 +165,24 @@ def config_of(argv: list[str]) -> type[HAPOConfig]:
     Raises:
         UsageError: there is no such recipe, or it is malformed.
     """
+    named = method_of(argv)
+    known = named in hapo.methods("policy") and hapo.method(named).likelihood is not None
+    return DiffusionConfig if known else HAPOConfig
+
+
+def method_of(argv: list[str]) -> str:
+    """The method that flags or recipe name.
+
+    Raises:
+        UsageError: there is no such recipe, or it is malformed.
+    """
 
     def flag(name: str) -> str | None:
         words = [part for word in argv for part in (word.split("=", 1) if word.startswith(name) else [word])]
         found = [i for i, word in enumerate(words[:-1]) if word == name]
         return words[found[-1] + 1] if found else None
 
-    named = flag("--method") or recipe_of(flag("--config"), flag("--model")).get("method", HAPOConfig.method)
-    known = str(named) in hapo.methods("policy") and hapo.method(str(named)).likelihood is not None
-    return DiffusionConfig if known else HAPOConfig
+    return str(flag("--method") or recipe_of(flag("--config"), flag("--model")).get("method", HAPOConfig.method))
 
 
 def _binary(trainer: HAPOTrainer) -> bool:

@@ -32,6 +32,7 @@ BUDGET = 8 * 2**20
 SHARED = (
     *("entropy", "entropy_new", "temperature", "logp_old", "logp_new", "logp_sampler", "logp_ref", "gate"),
     *("logp", "rank", "expected_rank"),
+    *("q", "value", "target", "q_other", "other", "kl"),
 )
 """Columns that are the same under every method."""
 TREATMENT = (
@@ -101,6 +102,8 @@ def microscope(
         if any(isinstance(method, Supervised) != run.supervised for _, method in others):
             kind = "supervised" if run.supervised else "policy"
             raise ValueError(f"against: {run.folder} was trained with a {kind} method; name methods of that kind")
+        if run.agent and others:
+            raise ValueError(f"against: {run.folder} trained an agent with a critic, which no other method has")
         if unknown := sorted(set(rollouts or ()) - set(run.rollouts)):
             raise ValueError(f"{run.folder} recorded no rollout batch {unknown[0]}, only {run.rollouts}")
         wanted = run.rollouts if rollouts is None else sorted(set(rollouts))
@@ -133,6 +136,8 @@ def encode(run: Run, first: int, others: Sequence[Method | Supervised], most: in
         methods = [method_of_targets(run), *(method for method in others if isinstance(method, Supervised))]
         tables = [reweigh(tokens, method) for method in methods]
         complete = True
+    elif run.agent:  # its records hold all that the update made of a token
+        tables, complete = [tokens], True
     else:
         rollout = run.rollout(first)
         policies = [run.method(), *(method for method in others if isinstance(method, Method))]
@@ -196,10 +201,12 @@ def _pack(tokens: pd.DataFrame, treatments: Sequence[pd.DataFrame]) -> str:
                 "end": int(end),
             }
         )
+    others = tokens.drop_duplicates("other") if "other" in tokens else tokens[:0]
     header: dict[str, Any] = {
         "prompts": tokens.drop_duplicates(["group", "prompt"])["prompt"].tolist(),
         "responses": responses,
         "words": list(zip(words["id"].tolist(), words["text"].tolist(), strict=True)),
+        "others": {int(row.other): row.other_text for row in others.itertuples()},
         "word": arrays.add(word),
         "position": arrays.add(tokens["position"]),
         "shared": {name: arrays.add(tokens[name]) for name in SHARED if name in tokens},

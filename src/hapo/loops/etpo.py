@@ -20,7 +20,7 @@ Shapes: R segments of episodes, C columns, S turns, L tokens of a turn; N states
 from __future__ import annotations
 
 import json
-import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -128,7 +128,7 @@ def update(
     *,
     pad: int,
     step: int = 1,
-    see: Callable[[list[Segment], Packed, States], None] | None = None,
+    see: See | None = None,
 ) -> dict[str, float]:
     """One update of policy, critic and target critic from these segments, and the segments of the other processes.
 
@@ -171,6 +171,8 @@ def update(
     }
 
 
+See = Callable[[list[Segment], Packed, States], None]
+"""Is shown the segments of a pass and what was made of them."""
 LEARNING: tuple[Name, ...] = ("policy", "critic")
 MEANS = ("loss/policy", "loss/critic", "value", "kl", "entropy", "q", "target")
 """Of the tokens of an update."""
@@ -329,13 +331,13 @@ class ETPO:
             )
             for name, rate in rates.items()
         }
-        self.sampling = Sampling.of(model, tokenizer, args)
+        self.sampling = Sampling.of(model, tokenizer, args, getattr(task.environment, "stop", ()))
         self.speech = Speech(tokenizer, self.sampling.ends)
         mine = range(self.accelerator.process_index, args.environments, self.accelerator.num_processes)
         self.agents = [
             Agent(i, task.make(), self.speech, partial(self._row, i), self.sampling.context) for i in mine
         ]
-        self.step, self.num_tokens = 0, 0
+        self.step, self.num_tokens, self.seconds = 0, 0, 0.0
 
     def _row(self, agent: int, episode: int) -> dict[str, Any]:
         """The row of an agent's n-th episode: the data in an order of the seed's, a new one each time round."""
@@ -345,11 +347,10 @@ class ETPO:
         row: dict[str, Any] = self.task.train[int(order[place])]
         return row
 
-    def steps(
-        self, see: Callable[[list[Segment], Packed, States], None] | None = None
-    ) -> Iterator[dict[str, float]]:
+    def steps(self, see: See | None = None) -> Iterator[dict[str, float]]:
         """Update until `max_steps`; after each update its metrics. `see`: as in `update`."""
         while self.step < self.args.max_steps:
+            began = time.perf_counter()
             with self.networks.use("policy") as net:
                 segments = collect(net, self.agents, self.args.turns_per_update, self.sampling, self.args.seed)
             self.step += 1
@@ -363,7 +364,9 @@ class ETPO:
                 step=self.step,
                 see=see,
             )
-            yield {**made, **self._count(segments)}
+            made |= self._count(segments)
+            self.seconds += time.perf_counter() - began
+            yield made
 
     def _count(self, segments: Sequence[Segment]) -> dict[str, float]:
         """What the turns of all processes were like."""
@@ -378,8 +381,8 @@ class ETPO:
         ).tolist()
         self.num_tokens += round(tokens)
         return {
-            "reward": reward / n,
-            "reward/episode": last / episodes if episodes else math.nan,
+            **({"reward": last / episodes} if episodes else {}),
+            "reward/turn": reward / n,
             "episodes": episodes,
             "completions/mean_length": length / n,
             "completions/clipped_ratio": cut / n,
@@ -418,7 +421,8 @@ class ETPO:
             save_networks(self.networks, folder)
             for name, optimiser in self.optimisers.items():
                 torch.save(optimiser.state_dict(), folder / f"optimiser-{name}.pt")
-            state = {"step": self.step, "num_tokens": self.num_tokens, "agents": dict(agents)}
+            done = {"step": self.step, "num_tokens": self.num_tokens, "seconds": self.seconds}
+            state = {**done, "agents": dict(agents)}
             write_whole(folder / STATE, json.dumps({**state, "options": bound(self.args)}))
         self.accelerator.wait_for_everyone()
 
@@ -442,7 +446,7 @@ class ETPO:
         device = self.accelerator.device
         for name, optimiser in self.optimisers.items():
             optimiser.load_state_dict(torch.load(folder / f"optimiser-{name}.pt", device, weights_only=True))
-        self.step, self.num_tokens = state["step"], state["num_tokens"]
+        self.step, self.num_tokens, self.seconds = state["step"], state["num_tokens"], state["seconds"]
         for agent in self.agents:
             agent.restore(state["agents"][str(agent.number)])
 

@@ -40,14 +40,23 @@ class Sampling(NamedTuple):
     pad: int
 
     @classmethod
-    def of(cls, model: Any, tokenizer: PreTrainedTokenizerBase, args: ETPOConfig) -> Sampling:
-        """As the options say, with the ends of the model and its tokenizer.
+    def of(
+        cls, model: Any, tokenizer: PreTrainedTokenizerBase, args: ETPOConfig, stop: Sequence[str] = ()
+    ) -> Sampling:
+        """As the options say, with the ends of the model, of its tokenizer, and of the environment.
 
         Raises:
             ValueError: no end token; or no context_length, and the model's config has no max_position_embeddings.
         """
         ends = model.generation_config.eos_token_id
         ends = {tokenizer.eos_token_id, *([ends] if isinstance(ends, int) else ends or [])} - {None}
+        for text in stop:
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            if len(ids) != 1:
+                raise ValueError(
+                    f"the environment ends turns with {text!r}, which is no single token of this model"
+                )
+            ends.add(ids[0])
         if not ends:
             raise ValueError("the model and its tokenizer name no end-of-sequence token: a turn would have no end")
         most = getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -13,6 +13,8 @@ const QUANTITIES = [
   { key: "advantage", name: "advantage", scale: "diverging", own: true, note: "before redistribution" },
   { key: "advantage_used", name: "advantage used", scale: "diverging", own: true, note: "after redistribution" },
   { key: "moved", name: "redistributed", scale: "diverging", own: true, note: "advantage used − advantage" },
+  { key: "q", name: "Q", scale: "diverging", note: "of the taken token, by the critic that learns" },
+  { key: "value", name: "V", scale: "diverging", note: "soft value of the state, by the target critic" },
   { key: "push", name: "push", scale: "diverging", own: true, note: "how strongly the step raises (+) or lowers log p" },
   { key: "bound_low", name: "lower bound", scale: "sequential", own: true, note: "the ratio may fall to 1 − this" },
   { key: "bound_high", name: "upper bound", scale: "sequential", own: true, note: "the ratio may rise to 1 + this" },
@@ -25,6 +27,9 @@ const QUANTITIES = [
 
 // Rows of the panel beside the quantities above.
 const MORE = [
+  { key: "target", name: "target of Q", note: "the soft Bellman target y" },
+  { key: "q_other", name: "Q, best other", note: "of the best token beside the taken one" },
+  { key: "kl", name: "KL to reference", unit: "nats", note: "of the whole distribution at this place" },
   { key: "entropy_new", name: "entropy now", unit: "nats", note: "of the current policy" },
   { key: "logp_old", name: "log p, rollout", unit: "nats", note: "under the policy at rollout" },
   { key: "logp_new", name: "log p, now", unit: "nats", note: "under the current policy, before this step" },
@@ -114,6 +119,12 @@ class Rollout {
     const of = key === "side" ? "clipped" : key;
     const make = () => combine(this.column(of, 0), this.column(of, view.other), (a, b) => a - b) ?? this.none;
     return this.once(`${of} difference ${view.other}`, make);
+  }
+
+  // Text of the best token beside the taken one, where a critic said so.
+  otherText(i) {
+    const other = this.column("other", 0);
+    return other && this.head.others[other[i]];
   }
 
   text(i) {

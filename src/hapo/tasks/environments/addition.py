@@ -1,71 +1,60 @@
-"""Addition with a correction: the embedded environment.
+"""Addition column by column: the embedded environment, made for the bundled tiny model.
 
-The model sees ``347+586=`` and writes columns and sum, as in `hapo.tasks.addition`. After a wrong answer it is
-told which of its columns are wrong, from the right, 4 for the sum, and sees the problem again:
+The model sees ``347+586=`` and adds one column a turn, from the right, with a carry of 1 as a third summand; the last
+turn is the sum. A turn ends with a semicolon or the end of sequence:
 
-    347+586=7+6=13;4+8+1=13;3+5+1=8;833      answer: !3,4;347+586=
+    347+586=   7+6=13;   4+8+1=13;   3+5+1=9;   933
 
-A column is wrong if it is not the one of the worked answer, so that one forgotten carry is named where it is. An
-answer with another number of columns is told ``!?;`` in their place.
+A wrong turn ends the episode. So every turn needs those before it, and only the last one is rewarded.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..addition import load_addition, prompt, solution
+from ..addition import load_addition, solution
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-MAX_NEW_TOKENS = 32
-"""Token limit of a turn: the longest right answer has 29 characters and one end-of-sequence token."""
-
 
 class AdditionEnvironment:
-    """A sum in at most `max_turns` tries; the reward of a turn is 1 where its sum is right, else 0.
+    """The columns of a sum and then the sum, a turn each; the reward of the right sum is 1, of any other turn 0.
 
-    Deterministic. Nothing is stripped or parsed: ``0933`` and ``933 `` are wrong, whatever the columns say. The
-    columns are not rewarded.
-
-    Raises:
-        ValueError: max_turns < 1.
+    Deterministic. Nothing is stripped or parsed: ``0933`` and ``933 `` are wrong, and a column is right if it is the
+    one of `hapo.tasks.addition.solution`.
     """
 
-    def __init__(self, max_turns: int = 3) -> None:
-        if max_turns < 1:
-            raise ValueError(f"max_turns must be at least 1, got {max_turns}")
-        self.max_turns = max_turns
+    stop: ClassVar = (";",)
+    """Tokens that end a turn, beside the end of sequence."""
+
+    def __init__(self) -> None:
+        self.max_turns = 0
         self.reward, self.done = 0.0, True
-        self._problem, self._worked, self._turns = "", "", 0
+        self._left: list[str] = []
 
     def reset(self, **row: Any) -> str | None:
         """Begin with the `question` of a row, such as ``347+586``; its prompt says it all."""
-        a, b = (int(x) for x in row["question"].split("+"))
-        self._problem, self._worked, self._turns = prompt(a, b), solution(a, b), 0
+        self._left = solution(*(int(x) for x in row["question"].split("+"))).split(";")
+        self.max_turns = len(self._left)
         self.reward, self.done = 0.0, False
         return None
 
     def answer(self, text: str) -> str:
-        """Answer the problem.
+        """Add the next column, or write the sum after the last one.
 
         Args:
-            text: The columns from the right, each ended by a semicolon, then the sum.
+            text: A column as 4+8+1=13 with a semicolon behind it, or the sum.
 
         Returns:
-            Nothing after a right answer or the last try; else which columns are wrong, and the problem again.
+            Nothing: a wrong turn ends the episode, and after a right one the next column is asked for.
         """
         if self.done:
             raise RuntimeError("the episode is over: call reset before another answer")
-        self._turns += 1
-        given, worked = text.split(";"), self._worked.split(";")
-        right = given[-1] == worked[-1]
-        self.reward = float(right)
-        self.done = right or self._turns >= self.max_turns
-        if self.done:
-            return ""
-        wrong = [str(i) for i, (x, y) in enumerate(zip(given, worked, strict=False), 1) if x != y]
-        return f"!{','.join(wrong) if len(given) == len(worked) else '?'};{self._problem}"
+        right = self._left.pop(0)
+        self.done = not self._left or text != right + ";"
+        self.reward = float(not self._left and text == right)
+        return ""
 
     def get_reward(self) -> float:
         """The reward of the last turn, which is that of the episode."""
