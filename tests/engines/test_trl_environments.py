@@ -37,7 +37,7 @@ class Digits:
 
 
 def trained(folder, reward=episode_reward, **options):
-    play = EnvironmentRollout(Digits, **options.pop("rollout", {}))
+    play = EnvironmentRollout(options.pop("kind_of", Digits), **options.pop("rollout", {}))
     return tiny.trainer(folder, reward=reward, rollout_func=play, **{"max_completion_length": 6, **options})
 
 
@@ -145,10 +145,39 @@ def test_what_does_not_fit_is_refused(tmp_path):
         rollout(trained(tmp_path / "1", rollout={"context_length": 9}))
     with pytest.raises(ValueError, match="context_length=100, and the model takes 64 tokens"):
         rollout(trained(tmp_path / "2", rollout={"context_length": 100}))
-    mute = trained(tmp_path / "3")
-    mute.rollout_func.make = type("Mute", (Digits,), {"answer": lambda self, text: Digits.answer(self, text)[:0]})
-    with pytest.raises(ValueError, match="environment Mute said nothing"):
-        rollout(mute)
+
+
+class Letters(Digits):
+    """A turn ends with a letter too; nothing is said in between."""
+
+    stop = ("a", "b", "c")
+
+    def answer(self, text):
+        super().answer(text)
+        return ""
+
+
+def test_turns_end_as_the_environment_says(tmp_path):
+    """Adjacent turns have numbers of their own; a turn that ends so is not cut off, and the model keeps its ends."""
+    trainer = trained(tmp_path, kind_of=Letters)
+    _, plain, rows = rollout(trainer)
+    stops = tiny.tokenizer().convert_tokens_to_ids(list(Letters.stop))
+    assert sum(len(row["episode_turns"]) > 1 for row in rows) > 1
+    output, _, _ = rollout(trainer)
+    for (_, ids, own), row in zip(plain, rows, strict=True):
+        assert own == [1] * len(ids)
+        begin = 0
+        for end, _ in row["episode_turns"]:
+            assert end - begin == 6 or ids[end - 1] in [END, *stops]
+            assert not set(ids[begin : end - 1]) & {END, *stops}
+            begin = end
+    assert trainer.model.generation_config.eos_token_id == END
+    for i, row in enumerate(rows):
+        ends = [end for end, _ in row["episode_turns"]]
+        assert output["turn"][i][: ends[-1]].tolist() == [sum(t >= end for end in ends) for t in range(ends[-1])]
+    bad = trained(tmp_path / "2", kind_of=type("Bad", (Letters,), {"stop": ("ab",)}))
+    with pytest.raises(ValueError, match="ends turns with 'ab', which is no single token"):
+        rollout(bad)
 
 
 def test_messages_go_through_the_chat_template(tmp_path):

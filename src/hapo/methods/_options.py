@@ -201,8 +201,9 @@ class Options(MethodOptions, ABC):
         }
         if self.advantage != "outcome":
             returns = {"gamma": self.gamma, "finished": self.finished}
-            part = position_returns if self.advantage == "token_reward" else turn_returns
-            shared["credit"] = Stage(part, "token_reward", "reward", "mask", **returns)
+            by_turn = self.advantage == "turn_reward"
+            part, more = (turn_returns, ("turn",)) if by_turn else (position_returns, ())
+            shared["credit"] = Stage(part, "token_reward", "reward", "mask", *more, **returns)
         if self.off_policy_mask_threshold is not None:
             limit = self.off_policy_mask_threshold
             reads = ("logp", "drawn_logp", "advantage", "mask")
@@ -280,9 +281,10 @@ class GroupOptions(Options, ABC):
         """The stage `advantage` of these options."""
         if self.multi_objective_aggregation == "normalize_then_sum":
             return Stage(decoupled_advantage, "rewards", "group", "mask", weights=self.reward_weights)
-        part = turn_advantage if self.advantage == "turn_reward" else group_advantage
-        rows = (self.earned, "group", "mask")
-        return Stage(part, *rows, singleton=self.singleton, scale=self.scale_rewards)
+        rows, options = (self.earned, "group", "mask"), {"singleton": self.singleton, "scale": self.scale_rewards}
+        if self.advantage == "turn_reward":
+            return Stage(turn_advantage, *rows, "turn", **options)
+        return Stage(group_advantage, *rows, **options)
 
 
 EntropySource = Literal["current", "old"]

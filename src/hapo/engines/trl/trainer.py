@@ -38,6 +38,7 @@ from .config import HAPOConfig, check_arguments, resolve_method
 from .demonstrations import Demonstrations, Encoder, check_given, demonstrations_of
 from .drawn import DrawnScores
 from .entropy_term import EntropyTerm
+from .episodes import EPISODE_TURNS, turn_numbers
 from .gates import gate_losses
 from .metrics import MetricLog, PhaseClock, times
 from .recorded import RecordedTrainer
@@ -263,6 +264,8 @@ class HAPOTrainer(RecordedTrainer):
         per_token = self._token_rewards.of(per_func[mine], weights, valid_tokens(output), wanted=reads)
         if per_token is not None:
             output["token_reward"] = per_token
+        if inputs and EPISODE_TURNS in inputs[0]:
+            output["turn"] = turn_numbers([row[EPISODE_TURNS] for row in inputs], output["completion_mask"])
         return output
 
     def _prepare(self, rollout: dict[str, Any]) -> None:

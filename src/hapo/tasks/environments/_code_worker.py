@@ -1,9 +1,9 @@
 """The process that runs programs which nobody has read: a script, one JSON object a line in and out.
 
 No import of hapo. The first line, ``{"seconds": ..., "memory": ..., "output": ..., "landlock": ...}``, sets it up.
-Every further one, ``{"code": ..., "data": path}``, is answered by ``{"result": {"exit": int, "text": str, "scores":
-str}}``: the exit status (minus a signal's number), the end of what the program printed and its error, and the bytes
-that it gave back, in hex.
+Every further one, ``{"code": ..., "data": path}``, is answered by a ``result``: ``exit``, the exit status (minus a
+signal's number), ``text``, the end of what the program printed and its error, and ``scores``, the bytes that it
+gave back, in hex.
 
 The libraries are loaded once. Each program then gets a process of its own, a copy of this one, which reads the
 data, gives up what it does not need (`_confine`), and only then runs the program. This process itself reads no

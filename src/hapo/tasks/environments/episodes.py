@@ -4,13 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import Environment, tool_of
 from .speech import Speech
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 Draw = Callable[[list[list[int]]], tuple[list[list[int]], list[list[float]] | None]]
-"""A turn after each context, end token included; with the log-prob of each token, or None where they are not known."""
+"""A turn after each context, end token included; the log-prob of each token, or None where they are not known."""
+
+
+def stop_ids(environment: Environment, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a turn in this environment, beside the end of sequence: its `stop`, if it has any.
+
+    Raises:
+        ValueError: one of them is no single token.
+    """
+    found = []
+    for text in getattr(environment, "stop", ()):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        if len(ids) != 1:
+            raise ValueError(f"the environment ends turns with {text!r}, which is no single token of this model")
+        found += ids
+    return found
 
 
 @dataclass
@@ -54,8 +72,7 @@ def play_episodes(
             does not fit: the answer before it is left out.
 
     Raises:
-        ValueError: not even a first turn fits, or an episode is over before it; the environment says nothing
-            between two turns.
+        ValueError: not even a first turn fits, or an episode is over before it.
     """
     tools = [tool_of(environment) for environment in environments]
     episodes = []
@@ -63,8 +80,8 @@ def play_episodes(
         prompt = speech.prompt(row["prompt"], environment.reset(**row))
         if environment.done or (context is not None and len(prompt) + turn_tokens > context):
             raise ValueError(
-                f"an episode of {type(environment).__name__} begins with {len(prompt)} tokens, and of {context} are "
-                f"{turn_tokens} for a turn (or it is over before one): shorten the prompts, or a turn's tokens"
+                f"an episode of {type(environment).__name__} begins with {len(prompt)} tokens, and of {context} "
+                f"are {turn_tokens} for a turn (or it is over before one): shorten the prompts, or a turn's tokens"
             )
         episodes.append(Episode(prompt))
     running = list(range(len(rows)))
@@ -79,11 +96,6 @@ def play_episodes(
             if environment.done:
                 continue
             answer = speech.answer(rows[i]["prompt"], drawn[n], said)
-            if not answer:
-                raise ValueError(
-                    f"environment {type(environment).__name__} said nothing after a turn that did not end its "
-                    "episode: without a token in between two turns are one"
-                )
             length = len(episode.prompt) + len(episode.ids) + len(answer)
             if context is None or length + turn_tokens <= context:
                 _add(episode, answer, [0.0] * len(answer), own=False)
