@@ -111,8 +111,6 @@ def test_turns_with_nothing_between_them_have_numbers():
             ValueError, match=r"turn holds numbers from -?\d to -?\d: they begin at 0, and a row of 3"
         ):
             method.prepare(batch.replace(turn=torch.full((2, 3), wrong)))
-    with pytest.raises(ValueError, match="turn holds numbers of turns and must be an integer tensor"):
-        batch.replace(turn=flat)
 
 
 def test_methods_of_another_advantage_refuse_it():
