@@ -44,7 +44,7 @@ class ETPOConfig:
         default="kl_ref",
         metadata={
             "help": "what the policy is moved towards: kl_ref, its optimum under the KL to the initial model; "
-            "entropy, that under an entropy bonus; released, the expression of the authors' code, which learns nothing"
+            "entropy, that under an entropy bonus; released, the authors' expression, which learns nothing"
         },
     )
     lam: float = field(

@@ -322,8 +322,8 @@ def _pick(logits: Float[Tensor, "B V"], sampling: Sampling, noise: Float[Tensor,
         least = logits.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
     reach = (logits.double() / sampling.temperature).softmax(-1).cumsum(-1)
-    # The last token with any probability, where rounding leaves the sum below 1.
-    return torch.searchsorted(reach, (noise[:, None] * reach[:, -1:]).contiguous()).squeeze(1)
+    # Below their sum, which rounding may leave below 1; to the right, past tokens of probability 0.
+    return torch.searchsorted(reach, (noise[:, None] * reach[:, -1:]).contiguous(), right=True).squeeze(1)
 
 
 def _noise(seed: int, agent: int, turn: int, tokens: int) -> Float[Tensor, " T"]:
