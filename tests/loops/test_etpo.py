@@ -17,7 +17,7 @@ from hapo.engines.trl.finite import NotFiniteError
 from hapo.loops.etpo import ETPO, pack, update
 from hapo.loops.networks import WholeNetworks, hidden_states
 from hapo.loops.options import ETPOConfig
-from hapo.loops.turns import Sampling, Segment, Turn, sample
+from hapo.loops.turns import AgentTurn, Sampling, Segment, sample
 from hapo.parts import soft_q
 from hapo.tasks.environments import load_environment
 from tests.engines import tiny
@@ -39,16 +39,25 @@ def segments(loop: ETPO) -> list[Segment]:
     gap = [*encode("7="), *encode("ab"), *encode("="), *encode("="), *encode("c")]
     return [
         Segment(
-            0, 0, "1+2=", long, 0, [Turn(4, long[4:7], "abc", 0.5, True), Turn(9, long[9:11], "de", -1.0, True)]
+            0,
+            0,
+            "1+2=",
+            long,
+            0,
+            [AgentTurn(4, long[4:7], "abc", 0.5, True), AgentTurn(9, long[9:11], "de", -1.0, True)],
         ),
-        Segment(1, 0, "2+2=", short, 0, [Turn(4, [1], "", 1.0, False)]),
+        Segment(1, 0, "2+2=", short, 0, [AgentTurn(4, [1], "", 1.0, False)]),
         Segment(
             2,
             0,
             "7=",
             gap,
             0,
-            [Turn(2, gap[2:4], "ab", 0.2, True), Turn(5, [], "", 9.0, True), Turn(6, gap[6:], "c", 0.7, False)],
+            [
+                AgentTurn(2, gap[2:4], "ab", 0.2, True),
+                AgentTurn(5, [], "", 9.0, True),
+                AgentTurn(6, gap[6:], "c", 0.7, False),
+            ],
         ),
     ]
 
@@ -205,7 +214,7 @@ def table_run(target: str, steps: int = 300) -> tuple[WholeNetworks, list[Segmen
     }
     args = ETPOConfig(beta=0.5, polyak=0.8, gamma=0.5, target=target)
     of = [
-        Segment(0, 0, "+", [prompt, a, b], 0, [Turn(1, [a, b], "", float(small.TABLE[i, j]), False)])
+        Segment(0, 0, "+", [prompt, a, b], 0, [AgentTurn(1, [a, b], "", float(small.TABLE[i, j]), False)])
         for i, a in enumerate((zero, one))
         for j, b in enumerate((zero, one))
     ]

@@ -72,7 +72,7 @@ class Sampling(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Turn:
+class AgentTurn:
     """A turn that was taken."""
 
     start: int
@@ -96,7 +96,7 @@ class Segment:
     """The context after the last turn, with what the environment said."""
     begun: int
     """Tokens of it that an earlier update has had."""
-    turns: list[Turn] = field(default_factory=list)
+    turns: list[AgentTurn] = field(default_factory=list)
 
 
 class Speech:
@@ -202,7 +202,7 @@ class Agent:
                 f"{self.limit} fit, or is over before its first turn: shorten the prompts or raise context_length"
             )
 
-    def take(self, ids: list[int]) -> Turn:
+    def take(self, ids: list[int]) -> AgentTurn:
         """Take a turn: the environment answers, and its answer joins the context.
 
         An answer that does not fit is cut, and with it the episode is truncated: it goes on, but not here.
@@ -214,7 +214,7 @@ class Agent:
         self.context = self.context + ids
         if not self.environment.done:
             self.context = (self.context + self.speech.answer(self.row_prompt, ids, said))[: self.limit]
-        return Turn(start, ids, text, float(self.environment.reward), not self.environment.done)
+        return AgentTurn(start, ids, text, float(self.environment.reward), not self.environment.done)
 
     @property
     def over(self) -> bool:
@@ -270,7 +270,7 @@ def play(network: Any, agents: Sequence[Agent], sampling: Sampling, seed: int) -
         _round(network, running, sampling, seed)
 
 
-def _round(network: Any, agents: Sequence[Agent], sampling: Sampling, seed: int) -> list[Turn]:
+def _round(network: Any, agents: Sequence[Agent], sampling: Sampling, seed: int) -> list[AgentTurn]:
     """One turn of every agent."""
     noise = [_noise(seed, agent.number, agent.taken, sampling.max_new_tokens) for agent in agents]
     turns = sample(network, [agent.context for agent in agents], sampling, torch.stack(noise))
