@@ -1,4 +1,5 @@
-"""`hapo train --method etpo`: an agent in an environment, with `hapo.loops.etpo`, into a run folder like any other."""
+"""`hapo train --method etpo`: an agent in an environment, with `hapo.loops.etpo`, into a run folder like any
+other."""
 
 from __future__ import annotations
 

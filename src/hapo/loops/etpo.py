@@ -227,7 +227,7 @@ def _see(
     q = q_of("critic", fast, rho)
     logp, ref_logp = (x.log_softmax(-1).clamp(min=soft_q.LOWEST) for x in (logits, ref_logits))
     p = logits.softmax(-1)
-    f = args.beta * (logp - (ref_logp if args.target == "kl_ref" else 0.0)) - q
+    f = args.beta * (logp - (ref_logp if args.target == "kl_ref" else 0.0)) - q.masked_fill(p == 0, 0.0)
     best, other = q.scatter(-1, action, -torch.inf).max(-1)
     of_taken = [
         x.gather(-1, action).squeeze(-1) for x in (p * ((p * f).sum(-1, keepdim=True) - f), logp, ref_logp, q)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -44,7 +46,7 @@ class ETPOConfig:
         default="kl_ref",
         metadata={
             "help": "what the policy is moved towards: kl_ref, its optimum under the KL to the initial model; "
-            "entropy, that under an entropy bonus; released, the expression of the authors' code, which learns nothing"
+            "entropy, that under an entropy bonus; released, the authors' expression, which learns nothing"
         },
     )
     lam: float = field(
@@ -136,6 +138,9 @@ class ETPOConfig:
         for name, kinds in (("target", get_args(PolicyTarget)), ("critic", get_args(Critic))):
             if getattr(self, name) not in kinds:
                 raise ValueError(f"{name} must be one of {', '.join(kinds)}, got {getattr(self, name)!r}")
+        if isinstance(self.environment_options, str):
+            with suppress(json.JSONDecodeError):
+                self.environment_options = json.loads(self.environment_options)
         if self.environment_options is not None and not isinstance(self.environment_options, dict):
             raise ValueError(f"environment_options must be a mapping, got {self.environment_options!r}")
         if self.lam and (self.temperature != 1 or self.top_k):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..engines.records import RunRecords
-from .turns import Segment, Turn
+from .turns import AgentTurn, Segment
 
 
 class TurnRecorder:
@@ -50,7 +50,9 @@ class TurnRecorder:
         self._taken.clear()
         self.records.write_tokens(step)
 
-    def _add(self, step: int, segment: Segment, turn: Turn, response: int, numbers: dict[str, np.ndarray]) -> None:
+    def _add(
+        self, step: int, segment: Segment, turn: AgentTurn, response: int, numbers: dict[str, np.ndarray]
+    ) -> None:
         n = len(turn.ids)
         (prompt,) = self.decode([segment.ids[: turn.start]])
         texts, others = (self.decode([[int(t)] for t in ids]) for ids in (turn.ids, numbers["other"]))

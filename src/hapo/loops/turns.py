@@ -70,7 +70,7 @@ class Sampling(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Turn:
+class AgentTurn:
     """A turn that was taken."""
 
     start: int
@@ -94,7 +94,7 @@ class Segment:
     """The context after the last turn, with what the environment said."""
     begun: int
     """Tokens of it that an earlier update has had."""
-    turns: list[Turn] = field(default_factory=list)
+    turns: list[AgentTurn] = field(default_factory=list)
 
 
 class Agent:
@@ -142,7 +142,7 @@ class Agent:
                 f"{self.limit} fit, or is over before its first turn: shorten the prompts or raise context_length"
             )
 
-    def take(self, ids: list[int]) -> Turn:
+    def take(self, ids: list[int]) -> AgentTurn:
         """Take a turn: the environment answers, and its answer joins the context.
 
         An answer that does not fit is cut, and with it the episode is truncated: it goes on, but not here.
@@ -154,7 +154,7 @@ class Agent:
         self.context = self.context + ids
         if not self.environment.done:
             self.context = (self.context + self.speech.answer(self.row_prompt, ids, said))[: self.limit]
-        return Turn(start, ids, text, float(self.environment.reward), not self.environment.done)
+        return AgentTurn(start, ids, text, float(self.environment.reward), not self.environment.done)
 
     @property
     def over(self) -> bool:
@@ -210,7 +210,7 @@ def play(network: Any, agents: Sequence[Agent], sampling: Sampling, seed: int) -
         _round(network, running, sampling, seed)
 
 
-def _round(network: Any, agents: Sequence[Agent], sampling: Sampling, seed: int) -> list[Turn]:
+def _round(network: Any, agents: Sequence[Agent], sampling: Sampling, seed: int) -> list[AgentTurn]:
     """One turn of every agent."""
     noise = [_noise(seed, agent.number, agent.taken, sampling.max_new_tokens) for agent in agents]
     turns = sample(network, [agent.context for agent in agents], sampling, torch.stack(noise))
@@ -262,8 +262,8 @@ def _pick(logits: Float[Tensor, "B V"], sampling: Sampling, noise: Float[Tensor,
         least = logits.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
     reach = (logits.double() / sampling.temperature).softmax(-1).cumsum(-1)
-    # The last token with any probability, where rounding leaves the sum below 1.
-    return torch.searchsorted(reach, (noise[:, None] * reach[:, -1:]).contiguous()).squeeze(1)
+    # Below their sum, which rounding may leave below 1; to the right, past tokens of probability 0.
+    return torch.searchsorted(reach, (noise[:, None] * reach[:, -1:]).contiguous(), right=True).squeeze(1)
 
 
 def _noise(seed: int, agent: int, turn: int, tokens: int) -> Float[Tensor, " T"]:

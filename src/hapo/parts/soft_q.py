@@ -14,8 +14,8 @@ The paper's numbered equations could not be read: targets and critic loss are th
 index set right and its Huber loss made symmetric; the policy loss is derived from the objective that the abstract
 states.
 
-A log-probability below `LOWEST` nats counts as `LOWEST`, so that a token which rho rules out costs
-beta (log P + 100) and not infinity. A token that the policy rules out (logit -inf) adds nothing, whatever q says of it.
+A log-probability below `LOWEST` nats counts as `LOWEST`, so that a token which rho rules out costs beta (log P +
+100) and not infinity. A token that the policy rules out (logit -inf) adds nothing, whatever q says of it.
 
 Shapes: S turns, Z = S + 1 slots, of which slot S is the state after the last turn; L tokens; V vocabulary; ...
 axes in front (batch, agents). Float32 inside; float64 stays.

@@ -1,7 +1,7 @@
 """Addition column by column: the embedded environment, made for the bundled tiny model.
 
-The model sees ``347+586=`` and adds one column a turn, from the right, with a carry of 1 as a third summand; the last
-turn is the sum. A turn ends with a semicolon or the end of sequence:
+The model sees ``347+586=`` and adds one column a turn, from the right, with a carry of 1 as a third summand; the
+last turn is the sum. A turn ends with a semicolon or the end of sequence:
 
     347+586=   7+6=13;   4+8+1=13;   3+5+1=9;   933
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class AdditionEnvironment:
     """The columns of a sum and then the sum, a turn each; the reward of the right sum is 1, of any other turn 0.
 
-    Deterministic. Nothing is stripped or parsed: ``0933`` and ``933 `` are wrong, and a column is right if it is the
-    one of `hapo.tasks.addition.solution`.
+    Deterministic. Nothing is stripped or parsed: ``0933`` and ``933 `` are wrong, and a column is right if it is
+    the one of `hapo.tasks.addition.solution`.
     """
 
     stop: ClassVar = (";",)
