@@ -106,7 +106,9 @@ def test_it_has_what_an_environment_has(environment):
         ["digits", "iris", "wine", "breast_cancer", "digits"],
         ["breast_cancer", "digits", "iris"],
     )
-    assert "iris: 150 rows, 4 columns (sepal length (cm)," in train["prompt"][1]
+    assert "iris: 150 rows, 4 columns (sepal length (cm)," in train["prompt"][1][0]["content"]
+    _, text, _ = code.load_text(1, 2, 1)
+    assert text["prompt"][1] == train["prompt"][1][0]["content"]
     assert environment.reset(**train[1]) is None
 
 

@@ -263,19 +263,20 @@ def prompt(table: str) -> str:
 def load(seed: int, train_size: int, eval_size: int) -> tuple[type[CodeEnvironment], Dataset, Dataset]:
     """The environment with rows to train on and rows to measure: the tables in turn, from one that `seed` says.
 
-    Columns: prompt, question (the table's name), answer (none) and table. Both have the same tables, of which
-    there are four: what is measured is the policy on these.
+    Columns: prompt (messages, for the chat template of a model), question (the table's name), answer (none) and
+    table. Both have the same tables, of which there are four: what is measured is the policy on these.
     """
+    return CodeEnvironment, _rows(train_size, seed, chat=True), _rows(eval_size, 0, chat=True)
+
+
+def load_text(seed: int, train_size: int, eval_size: int) -> tuple[type[CodeEnvironment], Dataset, Dataset]:
+    """The same with prompts that are plain text, for models without a chat template."""
+    return CodeEnvironment, _rows(train_size, seed, chat=False), _rows(eval_size, 0, chat=False)
+
+
+def _rows(size: int, first: int, *, chat: bool) -> Dataset:
     from datasets import Dataset
 
-    def rows(size: int, first: int) -> Dataset:
-        tables = [TABLES[(first + i) % len(TABLES)] for i in range(size)]
-        columns = {
-            "prompt": [prompt(t) for t in tables],
-            "question": tables,
-            "answer": [""] * size,
-            "table": tables,
-        }
-        return Dataset.from_dict(columns)
-
-    return CodeEnvironment, rows(train_size, seed), rows(eval_size, 0)
+    tables = [TABLES[(first + i) % len(TABLES)] for i in range(size)]
+    prompts = [[{"role": "user", "content": prompt(t)}] if chat else prompt(t) for t in tables]
+    return Dataset.from_dict({"prompt": prompts, "question": tables, "answer": [""] * size, "table": tables})
