@@ -1,12 +1,20 @@
 """`hapo train` with an environment and a method that draws groups."""
 
+import warnings
+from pathlib import Path
+
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hapo.cli import main
 from tests.cli.small import evaluations, flags, metrics
+from tests.engines.test_trl_tools import speaking
+
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 OPTIONS = {
     "environment": "addition",
@@ -74,3 +82,30 @@ def test_single_answers_are_no_episodes(capsys):
     assert "environment='addition': episodes are measured by hapo train" in capsys.readouterr().err
     assert main(["curriculum", "--environment", "addition"]) == 2
     assert "a curriculum is of problems with one answer" in capsys.readouterr().err
+
+
+def test_the_recipe_for_code_runs_with_a_random_model(tmp_path):
+    """Its programs are noise: each fails, is told so, and tries again."""
+    tokenizer = speaking()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=4096, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    small = {
+        "config": RECIPES / "grpo_code.yaml", "model_name_or_path": tmp_path / "model", "output_dir": tmp_path / "run",
+        "dtype": "float32", "use_cpu": True, "bf16": False, "report_to": "none", "environment_options": '{"max_turns": 2}',
+        "num_generations": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1,
+        "steps_per_generation": 1, "max_steps": 1, "max_completion_length": 4, "train_size": 4, "eval_size": 1,
+        "logging_steps": 1, "report": False, "record_tokens_every": 1, "activation_checkpointing": False,
+    }  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "One optimiser step a rollout batch")
+        assert main(["train", *flags(**small)]) == 0
+    (line,) = metrics(tmp_path / "run")
+    assert line["reward"] == -1
+    assert [measured["mean"] for measured in evaluations(tmp_path / "run")] == [-1] * 4
+    (file,) = (tmp_path / "run" / "tokens").iterdir()
+    assert len(set(pq.read_table(file)["response"].to_pylist())) == 4
