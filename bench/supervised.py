@@ -59,7 +59,6 @@ def contend(
     vocabulary: int | None,
     data: Path,
     rows: int,
-    dtype: str,
 ) -> float:
     """A contender: one forward and backward pass a turn."""
     torch.manual_seed(0)
