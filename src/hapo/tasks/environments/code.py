@@ -51,6 +51,9 @@ REMEDY = (
     "read the files of the container, the labels of the tables among them; all else is refused to it as before"
 )
 
+ONE = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "LOKY_MAX_CPU_COUNT")
+"""Variables that say how many threads and processes libraries begin."""
+
 FENCED = re.compile(r"```[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
 
 
@@ -164,7 +167,7 @@ class _Runner:
             Path(__file__).with_name("_code_worker.py"),
             {"seconds": seconds, "memory": memory, "output": OUTPUT, "landlock": landlock},
             {name: os.environ[name] for name in kept if name in os.environ}
-            | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "LOKY_MAX_CPU_COUNT"), "1")
+            | dict.fromkeys(ONE, "1")
             | {"PYTHONHASHSEED": "0"},
         )
 
