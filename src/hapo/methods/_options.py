@@ -134,8 +134,7 @@ class Options(MethodOptions, ABC):
 
     kind: ClassVar[Kind] = "policy"
 
-    advantages: ClassVar[tuple[str, ...]] = ("outcome", "token_reward")
-    """What `advantage` may be."""
+    advantages: ClassVar[tuple[str, ...]] = ("outcome", "token_reward")  # what `advantage` may be
 
     advantage: Literal["outcome", "token_reward", "turn_reward"] = "outcome"
     """What the advantage compares: rewards of responses, or, at each position, the returns of `token_reward` from
