@@ -23,6 +23,7 @@ from hapo.insight.run import Run
 from hapo.loops.options import ETPOConfig
 from hapo.loops.turns import Agent
 from tests.cli.small import flags, metrics
+from tests.cli.test_paper_recipes import tiny_model
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 OPTIONS = {
@@ -84,11 +85,16 @@ def test_the_records_hold_q_v_and_the_best_other_token(finished):
 
 def test_report_and_doctor_read_the_run(finished, capsys, tmp_path):
     page = (finished / "report.html").read_text()
-    assert "etpo (beta 0.1, polyak 0.95, lam 0.95, critic residual)" in page and "Value along a turn" in page
+    assert "etpo (beta 0.05, polyak 0.95, lam 0.95, critic residual)" in page and "Value along a turn" in page
     assert "addition" in page and "Most amplified" in page
     assert main(["doctor", str(finished)]) in (0, 3)
     assert main(["report", str(finished), "--against", "grpo", "--output", str(tmp_path / "x.html")]) == 1
     assert "trained an agent with a critic, which no other method has" in capsys.readouterr().err
+
+
+def test_the_doctor_says_that_it_looks_at_runs_alone(capsys):
+    assert main(["doctor", "etpo"]) == 2
+    assert "the doctor looks at runs of etpo, not at their recipes" in capsys.readouterr().err
 
 
 def test_a_killed_run_goes_on_with_the_same_bits(finished, tmp_path, monkeypatch, capsys):
@@ -175,6 +181,29 @@ def test_the_recipe_for_code_has_the_numbers_of_the_authors():
     assert args.environment == "code" and args.environment_options == {"max_turns": 5}
     assert model.use_peft and model.lora_dropout == 0 and "lm_head" not in model.lora_target_modules
     assert method_of(["--config", str(file)]) == "etpo"
+
+
+def test_the_recipe_for_code_runs_with_a_tiny_random_model_that_chats(tmp_path):
+    """Its own environment would need Landlock and a model that writes programs: one of the tests stands for it."""
+    model = tiny_model(tmp_path / "model")
+    less = {"model": model, "dtype": "float32", "lora_r": 2, "max_steps": 2, "max_new_tokens": 4, "save_steps": 1}
+    less |= {"environment": "tests.loops.small:chats", "train_size": 4, "eval_size": 2, "context_length": 40}
+    argv = [
+        "train",
+        "--config",
+        str(RECIPES / "etpo_code.yaml"),
+        "--use_cpu",
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
+    assert main([*argv, *flags(**less), "--environment_options", '{"max_turns": 5, "enough": 9}']) == 0
+    run = Run(tmp_path / "run")
+    assert run.finished is not None and run.finished["steps"] == 2
+    assert (run.folder / "model/adapter_model.safetensors").is_file()
+    prompts = run.tokens(1)["prompt"].unique()
+    assert any(re.search(r"\d \? Answer$", text) for text in prompts), (
+        prompts
+    )  # "=" is no word of it
 
 
 def test_the_embedded_recipe_names_no_option_twice_and_is_read():

@@ -60,6 +60,12 @@ def load(seed: int, train_size: int, eval_size: int) -> tuple[type[Echo], Datase
     return Echo, tiny.data(train_size), tiny.data(eval_size)
 
 
+def chats(seed: int, train_size: int, eval_size: int) -> tuple[type[Echo], Dataset, Dataset]:
+    """The same with messages for prompts."""
+    rows = [{"prompt": [{"role": "user", "content": "Solve problem"}], "i": 2 * i} for i in range(train_size)]
+    return Echo, Dataset.from_list(rows), Dataset.from_list(rows[:eval_size])
+
+
 def task(environment: Any = Echo, **options: Any) -> EnvironmentTask:
     return EnvironmentTask("echo", environment, tiny.data(12), tiny.data(5), options)
 
