@@ -85,8 +85,7 @@ def test_told_holds_the_options_that_differ_from_their_defaults():
     assert options == {"eval_size": 9, "rewards": ["exact"], "model_name_or_path": "tiny", "lora_r": 4}
 
 
-# That of ETPO's loop is read in tests/cli/test_agent.py.
-@pytest.mark.parametrize("recipe", [r for r in RECIPES if r.stem != "etpo_code"], ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_parses_and_says_its_command(recipe):
     header = recipe.read_text().split("\nmodel_name_or_path")[0]
     assert {"Hardware", "Time", "Command"} <= {line[2:].split(":")[0] for line in header.splitlines()}
