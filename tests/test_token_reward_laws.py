@@ -34,7 +34,7 @@ ids = [name + "".join(f"-{k}={v}" for k, v in options.items()) for name, options
 every = pytest.mark.parametrize(
     "method", [hapo.method(name, **{"advantage": "token_reward", **options}) for name, options in OPTIONS], ids=ids
 )
-few = settings(max_examples=6)
+few = settings(max_examples=4)
 
 
 @st.composite
