@@ -430,7 +430,9 @@ def test_channels_of_attribution_are_colours(open_page: Open, tmp_path: Path) ->
     run = Run(make_run(tmp_path / "mine", "hapo", rollouts=1, rows=with_channels))
     page = open_page(page_of(tmp_path, [run])).page
     for name, scale in channels.items():
-        page.get_by_role("group", name="colour by").get_by_text(name.removeprefix("attribution_"), exact=True).click()
+        page.get_by_role("group", name="colour by").get_by_text(
+            name.removeprefix("attribution_"), exact=True
+        ).click()
         follow(page, run="mine", rollout=1, response=0, position=2)
         assert same(numbers(page)[name, ""], 2 * scale)
         expect(page.locator(".mx-fig figcaption").first).to_contain_text(name.removeprefix("attribution_"))
