@@ -35,6 +35,8 @@ SHARED = (
     *("q", "value", "target", "q_other", "other", "kl"),
 )
 """Columns that are the same under every method."""
+ATTRIBUTION = "attribution_"
+"""How the names of further such columns begin: channels of `hapo.tasks.attribution`, or their mixture."""
 TREATMENT = (
     "signal",
     "weight",
@@ -209,7 +211,7 @@ def _pack(tokens: pd.DataFrame, treatments: Sequence[pd.DataFrame]) -> str:
         "others": {int(row.other): row.other_text for row in others.itertuples()},
         "word": arrays.add(word),
         "position": arrays.add(tokens["position"]),
-        "shared": {name: arrays.add(tokens[name]) for name in SHARED if name in tokens},
+        "shared": {name: arrays.add(tokens[name]) for name in _shared(tokens)},
         "methods": [
             {name: arrays.add(table[name]) for name in TREATMENT if name in table} for table in treatments
         ],
@@ -217,6 +219,11 @@ def _pack(tokens: pd.DataFrame, treatments: Sequence[pd.DataFrame]) -> str:
     text = json.dumps(header).encode()
     stream = len(text).to_bytes(4, "little") + text + b"".join(arrays.parts)
     return base64.b64encode(gzip.compress(stream, compresslevel=6, mtime=0)).decode()
+
+
+def _shared(tokens: pd.DataFrame) -> list[str]:
+    """Columns that no method makes."""
+    return [name for name in SHARED if name in tokens] + [x for x in tokens if str(x).startswith(ATTRIBUTION)]
 
 
 class _Arrays:
