@@ -1,0 +1,161 @@
+"""Regret of the search over weights against random search and a grid, at equal trials, on noisy functions.
+
+    nice -n 19 python -m bench.simplex_search --seeds 24
+
+Three weights, as `hapo shape` has them. A seed draws where the optimum lies and the noise of the measurements; all
+contenders of a seed have the same function. Regret is the function's maximum less its value at the point that a
+contender would hand on: the best measured one, or, where "+ surrogate" stands, the one with the highest mean under
+the Gaussian process, which is what the search does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import random
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+import hapo
+from hapo.insight.statistics import compare_arms, mean_interval
+from hapo.outputs import write_whole
+from hapo.tasks.search import Surrogate, Trial, on_simplex, propose
+
+CHANNELS, INITIAL = 3, 6
+NOISE = 0.05
+"""Standard deviation of a measurement; the functions reach from 0 to 1."""
+GRIDS = {10: 3, 15: 4, 21: 5}
+"""Trials -> steps along an edge: a lattice of exactly so many points."""
+
+Point = tuple[float, ...]
+
+
+def bump(w: Point, centre: Point, width: float) -> float:
+    return math.exp(-sum((a - b) ** 2 for a, b in zip(w, centre, strict=True)) / (2 * width**2))
+
+
+def function_of(kind: str, rng: random.Random) -> tuple[Callable[[Point], float], float]:
+    """A function on the simplex and its maximum."""
+    centre = drawn(rng)
+    if kind == "inside":
+        return lambda w: bump(w, centre, 0.3), 1.0
+    if kind == "vertex":
+        chosen = rng.randrange(CHANNELS)
+        corner = tuple(float(k == chosen) for k in range(CHANNELS))
+        return lambda w: bump(w, corner, 0.5), 1.0
+    other = drawn(rng)
+
+    def two(w: Point) -> float:
+        return max(bump(w, centre, 0.2), 0.7 * bump(w, other, 0.35))
+
+    return two, 1.0
+
+
+def drawn(rng: random.Random) -> Point:
+    spacings = [rng.expovariate(1) for _ in range(CHANNELS)]
+    return tuple(one / sum(spacings) for one in spacings)
+
+
+def lattice(steps: int) -> list[Point]:
+    return [
+        (a / steps, b / steps, (steps - a - b) / steps) for a in range(steps + 1) for b in range(steps + 1 - a)
+    ]
+
+
+def measured(points: list[Point], function: Callable[[Point], float], noise: random.Random) -> list[Trial]:
+    return [Trial(w, function(w) + noise.gauss(0, NOISE)) for w in points]
+
+
+def searched(function: Callable[[Point], float], noise: random.Random, size: int, seed: int) -> list[Trial]:
+    trials: list[Trial] = []
+    while len(trials) < size:
+        trials += measured([propose(trials, CHANNELS, INITIAL, seed)], function, noise)
+    return trials
+
+
+def regrets(kind: str, seed: int) -> list[dict[str, object]]:
+    function, most = function_of(kind, random.Random(f"{kind}/{seed}"))
+
+    def noise(who: str) -> random.Random:
+        return random.Random(f"{kind}/{seed}/{who}")
+
+    rows: list[dict[str, object]] = []
+
+    def add(trials: int, who: str, point: Point) -> None:
+        rows.append(
+            {"function": kind, "seed": seed, "trials": trials, "who": who, "regret": most - function(point)}
+        )
+
+    generator = torch.Generator().manual_seed(seed)
+    uniform = on_simplex(torch.rand(max(GRIDS), CHANNELS, generator=generator, dtype=torch.float64))
+    by_chance = measured([tuple(w) for w in uniform.tolist()], function, noise("random"))
+    by_search = searched(function, noise("search"), max(GRIDS), seed)
+    for size, steps in GRIDS.items():
+        add(size, "search", by_search[Surrogate(by_search[:size]).best].weights)
+        for who, trials in (
+            ("random", by_chance[:size]),
+            ("grid", measured(lattice(steps), function, noise(f"grid{steps}"))),
+        ):
+            assert len(trials) == size
+            add(size, who, max(trials, key=lambda trial: trial.value or -math.inf).weights)
+            add(size, f"{who} + surrogate", trials[Surrogate(trials).best].weights)
+    return rows
+
+
+def main() -> None:
+    """Measure, and write a JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=24)
+    parser.add_argument("--out", type=Path, default=Path("bench/results/simplex_search.json"))
+    told = parser.parse_args()
+    torch.set_num_threads(1)
+    began = time.process_time()
+    rows = []
+    for kind in ("inside", "vertex", "two peaks"):
+        for seed in range(told.seeds):
+            rows += regrets(kind, seed)
+            print(f"{kind}, seed {seed}: {time.process_time() - began:.0f} s of the processor", flush=True)
+    table = pd.DataFrame(rows)
+    summary = []
+    for (kind, size), some in table.groupby(["function", "trials"], sort=False):
+        wide = some.pivot(index="seed", columns="who", values="regret")
+        verdicts = compare_arms(wide, "search", better="lower", unit="regret", scale=1.0)
+        for who in wide:
+            found = mean_interval(wide[who])
+            summary.append(
+                {
+                    "function": kind,
+                    "trials": size,
+                    "who": who,
+                    "regret": found.mean,
+                    "low": found.low,
+                    "high": found.high,
+                    "against search": "" if who == "search" else verdicts.loc[who, "verdict"],
+                }
+            )
+    result = {
+        "hapo": hapo.__version__,
+        "botorch": metadata.version("botorch"),
+        "torch": metadata.version("torch"),
+        "machine": platform.platform(),
+        "cpu_seconds": round(time.process_time() - began, 1),
+        "noise": NOISE,
+        "seeds": told.seeds,
+        "summary": summary,
+        "regrets": rows,
+    }
+    write_whole(told.out, json.dumps(result, indent=1) + "\n")
+    print(pd.DataFrame(summary).drop(columns="against search").to_string())
+    for one in summary:
+        print(one["function"], one["trials"], one["who"], one["against search"])
+
+
+if __name__ == "__main__":
+    main()
