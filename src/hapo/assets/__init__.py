@@ -1,6 +1,8 @@
-"""The embedded recipes, and the bundled tiny model: a character-level Llama that adds numbers now and then.
+"""The embedded recipes, and two bundled models: a character-level Llama that adds numbers now and then, and one
+that scores such answers.
 
-The model was made by ``scripts/make_tiny_model.py``; ``tiny/CARD.md`` says how and records its figures.
+They were made by ``scripts/make_tiny_model.py`` and ``scripts/make_reward_model.py``; the ``CARD.md`` beside each
+says how and records its figures.
 """
 
 from pathlib import Path
@@ -11,6 +13,11 @@ ASSETS = Path(__file__).parent
 def tiny_model_path() -> Path:
     """Folder of the bundled model, for ``from_pretrained``."""
     return ASSETS / "tiny"
+
+
+def reward_model_path() -> Path:
+    """Folder of the bundled reward model, for ``from_pretrained``."""
+    return ASSETS / "reward_tiny"
 
 
 def embedded() -> list[str]:

@@ -211,6 +211,8 @@ def content_of(
     for name, value in options.items():
         if isinstance(value, str) and Path(value).suffix and Path(value).expanduser().is_file():
             options[name] = "a file" if name == "dataset" else file_hash(Path(value).expanduser())
+    if task.token_reward is not None:
+        options["reward model"] = model_identity(task.token_reward.options.path, None, False)
     return {
         **options,
         "data": task.fingerprint,
@@ -372,6 +374,8 @@ def _trl_trainer(
     given |= {name: value for name, value in flags.items() if name in names}
     config = GRPOConfig(**given)
     config.model_init_kwargs = model_options(model_config, config.model_init_kwargs)
+    if task.token_reward is not None:
+        raise UsageError(f"{TRL} arms are trained with the reward of whole answers: leave token_reward out")
     trainer = GRPOTrainer(
         model_path(model_config),
         task.reward_funcs,

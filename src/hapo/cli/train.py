@@ -15,7 +15,7 @@ from ..insight.run import Run
 from ..tasks import Task, TaskConfig, load_task
 from ..tasks.curriculum import STAGE
 from ..trl import DiffusionConfig, DiffusionTrainer, HAPOConfig, HAPOTrainer
-from . import INTERRUPTED
+from . import INTERRUPTED, UsageError
 from .held_out import Course, HeldOut
 from .recipe import RecipeParser, recipe_of, told
 from .run_folder import (
@@ -138,12 +138,13 @@ def build_trainer(task: Task, args: HAPOConfig, model_config: ModelConfig) -> HA
     """The trainer of a task, its model loaded as the options say."""
     if task.staged and args.stage_column is None:
         args.stage_column = STAGE
+    check_token_reward(task, args)
     given = args.model_init_kwargs
     args.model_init_kwargs = model_options(model_config, given)
     kind = DiffusionTrainer if isinstance(args, DiffusionConfig) else HAPOTrainer
     trainer: HAPOTrainer = kind(
         model_path(model_config),
-        task.reward_funcs,
+        task.reward_funcs if task.token_reward is None else [task.token_reward],
         args,
         train_dataset=task.train,
         eval_dataset=task.eval if args.eval_strategy != "no" else None,
@@ -151,8 +152,24 @@ def build_trainer(task: Task, args: HAPOConfig, model_config: ModelConfig) -> HA
         peft_config=get_peft_config(model_config),
         demonstrations=task.demonstrations,
     )
+    if task.token_reward is not None:
+        task.token_reward.check_tokens(trainer.processing_class)
     trainer.args.model_init_kwargs = given  # the run's config.yaml has them under the names that the user gave
     return trainer
+
+
+def check_token_reward(task: Task, args: HAPOConfig) -> None:
+    """Raise a UsageError where options do not go with a reward per token."""
+    if task.token_reward is None:
+        return
+    assert not isinstance(args.method_options, str)
+    if (args.method_options or {}).get("advantage") != "token_reward":
+        raise UsageError(
+            "token_reward gives a reward for each token, and the method compares whole answers: set "
+            "method_options to {advantage: token_reward}, or leave token_reward out"
+        )
+    if args.reward_weights is not None:
+        raise UsageError("reward_weights weighs several rewards, and token_reward is the only one: leave it out")
 
 
 def config_of(argv: list[str]) -> type[HAPOConfig]:

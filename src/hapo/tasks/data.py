@@ -22,6 +22,7 @@ from .reading import gold_text
 from .rewards import RewardFunction, exact_reward, load_rewards, math_verify_reward
 from .stated import extract_answer
 from .table import dataset_of
+from .token_reward import ModelReward, TokenReward, TokenRewardOptions
 from .verifier import VerifiedReward
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ class Task:
     """To learn from beside rollouts; columns prompt, completion and question."""
     majority_share: float
     """Share of the most common gold answer in `eval`: what a constant answer would score."""
+    token_reward: TokenReward | None = field(default=None, kw_only=True)
+    """What trains, where the recipe says so; `reward_funcs` then measure alone."""
     staged: bool = False
     """Whether `train` has the column `stage`, from a curriculum."""
 
@@ -73,7 +76,8 @@ def load_task(config: TaskConfig, *, seed: int) -> Task:
     """
     seed = seed if config.task_seed is None else config.task_seed
     train, evaluation, own = _rows(config, seed)
-    rewards = load_rewards(config.rewards, own, config.reward_timeout, config.reward_fallback())
+    token_reward, of_model = _token_reward(config)
+    rewards = load_rewards(config.rewards, own, config.reward_timeout, config.reward_fallback(), of_model)
 
     train = _with_usable_gold(train, rewards, config, "training data")
     if evaluation is None:
@@ -99,6 +103,7 @@ def load_task(config: TaskConfig, *, seed: int) -> Task:
         reward_funcs=rewards,
         fingerprint=_fingerprint(train, evaluation),
         majority_share=share,
+        token_reward=token_reward,
         staged=config.curriculum is not None,
         demonstrations=load_demonstrations(config, (row["question"] for row in evaluation), seed=seed),
     )
@@ -140,6 +145,14 @@ def _rows(config: TaskConfig, seed: int) -> tuple[list[Row], list[Row] | None, R
         None if given.evaluation is None else columns_of(given.evaluation, config),
         math_verify_reward(config.reward_timeout),
     )
+
+
+def _token_reward(config: TaskConfig) -> tuple[TokenReward | None, ModelReward | None]:
+    """The reward per token, and that of whole answers by the same model, which is loaded once."""
+    if config.token_reward is None:
+        return None, None
+    options = TokenRewardOptions.read(config.token_reward)
+    return TokenReward(options), ModelReward(options)
 
 
 @dataclass(frozen=True)
@@ -192,7 +205,7 @@ def _with_usable_gold(
 
     verifiers = [r for r in rewards if isinstance(r, VerifiedReward) and r.column == "answer"]
     compared = bool(verifiers) or exact_reward in rewards
-    needed = compared or not config.dataset.startswith(REASONING_GYM)
+    needed = config.needs_answers and (compared or not config.dataset.startswith(REASONING_GYM))
 
     @functools.cache
     def fault_of(text: str) -> str | None:
