@@ -26,7 +26,7 @@ import torch
 import hapo
 from hapo.insight.statistics import compare_arms, mean_interval
 from hapo.outputs import write_whole
-from hapo.tasks.search import Surrogate, Trial, on_simplex, propose
+from hapo.tasks.search import GaussianProcess, Trial, on_simplex, propose
 
 CHANNELS, INITIAL = 3, 6
 NOISE = 0.05
@@ -98,14 +98,14 @@ def regrets(kind: str, seed: int) -> list[dict[str, object]]:
     by_chance = measured([tuple(w) for w in uniform.tolist()], function, noise("random"))
     by_search = searched(function, noise("search"), max(GRIDS), seed)
     for size, steps in GRIDS.items():
-        add(size, "search", by_search[Surrogate(by_search[:size]).best].weights)
+        add(size, "search", by_search[GaussianProcess(by_search[:size]).best].weights)
         for who, trials in (
             ("random", by_chance[:size]),
             ("grid", measured(lattice(steps), function, noise(f"grid{steps}"))),
         ):
             assert len(trials) == size
             add(size, who, max(trials, key=lambda trial: trial.value or -math.inf).weights)
-            add(size, f"{who} + surrogate", trials[Surrogate(trials).best].weights)
+            add(size, f"{who} + surrogate", trials[GaussianProcess(trials).best].weights)
     return rows
 
 

@@ -164,6 +164,13 @@ class Job:
     """Problems set aside from the training data for tuning."""
     tuning: bool = False
     """Measure on those in place of the held-out problems."""
+    called: str = ""
+    """What messages call it; by default its arm."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"{self.called or self.arm.label}, seed {self.seed}"
 
     @property
     def plan(self) -> dict[str, Any]:

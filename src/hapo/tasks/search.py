@@ -91,10 +91,10 @@ def propose(trials: Sequence[Trial], channels: int, initial: int, seed: int) -> 
         raise ValueError(f"all {len(trials)} trials failed: there is nothing to go by")
     if len(trials) < initial:
         return design(channels, initial, seed)[len(trials)]
-    return Surrogate(trials).propose(seed + len(trials))
+    return GaussianProcess(trials).propose(seed + len(trials))
 
 
-class Surrogate:
+class GaussianProcess:
     """The Gaussian process given some trials.
 
     Args:

@@ -39,7 +39,7 @@ class TokenRewardOptions:
     """
 
     model: str
-    """Sequence-classification model with the policy's tokenizer: a folder, a Hub id, or reward_tiny, the bundled."""
+    """Sequence-classification model with the policy's tokenizer: folder, Hub id, or reward_tiny (bundled)."""
     channels: Sequence[str] = ("shap", "lime", "sparse")
     """What the score is spread by: shap, lime, attention, and sparse, all on the last token."""
     weights: Sequence[float] | None = None
@@ -73,15 +73,13 @@ class TokenRewardOptions:
         for name, how in given.items():
             if name not in channels or name == "sparse" or how not in ("sum", "softmax", "abs"):
                 raise ValueError(
-                    f"token_reward: normalisation has {name}: {how}; it takes sum, softmax or abs for the channels "
+                    f"token_reward: normalisation has {name}: {how}; it takes sum, softmax or abs for "
                     f"{', '.join(one for one in channels if one != 'sparse')}"
                 )
-        if not isinstance(self.samples, int) or not isinstance(self.batch_size, int) or self.batch_size < 1:
-            raise ValueError(
-                f"token_reward: samples {self.samples!r} and batch_size {self.batch_size!r} are counts"
-            )
-        if self.samples < 2:
-            raise ValueError(f"token_reward: samples must be at least 2, got {self.samples}")
+        for name, least in (("samples", 2), ("batch_size", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"token_reward: {name} must be a whole number from {least} on, got {value!r}")
 
     @staticmethod
     def _check_weights(channels: list[str], weights: list[float]) -> None:
@@ -91,7 +89,7 @@ class TokenRewardOptions:
         numbers = [isinstance(w, int | float) and math.isfinite(w) and w >= 0 for w in weights]
         if not all(numbers) or abs(math.fsum(weights) - 1) > 1e-6:
             raise ValueError(
-                f"token_reward: weights must be numbers >= 0 that add up to 1, one for each of {named}; got {weights}"
+                f"token_reward: weights must be numbers >= 0 that add up to 1, for {named}; got {weights}"
             )
 
     @classmethod
@@ -107,9 +105,7 @@ class TokenRewardOptions:
             except ValueError as error:
                 raise ValueError(f"token_reward is no JSON: {told!r} ({error})") from error
         if not isinstance(told, Mapping):
-            raise ValueError(
-                f"token_reward must be a mapping with the keys model, channels, weights; got {told!r}"
-            )
+            raise ValueError(f"token_reward must be a mapping with model, channels and weights, got {told!r}")
         known = [f.name for f in fields(cls)]
         if unknown := [name for name in told if name not in known]:
             raise ValueError(f"token_reward: unknown key {unknown[0]!r}{_nearest(unknown[0], known)}")
@@ -140,11 +136,9 @@ class ModelReward:
         self, prompts: list[Any], completions: list[Any], completion_ids: list[list[int]], **columns: Any
     ) -> list[float | None]:
         """A number for each answer; None for a score that is not finite."""
-        rows = [
-            p + list(c) for p, c in zip(prompt_ids(self._options.loaded, prompts), completion_ids, strict=True)
-        ]
-        size = self._options.batch_size
-        scores = [s for i in range(0, len(rows), size) for s in self._options.loaded(rows[i : i + size])]
+        model, size = self._options.loaded, self._options.batch_size
+        rows = [p + list(c) for p, c in zip(prompt_ids(model, prompts), completion_ids, strict=True)]
+        scores = [score for start in range(0, len(rows), size) for score in model(rows[start : start + size])]
         return [score if math.isfinite(score) else None for score in scores]
 
 
@@ -162,8 +156,8 @@ class TokenReward:
     def __init__(self, options: TokenRewardOptions) -> None:
         if options.weights is None:
             raise ValueError(
-                f"token_reward has no weights for its channels {', '.join(options.channels)}: give shares that add up "
-                "to 1, or let hapo shape find them"
+                f"token_reward has no weights for its channels {', '.join(options.channels)}: give shares that "
+                "add up to 1, or let hapo shape find them"
             )
         self.options = options
         weights = dict(zip(options.channels, options.weights, strict=True))
@@ -228,12 +222,10 @@ def prompt_ids(model: RewardModel, prompts: list[Any]) -> list[list[int]]:
         return [list(ids) for ids in tokenizer(text=prompts).input_ids] if prompts else []
     if tokenizer.chat_template is None:
         raise ValueError(
-            "the prompts are messages, and the tokenizer of the reward model has no chat template: set chat to false, "
+            "the prompts are messages, and the reward model's tokenizer has no chat template: set chat to false, "
             "or take a reward model that has one"
         )
-    return [
-        tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=True).input_ids for p in prompts
-    ]
+    return tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True).input_ids
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:
