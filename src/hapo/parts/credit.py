@@ -140,6 +140,20 @@ def last_token(mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
     return mask & (_left(mask) == 1)
 
 
+def onto_valid_tokens(token_reward: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """Rewards at masked places go to the last valid token before them, or to the first where there is none before.
+
+    For an engine whose rewards stand on all tokens of a response, the output of tools among them: what an answer
+    of a tool earned, the call earned. The sum of a row stays; a row without valid tokens has none.
+    """
+    place = torch.arange(mask.shape[1], device=mask.device)
+    before = torch.where(mask, place, -1).cummax(-1).values
+    first = mask.int().argmax(-1, keepdim=True) if mask.shape[1] else place
+    target = torch.where(before < 0, first, before)
+    moved = torch.zeros_like(token_reward).scatter_add(1, target, token_reward)
+    return torch.where(mask, moved, 0.0)
+
+
 def shaped_reward(
     reward: Float[Tensor, " B"],
     attribution: Float[Tensor, "B K T"],
