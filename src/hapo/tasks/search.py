@@ -66,9 +66,10 @@ def on_simplex(u: Float[Tensor, "N K"]) -> Float[Tensor, "N K"]:
 def design(channels: int, size: int, seed: int) -> list[tuple[float, ...]]:
     """The first trials: the K vertices, then scrambled Sobol points; of a larger size, more of these."""
     vertices = [tuple(float(i == k) for i in range(channels)) for k in range(channels)]
+    if size <= channels:
+        return vertices[:size]
     sobol = torch.quasirandom.SobolEngine(channels, scramble=True, seed=seed)
-    drawn = on_simplex(sobol.draw(max(0, size - channels), dtype=torch.float64))
-    return [*vertices, *map(_rounded, drawn)][:size]
+    return [*vertices, *map(_rounded, on_simplex(sobol.draw(size - channels, dtype=torch.float64)))]
 
 
 def propose(trials: Sequence[Trial], channels: int, initial: int, seed: int) -> tuple[float, ...]:
