@@ -8,16 +8,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import yaml
 from accelerate import Accelerator
 
 import hapo
-from hapo.cli import main
 from hapo.engines.trl.rows import RolloutRows, prepare_rows
 from hapo.engines.trl.token_rewards import TokenRewards
 from hapo.parts.credit import onto_valid_tokens
 from tests.engines import tiny
-from tests.engines.test_trl_methods import DEMO, recorded
+from tests.engines.test_trl_methods import recorded, train
+from tests.examples import one_step
 
 BY_TOKEN = {"advantage": "token_reward"}
 
@@ -86,12 +85,12 @@ def test_what_a_tool_s_answer_earns_the_call_earned():
 
 
 WRONG = [
-    ([[1.0, 2.0], [1.0, 1.0], [1.0]], r"returned 2 token rewards for a completion of 3 tokens \(row 0 of 3"),
+    ([[1.0, 2.0], [1.0, 1.0], [1.0]], r"returned a list of 2 for a completion of 3 tokens \(row 0 of 3"),
     ([[1.0] * 3, [1.0, math.nan], [1.0]], r"returned nan for token 1 of 2, not a finite number \(row 1 of 3"),
     ([[1.0] * 3, [1.0, "2"], [1.0]], r"returned '2' for token 1 of 2, not a finite number \(row 1 of 3"),
     ([[1.0] * 3, [1.0, None], [1.0]], r"returned None for token 1 of 2"),
     ([[1.0] * 3, [1.0, 1.0], [[1.0]]], r"returned \[1.0\] for token 0 of 1"),
-    ([[1.0] * 3, [1.0, 1.0], []], r"returned 0 token rewards for a completion of 1 tokens \(row 2 of 3"),
+    ([[1.0] * 3, [1.0, 1.0], []], r"returned a list of 0 for a completion of 1 tokens \(row 2 of 3"),
 ]
 
 
@@ -132,9 +131,9 @@ def batches(trainer) -> list[hapo.TokenBatch]:
 def test_lists_on_the_last_token_train_as_the_numbers_do(tmp_path):
     """Same losses and weights, bit for bit."""
     outcome = tiny.trainer(tmp_path / "a", method="grpo", beta=0.0)
+    outcome.train()
     by_token = tiny.trainer(tmp_path / "b", reward=on_last, method="grpo", beta=0.0, method_options=BY_TOKEN)
-    for one in (outcome, by_token):
-        one.train()
+    by_token.train()
     for a, b in zip(outcome.model.parameters(), by_token.model.parameters(), strict=True):
         assert torch.equal(a, b)
     assert any(batch.advantage.abs().max() > 0 for batch in batches(by_token))
@@ -192,52 +191,35 @@ def test_dynamic_sampling_moves_them_with_their_rows(tmp_path):
         )
 
 
-REWARD = '''
-def by_column(prompts, completions, completion_ids, answer, **columns):
-    """1 over the length where the completion's character is right."""
+REWARD = """
+def by_place(prompts, completions, completion_ids, answer, **columns):
     return [[float(i % 2) for i in range(len(ids))] for ids in completion_ids]
 
 def too_short(prompts, completions, completion_ids, **columns):
     return [[1.0] for _ in completion_ids]
-'''
+"""
 
 
 def test_hapo_train_takes_them_by_import_path(tmp_path):
-    """The recipe's key `rewards`; the run's accuracy is measured by the same function, as its sums."""
+    """The recipe's key `rewards`; the loss is the core's of the recorded tokens, held-out scores are the sums."""
     (tmp_path / "mine.py").write_text(REWARD)
-    recipe = {
-        **DEMO,
-        "output_dir": str(tmp_path / "run"),
-        "dataset": "addition",
-        "model_name_or_path": "tiny",
-        "rewards": [f"{tmp_path / 'mine.py'}:by_column"],
-        "method": "hapo",
-        "method_options": {**BY_TOKEN, "components": "BCD", "filter_groups": False},
-        "max_completion_length": 8,
-        "max_steps": 2,
-        "eval_size": 4,
-    }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    assert main(["train", "--config", str(tmp_path / "recipe.yaml")]) == 0
-    table = pd.read_parquet(tmp_path / "run" / "tokens" / "step-000001-0.parquet")
+    options = {**BY_TOKEN, "filter_groups": False}
+    run = tmp_path / "run"
+    flags = {"rewards": f"{tmp_path / 'mine.py'}:by_place", "max_steps": 2, "eval_size": 4}
+    lines = train(run, "dapo", method_options=json.dumps(options), evaluate=True, **flags)
+    table = pd.read_parquet(run / "tokens" / "step-000001-0.parquet")
     assert (table.token_reward == table.position % 2).all()
-    batch = recorded(tmp_path / "run", 1)
-    lines = [json.loads(line) for line in (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()]
-    assert lines[0]["scores"]
-    assert batch.mask.any()
+    batch = recorded(run, 1)
+    core = hapo.method("dapo", **options)
+    assert lines[0]["loss"] == pytest.approx(core.loss(one_step(core, batch)).loss.item(), abs=1e-6)
+    assert lines[0]["grad_norm"] > 0
+    held_out = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    assert all(score == int(score) >= 0 for score in held_out[0]["scores"])
+    assert max(held_out[0]["scores"]) > 1
 
 
 def test_hapo_train_names_a_wrong_length(tmp_path, capsys):
     (tmp_path / "mine.py").write_text(REWARD)
-    argv = ["train", "--rewards", f"{tmp_path / 'mine.py'}:too_short", "--output_dir", str(tmp_path / "run")]
-    argv += [
-        "--max_steps",
-        "1",
-        "--no_evaluate",
-        "--per_device_train_batch_size",
-        "16",
-        "--steps_per_generation",
-        "1",
-    ]
-    assert main(argv) != 0
-    assert "reward 'too_short' returned 1 token rewards for a completion of" in capsys.readouterr().err
+    with pytest.raises(AssertionError):  # of the exit code
+        train(tmp_path / "run", "dapo", rewards=f"{tmp_path / 'mine.py'}:too_short")
+    assert "reward 'too_short' returned a list of 1 for a completion of" in capsys.readouterr().err

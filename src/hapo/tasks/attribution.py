@@ -1,9 +1,10 @@
-"""Which tokens of a completion made its score: channels of attribution for any score of whole completions.
+"""Which tokens of a completion made its score: channels of attribution, for any score of whole completions.
 
-The dense rewards of arXiv 2504.16272 spread the score r = f(1) of a reward model over the T tokens of a completion.
-f(z) is the score with the tokens where z = 0 replaced by a mask token; prompt, padding and special tokens always stay.
+The dense rewards of arXiv 2504.16272 spread the score r = f(1) of a reward model over the T tokens of a
+completion. f(z) is the score where the tokens with z = 0 are replaced by a mask token; the prompt and special
+tokens stay.
 
->>> channels = Attribution(score, channels=("shap", "lime", "sparse"), samples=256, mask_id=0)
+>>> channels = Attribution(RewardModel.load(reward_model_path()), samples=256)
 >>> found = channels(prompt_ids, completion_ids)[0]
 >>> found.score, found.empty, found.channels["shap"], found.gap, found.passes
 """
@@ -11,19 +12,30 @@ f(z) is the score with the tokens where z = 0 replaced by a mask token; prompt, 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from .shapley import Masks, Values, all_masks, lime, shapley
+from .explainers import Explainer, local_model, shapley_values
+from .score_cache import ScoreCache
+from .shapley import Masks, Values
 
 Score = Callable[[list[list[int]]], Sequence[float]]
-"""Scores of rows of token ids, prompt and completion in one; a number a row."""
+"""Scores of rows of token ids, prompt and completion in one; a number a row. `RewardModel` is one."""
 
 CHANNELS = ("shap", "lime", "attention", "sparse")
+
+PER_PLAYER = 4
+"""Masks that each player has at least: a longer completion has players of several neighbouring tokens."""
+AT_ONCE = 2**23
+"""Tokens of masked completions that are held at once."""
+LEAST_BAR = 4096
+"""Rows below which no progress is shown."""
 
 
 @dataclass(frozen=True)
@@ -33,71 +45,108 @@ class Attributed:
     score: float
     """r = f(1), in the unit of the score."""
     empty: float
-    """f(0): every token masked that may be; NaN where no channel needs it."""
+    """f(0), every player masked; NaN where no channel needs it."""
     channels: dict[str, list[float]]
-    """Channel -> T numbers; 0 at special tokens. Channels that need a score which is not finite hold NaN."""
+    """Channel -> T numbers; 0 at special tokens. One that met a score which is not finite is NaN throughout."""
     gap: float
-    """Additivity gap of the Shapley values, sum_t phi_t - (f(1) - f(0)); NaN without them."""
+    """Additivity gap of the channel shap, sum_t phi_t - (f(1) - f(0)); NaN without it."""
+    players: int
+    """Players of the game: the tokens that may be masked, or fewer where players are of several tokens."""
     passes: int
-    """Rows that the score function was given for this completion; 0 where all were known."""
+    """Rows that the score was asked for on behalf of this completion; 0 where all was known."""
 
     @property
     def finite(self) -> bool:
-        """Whether every channel is; shaping takes the sparse reward where one is not."""
+        """Whether every channel is. Shaping takes the sparse reward in the place of one that is not."""
         return all(math.isfinite(x) for row in self.channels.values() for x in row)
 
 
 @dataclass
-class _Game:
-    """The set function of one completion; its players are the tokens that may be masked."""
+class _Played:
+    """The game of one completion, and its scores as far as they are known."""
 
     prompt: list[int]
     completion: list[int]
-    places: list[int]
-    """Of the players in the completion."""
+    players: list[list[int]]
+    """Places in the completion of each player's tokens."""
+    key: str
+    """Hash of prompt and completion."""
     scores: dict[bytes, float] = field(default_factory=dict)
-    """Bits of a mask -> f there."""
+    """Mask -> f there, a byte a player."""
+    missing: dict[bytes, None] = field(default_factory=dict)
+    """Masks that an explainer asked for, in its order."""
+    found: dict[str, Values] = field(default_factory=dict)
+    """Channel -> a number a player."""
     passes: int = 0
 
+    def __call__(self, masks: Masks) -> Values:
+        """f at these masks, for an explainer."""
+        bits = [mask.tobytes() for mask in np.ascontiguousarray(masks, dtype=bool)]
+        if unknown := [one for one in bits if one not in self.scores]:
+            self.missing.update(dict.fromkeys(unknown))
+            raise _UnknownScoreError
+        values = np.array([self.scores[one] for one in bits], dtype=float)
+        if not np.isfinite(values).all():
+            raise _NoScoreError
+        return values
+
     def row(self, bits: bytes, mask_id: int) -> list[int]:
-        """Token ids in which the players that do not play are masked."""
+        """Token ids, those of players who do not play masked."""
         tokens = list(self.completion)
-        for place, plays in zip(self.places, bits, strict=True):
-            if not plays:
+        for places, plays in zip(self.players, bits, strict=True):
+            for place in places if not plays else ():
                 tokens[place] = mask_id
         return self.prompt + tokens
 
-    def values(self, masks: Masks) -> Values:
-        """f at these masks."""
-        return np.array([self.scores[mask.tobytes()] for mask in masks])
+    def per_token(self, phi: Values) -> list[float]:
+        """The tokens of a player have equal parts of its number."""
+        row = [0.0] * len(self.completion)
+        for places, value in zip(self.players, phi, strict=True):
+            for place in places:
+                row[place] = float(value) / len(places)
+        return row
 
-    def spread(self, phi: Values) -> list[float]:
-        """A number a token, from a number a player."""
-        row = np.zeros(len(self.completion))
-        row[self.places] = phi
-        return row.tolist()
+
+class _UnknownScoreError(Exception):
+    """Scores are missing: play them and begin again."""
+
+
+class _NoScoreError(Exception):
+    """A score that is not finite: there is no attribution."""
 
 
 class Attribution:
     """Channels of attribution over the tokens of completions.
 
-    - shap: Shapley values phi_t of the game f; of a completion with at most log2(samples) tokens the exact ones.
-    - lime: coefficients of the local linear model (`hapo.tasks.shapley.lime`).
+    - shap: Shapley values (`explainers.shapley_values`): exact where 2^n <= samples for n tokens, else estimated.
+    - lime: coefficients of the local linear model (`explainers.local_model`).
+    - attention: of the last layer of a `RewardModel`, mean of its heads, from where the score is read.
     - sparse: r on the last token, 0 elsewhere: the ordinary reward.
 
+    Equal rows are scored once, whichever channels and completions ask for them, and a call of `score` holds masks
+    of several completions. What a completion gets depends on it, on the seed and on the options alone, up to what
+    the score makes of another neighbour in the batch.
+
     Args:
-        score: of rows of token ids.
-        channels: some of CHANNELS.
-        samples: most masks per completion for each of shap and lime.
-        seed: of the masks that are drawn. What a completion gets depends on it and on the completion alone.
-        cache: folder that keeps what was computed, across restarts; None keeps nothing.
+        score: of rows of token ids, higher is better.
+        channels: some of CHANNELS, or names in `explainers`.
+        samples: most masks of a completion for each explainer. A player has at least PER_PLAYER of them: of more
+            tokens than samples / PER_PLAYER, neighbours play as one and have equal parts of its number.
+        seed: of the masks that are drawn.
+        cache: folder that keeps scores and results, so that a kill loses at most one call of `score`; None keeps
+            nothing.
         batch_size: most rows in a call of `score`.
-        mask_id: token id that stands for a masked token; None takes the score's own.
+        mask_id: token id in the place of a masked token; None takes the score's own, which `RewardModel` has.
         special_ids: token ids that are never masked, such as the end of the sequence; None takes the score's own,
             or none.
+        identity: what tells this score from others in the cache; None takes the score's own.
+        explainers: name -> explainer, for further channels, or in the place of the two that there are. In a cache
+            one is known by its name.
+        progress: a bar, on a terminal, where there is much to do.
 
     Raises:
-        ValueError: an unknown channel, a size below 1, or no mask token.
+        ValueError: an unknown channel, a size out of range, no mask token, a score without attention, or a cache
+            for a score without identity.
     """
 
     def __init__(
@@ -111,23 +160,39 @@ class Attribution:
         batch_size: int = 256,
         mask_id: int | None = None,
         special_ids: Collection[int] | None = None,
+        identity: str | None = None,
+        explainers: Mapping[str, Explainer] | None = None,
+        progress: bool = True,
     ) -> None:
-        if unknown := [name for name in channels if name not in CHANNELS]:
-            raise ValueError(f"there is no channel {unknown[0]!r}: choose among {', '.join(CHANNELS)}")
+        self.explainers: dict[str, Explainer] = {"shap": shapley_values, "lime": local_model, **(explainers or {})}
+        known = list(dict.fromkeys([*CHANNELS, *self.explainers]))
+        if unknown := [name for name in channels if name not in known]:
+            raise ValueError(f"there is no channel {unknown[0]!r}: choose among {', '.join(known)}")
         if not channels or len(set(channels)) < len(channels):
-            raise ValueError(f"channels must name each at most once and at least one, got {list(channels)}")
-        if samples < 2 or batch_size < 1:
-            raise ValueError(f"samples must be at least 2 and batch_size 1, got {samples} and {batch_size}")
+            raise ValueError(f"channels must name one or more, each once, got {list(channels)}")
+        if samples < 2 * PER_PLAYER or batch_size < 1:
+            raise ValueError(
+                f"samples must be at least {2 * PER_PLAYER} and batch_size 1, got {samples} and {batch_size}"
+            )
+        if "attention" in channels and not hasattr(score, "attention"):
+            raise ValueError("the channel attention needs a hapo.tasks.reward_model.RewardModel: leave it out")
         mask_id = getattr(score, "mask_id", None) if mask_id is None else mask_id
         if mask_id is None:
-            raise ValueError("nothing to mask tokens with: give mask_id, a token id that stands for no token")
+            raise ValueError("nothing to mask tokens with: give mask_id, the id of a token that means nothing")
+        self.channels = tuple(channels)
+        self.samples = samples
+        self.seed = seed
         self.mask_id = mask_id
         self.special_ids = frozenset(getattr(score, "special_ids", ()) if special_ids is None else special_ids)
-        self.channels = tuple(channels)
         self._score = score
-        self._samples = samples
-        self._seed = seed
         self._batch_size = batch_size
+        self._progress = progress
+        self._cache: ScoreCache | None = None
+        if cache is not None:
+            own = getattr(score, "identity", None) if identity is None else identity
+            if own is None:
+                raise ValueError("a cache must know which score it keeps: give identity, a text that says so")
+            self._cache = ScoreCache(cache, _hash(own, mask_id, sorted(self.special_ids)))
 
     def __call__(
         self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]
@@ -135,63 +200,194 @@ class Attribution:
         """What the channels say about each completion, in their order.
 
         Raises:
-            ValueError: prompts and completions differ in number, or the score returns another number of scores
-                than it was given rows.
+            ValueError: prompts and completions differ in number, the score returns another number of scores than
+                it was given rows, or an explainer asks for other masks whenever it is called.
         """
         if len(prompt_ids) != len(completion_ids):
             raise ValueError(f"{len(prompt_ids)} prompts and {len(completion_ids)} completions: give one each")
-        rows = [(tuple(p), tuple(c)) for p, c in zip(prompt_ids, completion_ids, strict=True)]
-        games = {row: self._game(*row) for row in rows}
-        plans = {row: self._masks(game) for row, game in games.items()}
-        self._play([(games[row], mask) for row, masks in plans.items() for mask in masks])
-        return [self._attributed(games[row]) for row in rows]
+        rows = [
+            (tuple(map(int, prompt)), tuple(map(int, completion)))
+            for prompt, completion in zip(prompt_ids, completion_ids, strict=True)
+        ]
+        done: dict[tuple[tuple[int, ...], ...], Attributed] = {}
+        todo: dict[tuple[tuple[int, ...], ...], _Played] = {}
+        for row in rows:
+            if row in done or row in todo:
+                continue
+            game = self._game(*row)
+            kept = self._cache and self._cache.result(self._key(game))
+            if kept:
+                done[row] = Attributed(**{**kept, "passes": 0})
+            else:
+                todo[row] = game
+        for some in self._in_parts(list(todo)):
+            games = [todo.pop(row) for row in some]
+            done.update(zip(some, self._attributed(games), strict=True))
+        out = []
+        for row in rows:
+            out.append(done[row])
+            done[row] = replace(done[row], passes=0)  # the same completion again
+        return out
 
-    def _game(self, prompt: Sequence[int], completion: Sequence[int]) -> _Game:
-        places = [i for i, token in enumerate(completion) if token not in self.special_ids]
-        return _Game(list(prompt), list(completion), places)
+    def between_seeds(
+        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], seeds: Sequence[int]
+    ) -> list[dict[str, float]]:
+        """How far chance in the masks moves the channels: of each completion, channel -> the root mean square over
+        its tokens of the standard deviation (divisor n - 1) between these seeds, in the unit of the score.
 
-    def _masks(self, game: _Game) -> Masks:
-        players = len(game.places)
-        if not {"shap", "lime"} & set(self.channels):
-            return np.ones((1, players), bool)
-        if 2**players > self._samples:
-            raise ValueError(f"{players} tokens need more than samples={self._samples} masks")
-        return all_masks(players)
+        It costs an attribution for each seed; an exact channel has 0.
 
-    def _play(self, wanted: Sequence[tuple[_Game, np.ndarray]]) -> None:
-        """Score what is not known yet, each row once, in as few calls as there are full batches."""
-        missing = {(id(game), mask.tobytes()): game for game, mask in wanted if mask.tobytes() not in game.scores}
-        todo = [(game, bits) for (_, bits), game in missing.items()]
-        for start in range(0, len(todo), self._batch_size):
-            batch = todo[start : start + self._batch_size]
-            found = list(self._score([game.row(bits, self.mask_id) for game, bits in batch]))
-            if len(found) != len(batch):
-                raise ValueError(f"the score returned {len(found)} numbers for {len(batch)} rows")
-            for (game, bits), value in zip(batch, found, strict=True):
-                game.scores[bits] = float(value)
-                game.passes += 1
+        Raises:
+            ValueError: fewer than two seeds.
+        """
+        if len(set(seeds)) < 2:
+            raise ValueError(f"the spread between seeds needs at least two, got {list(seeds)}")
+        own, found = self.seed, []
+        try:
+            for self.seed in seeds:
+                found.append(self(prompt_ids, completion_ids))
+        finally:
+            self.seed = own
+        return [
+            {name: _deviation([one.channels[name] for one in same]) for name in self.channels}
+            for same in zip(*found, strict=True)
+        ]
 
-    def _attributed(self, game: _Game) -> Attributed:
-        players = len(game.places)
-        full = game.scores[b"\x01" * players]
-        empty = game.scores.get(b"\x00" * players, math.nan)
+    def _game(self, prompt: tuple[int, ...], completion: tuple[int, ...]) -> _Played:
+        places = [place for place, token in enumerate(completion) if token not in self.special_ids]
+        count = min(len(places), self.samples // PER_PLAYER)
+        players = [part.tolist() for part in np.array_split(np.array(places, dtype=int), count)] if count else []
+        return _Played(list(prompt), list(completion), players, _hash(prompt, completion))
+
+    def _key(self, game: _Played) -> str:
+        return _hash(game.key, self.channels, self.samples, self.seed)
+
+    def _in_parts(self, rows: list[tuple[tuple[int, ...], ...]]) -> Iterator[list[tuple[tuple[int, ...], ...]]]:
+        """Short completions first, for little padding; few enough at once that their masks fit into memory."""
+        part: list[tuple[tuple[int, ...], ...]] = []
+        size = 0
+        for row in sorted(rows, key=lambda row: len(row[0]) + len(row[1])):
+            part.append(row)
+            size += 2 * self.samples * (len(row[1]) + 1)
+            if size > AT_ONCE:
+                yield part
+                part, size = [], 0
+        if part:
+            yield part
+
+    def _attributed(self, games: Sequence[_Played]) -> list[Attributed]:
+        for game in games:
+            if self._cache:
+                game.scores.update(self._cache.scores(self._scores_key(game)))
+            game.missing[b"\x01" * len(game.players)] = None
+            if self._explained:
+                game.missing[b"\x00" * len(game.players)] = None
+        for _ in range(self.samples):  # an explainer may look at some scores before it asks for others
+            for game in games:
+                self._explain(game)
+            self._play([(game, bits) for game in games for bits in game.missing if bits not in game.scores])
+            for game in games:
+                game.missing.clear()
+            if all(len(game.found) == len(self._explained) for game in games):
+                break
+        else:
+            raise ValueError("an explainer asks for other masks whenever it is called: let it use its seed alone")
+        attention = self._attention(games) if "attention" in self.channels else [[]] * len(games)
+        return [self._result(game, weights) for game, weights in zip(games, attention, strict=True)]
+
+    @property
+    def _explained(self) -> list[str]:
+        return [name for name in self.channels if name in self.explainers]
+
+    def _scores_key(self, game: _Played) -> str:
+        return _hash(game.key, len(game.players))
+
+    def _explain(self, game: _Played) -> None:
+        """Let each explainer go as far as the scores that are known."""
+        for name in self._explained:
+            if name in game.found:
+                continue
+            players = len(game.players)
+            try:
+                seed = int(_hash(self.seed, game.key)[:15], 16)
+                game.found[name] = np.asarray(self.explainers[name](game, players, self.samples, seed), float)
+            except _UnknownScoreError:
+                continue
+            except _NoScoreError:
+                game.found[name] = np.full(players, math.nan)
+
+    def _play(self, todo: Sequence[tuple[_Played, bytes]]) -> None:
+        """Score these rows, equal ones once, in full batches; keep the scores of each at once."""
+        of_row: dict[tuple[int, ...], list[tuple[_Played, bytes]]] = {}
+        for game, bits in todo:
+            of_row.setdefault(tuple(game.row(bits, self.mask_id)), []).append((game, bits))
+        rows = list(of_row)
+        with _bar(len(rows), self._progress) as advance:
+            for start in range(0, len(rows), self._batch_size):
+                batch = rows[start : start + self._batch_size]
+                found = [float(x) for x in self._score([list(row) for row in batch])]
+                if len(found) != len(batch):
+                    raise ValueError(f"the score returned {len(found)} numbers for {len(batch)} rows: one each")
+                kept = [(*one, x) for row, x in zip(batch, found, strict=True) for one in of_row[row]]
+                for game, bits, value in kept:
+                    game.scores[bits] = value
+                for row in batch:
+                    of_row[row][0][0].passes += 1
+                if self._cache:
+                    self._cache.add_scores((self._scores_key(game), bits, value) for game, bits, value in kept)
+                advance(len(batch))
+
+    def _attention(self, games: Sequence[_Played]) -> list[list[float]]:
+        weights: list[list[float]] = []
+        for start in range(0, len(games), self._batch_size):
+            some = games[start : start + self._batch_size]
+            found = self._score.attention([game.prompt + game.completion for game in some])  # type: ignore[attr-defined]
+            weights += [row[len(game.prompt) :] for game, row in zip(some, found, strict=True)]
+        for game in games:
+            game.passes += 1
+        return weights
+
+    def _result(self, game: _Played, attention: list[float]) -> Attributed:
+        score = game.scores[b"\x01" * len(game.players)]
+        empty = game.scores.get(b"\x00" * len(game.players), math.nan)
         channels: dict[str, list[float]] = {}
         for name in self.channels:
-            if name == "sparse":
-                channels[name] = [0.0] * (len(game.completion) - 1) + [full] * bool(game.completion)
-                continue
-            values = game.values(all_masks(players))
-            if not np.isfinite(values).all():
-                channels[name] = [math.nan] * len(game.completion)
+            if name in self.explainers:
+                phi = game.found[name]
+                whole = bool(np.isfinite(phi).all())
+                channels[name] = game.per_token(phi) if whole else [math.nan] * len(game.completion)
+            elif name == "attention":
+                masked = {place for places in game.players for place in places}
+                channels[name] = [x if place in masked else 0.0 for place, x in enumerate(attention)]
             else:
-                channels[name] = game.spread(
-                    shapley(values) if name == "shap" else lime(all_masks(players), values)[1]
-                )
-        gap = math.fsum(channels["shap"]) - (full - empty) if "shap" in channels else math.nan
-        return Attributed(full, empty, channels, gap, game.passes)
+                channels[name] = [*[0.0] * (len(game.completion) - 1), *[score] * bool(game.completion)]
+        gap = math.fsum(channels["shap"]) - (score - empty) if "shap" in channels else math.nan
+        found = Attributed(score, empty, channels, gap, len(game.players), game.passes)
+        if self._cache:
+            self._cache.add_result(self._key(game), asdict(found))
+        return found
 
 
-def seed_of(seed: int, *rows: Sequence[int]) -> int:
-    """A seed for one completion, from its tokens, so that it does not depend on what else is in the batch."""
-    text = repr((seed, [list(row) for row in rows])).encode()
-    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
+@contextmanager
+def _bar(total: int, shown: bool) -> Iterator[Callable[[int], object]]:
+    """A bar on a terminal, nothing elsewhere; gives the function that moves it."""
+    if not shown or total < LEAST_BAR:
+        yield lambda n: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("scores of masked completions", total=total)
+        yield lambda n: bar.advance(task, n)
+
+
+def _deviation(rows: Sequence[Sequence[float]]) -> float:
+    """Root mean square over the columns of their standard deviation, exactly 0 for equal rows."""
+    from_first = np.subtract(rows, rows[0])
+    return float(np.sqrt(np.var(from_first, axis=0, ddof=1).mean())) if from_first.size else 0.0
+
+
+def _hash(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts, default=list).encode()).hexdigest()

@@ -29,7 +29,7 @@ def is_number(value: Any) -> bool:
 def fault(tokens: list[Any], length: int) -> str | None:
     """What is wrong, in words, with these rewards of a completion of `length` tokens; None: nothing."""
     if len(tokens) != length:
-        return f"returned {len(tokens)} token rewards for a completion of {length} tokens"
+        return f"returned a list of {len(tokens)} for a completion of {length} tokens"
     for place, value in enumerate(tokens):
         if not is_number(value):
             return f"returned {value!r:.80} for token {place} of {length}, not a finite number"

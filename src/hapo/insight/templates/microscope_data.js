@@ -9,6 +9,7 @@ const QUANTITIES = [
   { key: "signal", name: "signal", scale: "diverging", own: true, note: "the method's number per token; h of HAPO" },
   { key: "temperature", name: "temperature", scale: "sequential", note: "that the token was drawn at" },
   { key: "gate", name: "gate", scale: "diverging", centre: 0.5, note: "mean over the gates of a GateRA adapter" },
+  { key: "token_reward", name: "token reward", scale: "diverging", note: "what the reward side gave the token" },
   { key: "ratio", name: "ratio", scale: "diverging", centre: 1, own: true, note: "current policy to policy at rollout" },
   { key: "advantage", name: "advantage", scale: "diverging", own: true, note: "before redistribution" },
   { key: "advantage_used", name: "advantage used", scale: "diverging", own: true, note: "after redistribution" },
