@@ -195,7 +195,8 @@ def _find(search: Search, options: ShapeOptions, console: Console) -> int:
     console.print(f"weights of {mixed}: {options.trials} trials{known}; page: {page}", soft_wrap=True)
     try:
         while search.proceed(options.trials, console):
-            _write(search, None)
+            if len(search.lines()) >= search.initial:
+                _write(search, None)
     except ValueError as error:
         first = search.lines()[0]["error"]
         raise RuntimeError(

@@ -141,7 +141,7 @@ def _triangles(found: Found) -> list[Figure]:
         (
             "simplex",
             "Expected score over the simplex",
-            "Each corner is one channel alone; dots are trials.",
+            "Dots are trials: the triangle is the best, crosses failed.",
             "score",
         ),
         ("deviation", "How sure the process is", "Dark is unsure: no trial was near.", "standard deviation"),
@@ -191,7 +191,7 @@ def _triangle(
             tooltip=[*tips, alt.Tooltip(f"{of}:Q", format=".4g")],
         )
     )
-    kinds = alt.Shape("what:N", title=None, scale=alt.Scale(domain=["best", "trial", "failed"], range=SHAPES))
+    kinds = alt.Shape("what:N", legend=None, scale=alt.Scale(domain=["best", "trial", "failed"], range=SHAPES))
     tried = (
         alt.Chart(alt.Data(values=dots))
         .mark_point(filled=True, size=90, opacity=1, color="#ffffff", stroke="#24262b", strokeWidth=1.5)
@@ -250,11 +250,13 @@ def _trials(found: Found) -> Figure:
     dot = data.mark_point(filled=True, size=70, opacity=1).encode(
         x=x,
         y=_axis(found, "value:Q", "held-out score"),
-        color=alt.Color("what:N", title=None, sort=["trial", "best"]),
+        color=alt.Color("what:N", legend=None, sort=["trial", "best"]),
         tooltip=["trial:Q", "value:Q", "expected:Q"],
     )
-    tick = data.mark_tick(thickness=2).encode(x=x, y="expected:Q")
-    look = "Dots are measured, with 95 % intervals over problems; ticks are what the process expects there."
+    tick = data.mark_tick(thickness=2, bandSize=18).encode(x=x, y="expected:Q")
+    look = (
+        "Measured, with 95 % intervals over problems; ticks: what the process expects there. The best stands out."
+    )
     return Figure("trials", "Every trial", look, bar + tick + dot)
 
 

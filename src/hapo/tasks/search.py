@@ -130,7 +130,7 @@ class GaussianProcess:
     def propose(self, seed: int) -> tuple[float, ...]:
         """The weights with the highest log noisy expected improvement that are no failed trial's."""
         channels, botorch = self._points.shape[1], _botorch()
-        with _quiet(), torch.random.fork_rng(devices=[]):
+        with _quiet(), torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(seed)
             acquisition = botorch.acquisition.qLogNoisyExpectedImprovement(
                 self._model,
