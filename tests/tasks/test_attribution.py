@@ -119,7 +119,7 @@ def test_equal_rows_are_scored_once_and_calls_are_full():
     found = attribution(score, batch_size=100)([*prompts, [2, 3]], [*completions, completions[2]])
     assert len(score.rows) == len(set(score.rows)) == sum(one.passes for one in found)
     assert [len(call) for call in score.calls[:-1]] == [100] * (len(score.calls) - 1)
-    assert any(len({len(row) for row in call}) == 2 for call in score.calls)  # of two completions
+    assert any(len({len(row) for row in call}) > 1 for call in score.calls)  # of several completions
     assert found[4].channels == found[2].channels and found[4].passes == 0 < found[2].passes
 
 

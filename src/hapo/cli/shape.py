@@ -193,15 +193,11 @@ def _find(search: Search, options: ShapeOptions, console: Console) -> int:
     known = f", {done} of them made already" if done else ""
     mixed = ", ".join(search.channels)
     console.print(f"weights of {mixed}: {options.trials} trials{known}; page: {page}", soft_wrap=True)
-    try:
-        while search.proceed(options.trials, console):
-            if len(search.lines()) >= search.initial:
-                _write(search, None)
-    except ValueError as error:
-        first = search.lines()[0]["error"]
-        raise RuntimeError(
-            f"{error}; the first says: {first}. Mend the recipe, and begin anew with --replace"
-        ) from error
+    _check_alive(search)
+    while search.proceed(options.trials, console):
+        _check_alive(search)
+        if len(search.lines()) >= search.initial:
+            _write(search, None)
     found = _write(search, None)
     console.print(_table(found))
     weights = found.best["weights"]
@@ -214,6 +210,16 @@ def _find(search: Search, options: ShapeOptions, console: Console) -> int:
         console.print(words, soft_wrap=True)
     console.print(f"page: {page}; trials: {RECORD}, weights for a recipe: {WEIGHTS} beside it", soft_wrap=True)
     return 0 if complete else 1
+
+
+def _check_alive(search: Search) -> None:
+    """Raise a RuntimeError where each channel alone was tried, and every trial failed."""
+    lines = search.lines()
+    if len(lines) >= len(search.channels) and all(line["value"] is None for line in lines):
+        raise RuntimeError(
+            f"all {len(lines)} trials failed; the first says: {lines[0]['error']}. Mend the recipe, and begin anew "
+            "with --replace"
+        )
 
 
 def _write(search: Search, confirmed: str | None) -> Found:

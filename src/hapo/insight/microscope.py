@@ -34,6 +34,8 @@ SHARED = (
     *("token_reward", "logp", "rank", "expected_rank"),
 )
 """Columns that are the same under every method."""
+ATTRIBUTION = "attribution_"
+"""How the names of further such columns begin: channels of `hapo.tasks.attribution`, or their mixture."""
 TREATMENT = (
     "signal",
     "weight",
@@ -202,7 +204,7 @@ def _pack(tokens: pd.DataFrame, treatments: Sequence[pd.DataFrame]) -> str:
         "words": list(zip(words["id"].tolist(), words["text"].tolist(), strict=True)),
         "word": arrays.add(word),
         "position": arrays.add(tokens["position"]),
-        "shared": {name: arrays.add(tokens[name]) for name in SHARED if name in tokens},
+        "shared": {name: arrays.add(tokens[name]) for name in _shared(tokens)},
         "methods": [
             {name: arrays.add(table[name]) for name in TREATMENT if name in table} for table in treatments
         ],
@@ -210,6 +212,11 @@ def _pack(tokens: pd.DataFrame, treatments: Sequence[pd.DataFrame]) -> str:
     text = json.dumps(header).encode()
     stream = len(text).to_bytes(4, "little") + text + b"".join(arrays.parts)
     return base64.b64encode(gzip.compress(stream, compresslevel=6, mtime=0)).decode()
+
+
+def _shared(tokens: pd.DataFrame) -> list[str]:
+    """Columns that no method makes."""
+    return [name for name in SHARED if name in tokens] + [x for x in tokens if str(x).startswith(ATTRIBUTION)]
 
 
 class _Arrays:

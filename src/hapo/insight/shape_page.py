@@ -254,9 +254,7 @@ def _trials(found: Found) -> Figure:
         tooltip=["trial:Q", "value:Q", "expected:Q"],
     )
     tick = data.mark_tick(thickness=2, bandSize=18).encode(x=x, y="expected:Q")
-    look = (
-        "Measured, with 95 % intervals over problems; ticks: what the process expects there. The best stands out."
-    )
+    look = "Measured, with 95 % intervals over problems; ticks: what the process expects. The best stands out."
     return Figure("trials", "Every trial", look, bar + tick + dot)
 
 

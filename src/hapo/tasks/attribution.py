@@ -16,14 +16,14 @@ import json
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from .explainers import Explainer, local_model, shapley_values
+from .played import NoScoreError, Played, UnknownScoreError
 from .score_cache import ScoreCache
-from .shapley import Masks, Values
 
 Score = Callable[[list[list[int]]], Sequence[float]]
 """Scores of rows of token ids, prompt and completion in one; a number a row. `RewardModel` is one."""
@@ -60,59 +60,24 @@ class Attributed:
         """Whether every channel is. Shaping takes the sparse reward in the place of one that is not."""
         return all(math.isfinite(x) for row in self.channels.values() for x in row)
 
+    def mixture(self, weights: Mapping[str, float]) -> list[float]:
+        """sum_k w_k c_kt, T numbers: the additive form of the shaped reward, of channels in the unit of the score.
 
-@dataclass
-class _Played:
-    """The game of one completion, and its scores as far as they are known."""
+        A channel that is not finite gives way to the sparse reward. The shares of the normalised form are made by
+        `hapo.parts.credit`.
 
-    prompt: list[int]
-    completion: list[int]
-    players: list[list[int]]
-    """Places in the completion of each player's tokens."""
-    key: str
-    """Hash of prompt and completion."""
-    scores: dict[bytes, float] = field(default_factory=dict)
-    """Mask -> f there, a byte a player."""
-    missing: dict[bytes, None] = field(default_factory=dict)
-    """Masks that an explainer asked for, in its order."""
-    found: dict[str, Values] = field(default_factory=dict)
-    """Channel -> a number a player."""
-    passes: int = 0
-
-    def __call__(self, masks: Masks) -> Values:
-        """f at these masks, for an explainer."""
-        bits = [mask.tobytes() for mask in np.ascontiguousarray(masks, dtype=bool)]
-        if unknown := [one for one in bits if one not in self.scores]:
-            self.missing.update(dict.fromkeys(unknown))
-            raise _UnknownScoreError
-        values = np.array([self.scores[one] for one in bits], dtype=float)
-        if not np.isfinite(values).all():
-            raise _NoScoreError
-        return values
-
-    def row(self, bits: bytes, mask_id: int) -> list[int]:
-        """Token ids, those of players who do not play masked."""
-        tokens = list(self.completion)
-        for places, plays in zip(self.players, bits, strict=True):
-            for place in places if not plays else ():
-                tokens[place] = mask_id
-        return self.prompt + tokens
-
-    def per_token(self, phi: Values) -> list[float]:
-        """The tokens of a player have equal parts of its number."""
-        row = [0.0] * len(self.completion)
-        for places, value in zip(self.players, phi, strict=True):
-            for place in places:
-                row[place] = float(value) / len(places)
-        return row
-
-
-class _UnknownScoreError(Exception):
-    """Scores are missing: play them and begin again."""
-
-
-class _NoScoreError(Exception):
-    """A score that is not finite: there is no attribution."""
+        Raises:
+            ValueError: a weight for a channel that was not asked for.
+        """
+        if unknown := sorted(set(weights) - set(self.channels)):
+            raise ValueError(f"there is no channel {unknown[0]!r} here, only {', '.join(self.channels)}")
+        mixed = np.zeros(len(next(iter(self.channels.values()))))
+        sparse = np.zeros_like(mixed)
+        sparse[-1:] = self.score
+        for name, weight in weights.items():
+            row = np.array(self.channels[name])
+            mixed = mixed + weight * (row if np.isfinite(row).all() else sparse)
+        return mixed.tolist()
 
 
 class Attribution:
@@ -210,7 +175,7 @@ class Attribution:
             for prompt, completion in zip(prompt_ids, completion_ids, strict=True)
         ]
         done: dict[tuple[tuple[int, ...], ...], Attributed] = {}
-        todo: dict[tuple[tuple[int, ...], ...], _Played] = {}
+        todo: dict[tuple[tuple[int, ...], ...], Played] = {}
         for row in rows:
             if row in done or row in todo:
                 continue
@@ -253,13 +218,13 @@ class Attribution:
             for same in zip(*found, strict=True)
         ]
 
-    def _game(self, prompt: tuple[int, ...], completion: tuple[int, ...]) -> _Played:
+    def _game(self, prompt: tuple[int, ...], completion: tuple[int, ...]) -> Played:
         places = [place for place, token in enumerate(completion) if token not in self.special_ids]
         count = min(len(places), self.samples // PER_PLAYER)
         players = [part.tolist() for part in np.array_split(np.array(places, dtype=int), count)] if count else []
-        return _Played(list(prompt), list(completion), players, _hash(prompt, completion))
+        return Played(list(prompt), list(completion), players, _hash(prompt, completion))
 
-    def _key(self, game: _Played) -> str:
+    def _key(self, game: Played) -> str:
         return _hash(game.key, self.channels, self.samples, self.seed)
 
     def _in_parts(self, rows: list[tuple[tuple[int, ...], ...]]) -> Iterator[list[tuple[tuple[int, ...], ...]]]:
@@ -275,7 +240,7 @@ class Attribution:
         if part:
             yield part
 
-    def _attributed(self, games: Sequence[_Played]) -> list[Attributed]:
+    def _attributed(self, games: Sequence[Played]) -> list[Attributed]:
         for game in games:
             if self._cache:
                 game.scores.update(self._cache.scores(self._scores_key(game)))
@@ -299,10 +264,10 @@ class Attribution:
     def _explained(self) -> list[str]:
         return [name for name in self.channels if name in self.explainers]
 
-    def _scores_key(self, game: _Played) -> str:
+    def _scores_key(self, game: Played) -> str:
         return _hash(game.key, len(game.players))
 
-    def _explain(self, game: _Played) -> None:
+    def _explain(self, game: Played) -> None:
         """Let each explainer go as far as the scores that are known."""
         for name in self._explained:
             if name in game.found:
@@ -311,14 +276,14 @@ class Attribution:
             try:
                 seed = int(_hash(self.seed, game.key)[:15], 16)
                 game.found[name] = np.asarray(self.explainers[name](game, players, self.samples, seed), float)
-            except _UnknownScoreError:
+            except UnknownScoreError:
                 continue
-            except _NoScoreError:
+            except NoScoreError:
                 game.found[name] = np.full(players, math.nan)
 
-    def _play(self, todo: Sequence[tuple[_Played, bytes]]) -> None:
+    def _play(self, todo: Sequence[tuple[Played, bytes]]) -> None:
         """Score these rows, equal ones once, in full batches; keep the scores of each at once."""
-        of_row: dict[tuple[int, ...], list[tuple[_Played, bytes]]] = {}
+        of_row: dict[tuple[int, ...], list[tuple[Played, bytes]]] = {}
         for game, bits in todo:
             of_row.setdefault(tuple(game.row(bits, self.mask_id)), []).append((game, bits))
         rows = list(of_row)
@@ -337,7 +302,7 @@ class Attribution:
                     self._cache.add_scores((self._scores_key(game), bits, value) for game, bits, value in kept)
                 advance(len(batch))
 
-    def _attention(self, games: Sequence[_Played]) -> list[list[float]]:
+    def _attention(self, games: Sequence[Played]) -> list[list[float]]:
         weights: list[list[float]] = []
         for start in range(0, len(games), self._batch_size):
             some = games[start : start + self._batch_size]
@@ -347,7 +312,7 @@ class Attribution:
             game.passes += 1
         return weights
 
-    def _result(self, game: _Played, attention: list[float]) -> Attributed:
+    def _result(self, game: Played, attention: list[float]) -> Attributed:
         score = game.scores[b"\x01" * len(game.players)]
         empty = game.scores.get(b"\x00" * len(game.players), math.nan)
         channels: dict[str, list[float]] = {}

@@ -18,11 +18,21 @@ const QUANTITIES = [
   { key: "bound_low", name: "lower bound", scale: "sequential", own: true, note: "the ratio may fall to 1 − this" },
   { key: "bound_high", name: "upper bound", scale: "sequential", own: true, note: "the ratio may rise to 1 + this" },
   { key: "side", name: "clipped", scale: "marks", own: true, note: "a bound took the place of the ratio" },
+  { key: "token_reward", name: "token reward", scale: "diverging", note: "that the method was given for this token" },
   { key: "mismatch", name: "mismatch", unit: "nats", scale: "diverging", note: "log p at rollout − log p of the sampler" },
   { key: "kept", name: "kept", scale: "marks", own: true, note: "the token is in the loss" },
   { key: "target_weight", name: "weight", scale: "sequential", zero: true, own: true, note: "of a demonstration's target in the loss" },
   { key: "behind", name: "rank / expected", unit: "log2", scale: "diverging", note: "rank of the target against the rank that the model expects there" },
 ];
+
+// Channels of attribution in the records: as many as there are, a quantity each.
+const ATTRIBUTION = "attribution_";
+function addChannels(keys) {
+  for (const key of keys.filter((k) => k.startsWith(ATTRIBUTION) && !QUANTITIES.some((q) => q.key === k))) {
+    const name = key.slice(ATTRIBUTION.length);
+    QUANTITIES.push({ key, name, scale: "diverging", note: "what the token adds to the score, by this channel" });
+  }
+}
 
 // Rows of the panel beside the quantities above.
 const MORE = [
@@ -64,6 +74,7 @@ class Rollout {
     this.bytes = new Uint8Array(buffer, 4 + length);
     this.head = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, length)));
     this.made = new Map();
+    addChannels(Object.keys(this.head.shared));
     this.word = this.unpack(this.head.word);
     this.position = this.unpack(this.head.position);
     this.none = new Float32Array(this.word.length).fill(NaN);
