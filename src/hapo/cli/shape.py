@@ -217,8 +217,8 @@ def _check_alive(search: Search) -> None:
     lines = search.lines()
     if len(lines) >= len(search.channels) and all(line["value"] is None for line in lines):
         raise RuntimeError(
-            f"all {len(lines)} trials failed; the first says: {lines[0]['error']}. Mend the recipe, and begin anew "
-            "with --replace"
+            f"all {len(lines)} trials failed; the first says: {lines[0]['error']}. Mend the recipe, and begin "
+            "anew with --replace"
         )
 
 
