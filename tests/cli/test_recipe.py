@@ -91,7 +91,8 @@ def test_every_recipe_parses_and_says_its_command(recipe):
     assert {"Hardware", "Time", "Command"} <= {line[2:].split(":")[0] for line in header.splitlines()}
     assert f"recipes/{recipe.name}" in header
     _, args, _, _, _ = parse("--config", str(recipe))
-    assert args.method == {"chord_phi_addition": "grpo", "egspo_addition": "egspo"}.get(recipe.stem, "hapo")
+    others = {"chord_phi_addition": "grpo", "egspo_addition": "egspo", "shape_reward_model": "grpo"}
+    assert args.method == others.get(recipe.stem, "hapo")
 
 
 @pytest.mark.parametrize("recipe", [r for r in RECIPES if r.name.startswith("hapo_")], ids=lambda path: path.stem)

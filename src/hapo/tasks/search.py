@@ -37,11 +37,8 @@ DIGITS = 4
 SAMPLES = 256
 """Draws of the process at the points of all trials, in the expectation."""
 
-STARTS, RAW = 6, 128
-"""Starts of the optimiser, and the points that they are chosen from."""
-
-SPREAD = 1024
-"""Points to choose from where the optimiser ends beside a trial that failed."""
+SPREAD, STARTS = 256, 4
+"""Points over the whole simplex, and how many of them, the best ones, the optimiser starts from."""
 
 
 @dataclass(frozen=True)
@@ -138,22 +135,20 @@ class GaussianProcess:
                 sampler=botorch.sampling.SobolQMCNormalSampler(torch.Size([SAMPLES]), seed=seed),
                 prune_baseline=True,
             )
+            sobol = torch.quasirandom.SobolEngine(channels, scramble=True, seed=seed)
+            spread = on_simplex(sobol.draw(SPREAD, dtype=torch.float64))
+            spread = spread[self._apart(spread)]
+            with torch.no_grad():
+                best = acquisition(spread[:, None]).topk(STARTS).indices
             found, _ = botorch.optim.optimize_acqf(
                 acquisition,
                 torch.tensor([[0.0] * channels, [1.0] * channels], dtype=torch.float64),
                 q=1,
                 num_restarts=STARTS,
-                raw_samples=RAW,
+                batch_initial_conditions=spread[best][:, None],
                 equality_constraints=[(torch.arange(channels), torch.ones(channels, dtype=torch.float64), 1.0)],
-                options={"seed": seed},
             )
-            if self._apart(found).item():
-                return _rounded(found[0])
-            sobol = torch.quasirandom.SobolEngine(channels, scramble=True, seed=seed)
-            spread = on_simplex(sobol.draw(SPREAD, dtype=torch.float64))
-            spread = spread[self._apart(spread)]
-            with torch.no_grad():
-                return _rounded(spread[acquisition(spread[:, None]).argmax()])
+        return _rounded(found[0] if self._apart(found).item() else spread[best[0]])
 
     def _apart(self, points: Float[Tensor, "N K"]) -> Bool[Tensor, " N"]:
         """Which points are far from all failed trials, also when they are rounded."""
