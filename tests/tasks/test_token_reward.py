@@ -100,11 +100,6 @@ def test_what_is_no_mapping_of_the_option_is_refused(told):
         TaskConfig(token_reward=told)
 
 
-def test_an_option_without_weights_trains_nothing():
-    with pytest.raises(ValueError, match=r"no weights for its channels shap, lime, sparse: .*hapo shape"):
-        load_task(TaskConfig(token_reward={"model": "m"}, train_size=4, eval_size=4), seed=0)
-
-
 def test_prompts_as_messages_need_a_chat_template():
     model = WorkedModel()
     model.tokenizer = SimpleNamespace(chat_template=None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -154,9 +154,8 @@ def _search(
     )
     reward["channels"] = list(channels)
     propose([], len(channels), options.initial, options.first_seed)
-    settled = replace(task_config, token_reward={**reward, "weights": [1 / len(channels)] * len(channels)})
-    settled.task_seed = settled.task_seed or 0
-    task, _ = split_task(settled, args.seed, options.search_size)
+    task_config.task_seed = task_config.task_seed or 0
+    task, _ = split_task(task_config, args.seed, options.search_size)
     check_token_reward(task, args)
     flags: dict[str, Any] = {
         "evaluate": True,
@@ -169,7 +168,7 @@ def _search(
     assert isinstance(method_options, dict)
     label = ",".join(f"{name}={json.dumps(value)}" for name, value in method_options.items())
     arm = Arm(f"{args.method}:{label}")
-    parse_flags(recipe, {**flags, "token_reward": settled.token_reward})
+    parse_flags(recipe, {**flags, "token_reward": {**reward, "weights": [1 / len(channels)] * len(channels)}})
     return Search(
         folder,
         channels,
@@ -178,7 +177,7 @@ def _search(
         recipe,
         flags={**flags, "evaluate_every": args.max_steps},
         confirming={**flags, "evaluate_every": training.evaluate_every or max(1, args.max_steps // EVERY)},
-        content=content_of(recipe, task, settled, args, model_config),
+        content=content_of(recipe, task, task_config, args, model_config),
         size=options.search_size,
         initial=options.initial,
         seed=options.first_seed,

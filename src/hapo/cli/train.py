@@ -139,6 +139,11 @@ def build_trainer(task: Task, args: HAPOConfig, model_config: ModelConfig) -> HA
     if task.staged and args.stage_column is None:
         args.stage_column = STAGE
     check_token_reward(task, args)
+    if task.token_reward is not None and task.token_reward.options.weights is None:
+        raise UsageError(
+            f"token_reward has no weights for its channels {', '.join(task.token_reward.options.channels)}: give "
+            "shares that add up to 1, or let hapo shape find them"
+        )
     given = args.model_init_kwargs
     args.model_init_kwargs = model_options(model_config, given)
     kind = DiffusionTrainer if isinstance(args, DiffusionConfig) else HAPOTrainer
@@ -153,7 +158,7 @@ def build_trainer(task: Task, args: HAPOConfig, model_config: ModelConfig) -> HA
         demonstrations=task.demonstrations,
     )
     if task.token_reward is not None:
-        task.token_reward.check_tokens(trainer.processing_class)
+        task.token_reward.prepare(trainer.processing_class, trainer.accelerator.device)
     trainer.args.model_init_kwargs = given  # the run's config.yaml has them under the names that the user gave
     return trainer
 

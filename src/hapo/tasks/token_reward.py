@@ -145,24 +145,25 @@ class ModelReward:
 class TokenReward:
     """The score of answers, spread over their tokens by the weights of the channels.
 
-    Channels of weight 0 are not computed. The model is loaded at the first call.
-
-    Raises:
-        ValueError: the options have no weights.
+    Channels of weight 0 are not computed. The model is loaded by `prepare`, or at the first call.
     """
 
     __name__ = "token_reward"
 
     def __init__(self, options: TokenRewardOptions) -> None:
-        if options.weights is None:
-            raise ValueError(
-                f"token_reward has no weights for its channels {', '.join(options.channels)}: give shares that "
-                "add up to 1, or let hapo shape find them"
-            )
         self.options = options
-        weights = dict(zip(options.channels, options.weights, strict=True))
-        self._channels = [name for name in options.channels if name != "sparse" and weights[name] > 0]
+        weights = dict(zip(options.channels, options.weights or [], strict=options.weights is not None))
+        self._channels = [name for name, weight in weights.items() if name != "sparse" and weight > 0]
         self._weights = [*(weights[name] for name in self._channels), weights.get("sparse", 0.0)]
+
+    def prepare(self, tokenizer: Any, device: torch.device | str) -> None:
+        """Load the model onto a device, for a policy with this tokenizer.
+
+        Raises:
+            ValueError: the policy's token ids mean something else to the model.
+        """
+        self.options.loaded.check_tokens(tokenizer)
+        self.options.loaded.model.to(device)
 
     @cached_property
     def _attribution(self) -> Attribution:
@@ -175,10 +176,6 @@ class TokenReward:
             cache=None if options.cache is None else Path(options.cache),
             batch_size=options.batch_size,
         )
-
-    def check_tokens(self, tokenizer: Any) -> None:
-        """Raise a ValueError unless the policy's token ids mean the same to the reward model."""
-        self.options.loaded.check_tokens(tokenizer)
 
     def __call__(
         self, prompts: list[Any], completions: list[Any], completion_ids: list[list[int]], **columns: Any
