@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from hapo.tasks import TaskConfig, load_task
-from hapo.tasks.token_reward import ModelReward, TokenReward, TokenRewardOptions
+from hapo.tasks import TaskConfig, attribution, load_task
+from hapo.tasks.reward_options import CHANNELS, TokenRewardOptions
+from hapo.tasks.token_reward import ModelReward, TokenReward
 from tests.cli.reward_model import random_reward_model
 
 GAME = {"000": 0.2, "100": 0.5, "010": 0.1, "001": 0.4, "110": 0.9, "101": 0.8, "011": 0.3, "111": 1.4}
@@ -132,3 +133,7 @@ def test_problems_without_answers_are_measured_by_the_reward_model(tmp_path):
     config.rewards = ["exact"]
     with pytest.raises(ValueError, match="no column 'answer'"):
         load_task(config, seed=0)
+
+
+def test_the_channels_of_a_recipe_are_those_of_attribution():
+    assert CHANNELS == attribution.CHANNELS

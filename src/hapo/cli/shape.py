@@ -19,8 +19,8 @@ from ..insight.compare_page import write_comparison
 from ..insight.shape_page import Found, picture_files, verdict
 from ..outputs import check_made
 from ..tasks import TaskConfig
+from ..tasks.reward_options import TokenRewardOptions
 from ..tasks.search import GaussianProcess, propose
-from ..tasks.token_reward import TokenRewardOptions
 from ..trl import HAPOConfig
 from . import UsageError
 from .arms import Arm, Recipe, content_of, parse_flags, split_task

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from .token_reward import TokenRewardOptions
+from .reward_options import TokenRewardOptions
 
 REASONING_GYM = "reasoning_gym:"
 

@@ -19,14 +19,16 @@ from .curriculum import in_stages
 from .demonstrations import load_demonstrations
 from .files import Row, data_files, is_local, read_hub, read_local
 from .reading import gold_text
+from .reward_options import TokenRewardOptions
 from .rewards import RewardFunction, exact_reward, load_rewards, math_verify_reward
 from .stated import extract_answer
 from .table import dataset_of
-from .token_reward import ModelReward, TokenReward, TokenRewardOptions
 from .verifier import VerifiedReward
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from .token_reward import ModelReward, TokenReward
 
 logger = logging.getLogger(__name__)
 
@@ -151,6 +153,8 @@ def _token_reward(config: TaskConfig) -> tuple[TokenReward | None, ModelReward |
     """The reward per token, and that of whole answers by the same model, which is loaded once."""
     if config.token_reward is None:
         return None, None
+    from .token_reward import ModelReward, TokenReward  # with torch, which who reads a run does without
+
     options = TokenRewardOptions.read(config.token_reward)
     return TokenReward(options), ModelReward(options)
 
