@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,15 +12,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
 import hapo.cli.shape
 import hapo.cli.trials
+from hapo.assets import tiny_model_path
 from hapo.cli import main
 from hapo.cli.arms import PLAN, Job
 from tests.cli.reward_model import random_reward_model
 from tests.cli.small import flags
 from tests.insight.conftest import make_run
 
+ROOT = Path(__file__).parents[2]
 SMALL = {
     "config": "shape",
     "train_size": 40,
@@ -261,15 +265,43 @@ def test_what_cannot_be_searched_is_refused(reward, options, message, reward_mod
     assert not list(tmp_path.glob("search/trials*"))
 
 
+CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
 @pytest.mark.slow
-def test_a_search_of_real_runs(reward_model, tmp_path, capsys):
-    folder = tmp_path / "search"
-    reward = {"model": reward_model, "channels": ["shap", "sparse"], "samples": 16}
-    argv = shape(folder, reward, trials=2, initial=2, confirm=0)
-    assert main(argv) == 0, capsys.readouterr()
-    shap, sparse = trials(folder)
-    assert shap["error"] is None and sparse["error"] is None
-    assert {name: len(list(folder.glob(f"trials/*/{name}"))) for name in ("finished.json", "metrics.jsonl")} == {
-        "finished.json": 2,
-        "metrics.jsonl": 2,
+def test_the_recipe_of_a_public_reward_model_runs_on_tiny_random_ones(tmp_path, capsys):
+    """Messages without answers, judged by the score of whole answers, in real runs."""
+    reward, policy, data = tmp_path / "reward", tmp_path / "policy", tmp_path / "data.jsonl"
+    for folder in (random_reward_model(reward), Path(shutil.copytree(tiny_model_path(), policy))):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.chat_template = CHAT
+        tokenizer.save_pretrained(folder)
+    rows = [{"prompt": [{"role": "user", "content": f"{n}+1="}]} for n in range(40)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {
+        **{name: value for name, value in SMALL.items() if name not in ("initial", "confirm")},
+        "config": ROOT / "recipes/shape_reward_model.yaml",
+        "model": policy,
+        "dataset": data,
+        "train_size": 20,
+        "eval_size": 4,
+        "trials": 3,
+        "initial": 3,
+        "confirm": 1,
+        "gradient_accumulation_steps": 1,
+        "steps_per_generation": 2,
+        "bf16": "false",
+        "use_cpu": "true",
+        "activation_checkpointing": "false",
+        "token_reward": json.dumps({"model": str(reward), "samples": 16}),
+        "first_seed": 5,
     }
+    folder = tmp_path / "search"
+    assert main(["shape", *flags(**options, output_dir=folder)]) == 0, capsys.readouterr()
+    lines = trials(folder)
+    assert [line["error"] for line in lines] == [None] * 3 and not any(line["binary"] for line in lines)
+    assert len({line["value"] for line in lines}) == 3  # three policies, by scores that are no accuracies
+    best = yaml.safe_load((folder / "weights.yaml").read_text())["token_reward"]["weights"]
+    said = capsys.readouterr().out
+    assert ("nothing to confirm" in said) == (best == [0.0, 0.0, 1.0])
+    assert best == [0.0, 0.0, 1.0] or "no interval: 1 pair with sparse" in said
