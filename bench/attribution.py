@@ -256,7 +256,7 @@ def blame(model: RewardModel, count: int) -> dict[str, Any]:
             out[name][channel] = {
                 "right": hits,
                 "share": round(hits / len(problems), 4),
-                "wilson 95 %": [round(interval.low, 4), round(interval.high, 4)],
+                "wilson 95 %": [round(float(interval.low), 4), round(float(interval.high), 4)],
             }
             print(name, channel, out[name][channel], flush=True)
     return out

@@ -274,7 +274,7 @@ class Attribution:
                 continue
             players = len(game.players)
             try:
-                seed = int(_hash(self.seed, game.key)[:15], 16)
+                seed = int(_hash(self.seed, game.key)[:8], 16)  # below 2^32, as libraries want it
                 game.found[name] = np.asarray(self.explainers[name](game, players, self.samples, seed), float)
             except UnknownScoreError:
                 continue
