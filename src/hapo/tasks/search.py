@@ -10,8 +10,8 @@ where the expectation is over f at w and at all w_j together, so that a lucky me
 value (log noisy expected improvement; Ament et al. 2023, arXiv 2310.20708). The process and the acquisition are
 botorch's, with its default kernel and priors; the constraint is an equality in its optimiser.
 
-A trial that failed counts with the worst value seen, and no later trial is within `APART` of it. What is proposed
-is a function of the trials so far and the seed alone.
+A trial that failed counts with the worst value seen, and what the process proposes is never within `APART` of it.
+What is proposed is a function of the trials so far and the seed alone.
 """
 
 from __future__ import annotations
