@@ -41,7 +41,7 @@ from hapo.tasks.addition import (
 )
 
 SEED = 0
-STEPS = 3000
+STEPS = 4000
 BATCH = 128
 LEARNING_RATE = 2e-3
 SAMPLED_PROBLEMS = 4000
