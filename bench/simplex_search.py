@@ -20,12 +20,14 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
+import altair as alt
 import pandas as pd
 import torch
 
 import hapo
 from hapo.cli.held_out import read_lines
 from hapo.engines.records import append_line
+from hapo.insight.figures import Figure
 from hapo.insight.statistics import compare_arms, mean_interval
 from hapo.outputs import write_whole
 from hapo.tasks.search import GaussianProcess, Trial, on_simplex, propose
@@ -104,11 +106,26 @@ def regrets(kind: str, seed: int) -> list[dict[str, object]]:
     return rows
 
 
+def figure(summary: list[dict[str, object]]) -> Figure:
+    data = alt.Chart(
+        alt.Data(values=[{**one, "of": f"{one['function']}, {one['trials']} trials"} for one in summary])
+    )
+    y = alt.Y("who:N", title=None, sort=["search", "grid", "grid + surrogate", "random", "random + surrogate"])
+    bar = data.mark_rule(strokeWidth=2).encode(x=alt.X("low:Q", title="regret"), x2="high:Q", y=y)
+    dot = data.mark_point(filled=True, size=70, opacity=1).encode(x="regret:Q", y=y)
+    shift, colour = alt.YOffset("of:N"), alt.Color("of:N", title=None)
+    both = bar.encode(yOffset=shift, color=colour) + dot.encode(yOffset=shift, color=colour)
+    return Figure(
+        "regret", "Regret at equal trials", "Means over seeds with 95 % intervals; less is better.", both
+    )
+
+
 def main() -> None:
     """Measure, and write a JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=24)
     parser.add_argument("--work", type=Path, default=Path("runs/simplex_search.jsonl"), help="goes on from here")
+    parser.add_argument("--figure", type=Path, default=Path("docs/images/simplex_search.svg"))
     parser.add_argument("--out", type=Path, default=Path("bench/results/simplex_search.json"))
     told = parser.parse_args()
     torch.set_num_threads(1)
@@ -153,6 +170,7 @@ def main() -> None:
         "regrets": rows,
     }
     write_whole(told.out, json.dumps(result, indent=1) + "\n")
+    figure(summary).save(told.figure, "svg")
     print(pd.DataFrame(summary).drop(columns="against search").to_string())
     for one in summary:
         print(one["function"], one["trials"], one["who"], one["against search"])
