@@ -27,6 +27,7 @@ from .arms import Arm, Recipe, content_of, parse_flags, split_task
 from .compare import EVERY, FILES
 from .jobs import alone, check_no_run, find_gpus, make_room, run_all
 from .recipe import RecipeParser, recipe_of, without
+from .run_folder import prepare_process
 from .train import TrainOptions, check_token_reward
 from .trials import CONFIRMED, PLANNED, RECORD, SPARSE, Search, trials_of
 
@@ -146,6 +147,7 @@ def _search(
         UsageError: they do not; too few training problems.
     """
     channels, threads = tuple(shape.channels), training.threads or 1
+    prepare_process(threads)
     assert isinstance(task_config.token_reward, dict | str) and options.initial is not None
     reward: dict[str, Any] = (
         json.loads(task_config.token_reward)
