@@ -19,6 +19,7 @@ import hapo.cli.trials
 from hapo.assets import tiny_model_path
 from hapo.cli import main
 from hapo.cli.arms import PLAN, Job
+from hapo.tasks.reward_options import TokenRewardOptions
 from tests.cli.reward_model import random_reward_model
 from tests.cli.small import flags
 from tests.insight.conftest import make_run
@@ -77,6 +78,7 @@ class Runs:
         return all(job.done for job in jobs)
 
     def _make(self, job: Job) -> None:
+        TokenRewardOptions.read(job.flags["token_reward"])  # as training does
         weights = weights_of(job)
         make_run(job.folder, "grpo", seed=job.seed, tokens=False, steps=4, finished=not self.fails(weights))
         (job.folder / PLAN).write_text(json.dumps(job.plan))
@@ -221,6 +223,16 @@ def test_the_sparse_reward_as_the_best_has_nothing_to_confirm(reward_model, trai
     reward = {"model": reward_model, "channels": ["lime", "sparse"]}
     assert main(shape(tmp_path / "search", reward, trials=2, initial=2)) == 0
     assert "there is nothing to confirm" in capsys.readouterr().out
+
+
+def test_a_mixture_without_the_sparse_channel_meets_it_all_the_same(reward_model, train, tmp_path, capsys):
+    runs = train(Runs())
+    reward = {"model": reward_model, "channels": ["lime", "shap"], "normalisation": {"shap": "abs"}}
+    folder = tmp_path / "search"
+    assert main(shape(folder, reward, trials=2, initial=2, confirm=1)) == 0
+    assert "confirmation: no interval: 1 pair with sparse" in capsys.readouterr().out
+    told = json.loads((folder / "confirmation/sparse/seed-1001/plan.json").read_text())["token_reward"]
+    assert told["weights"] == [0.0, 0.0, 1.0] and told["normalisation"] == {"shap": "abs"} and len(runs.made) == 4
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,8 @@ class Search:
     def confirmation(self, weights: tuple[float, ...], seeds: int) -> dict[tuple[str, int], Job]:
         """Runs of these weights and of the sparse vertex, on seeds that no trial had, by arm and seed."""
         named = "_".join(f"{name}={w:g}" for name, w in zip(self.channels, weights, strict=True))
-        sparse: dict[str, Any] = {"channels": [SPARSE], "weights": [1.0]}
+        channels = [*self.channels, *([] if SPARSE in self.channels else [SPARSE])]
+        sparse = {"channels": channels, "weights": [float(name == SPARSE) for name in channels]}
         arms: dict[str, tuple[str, dict[str, Any]]] = {
             "dense": (named, {"weights": list(weights)}),
             SPARSE: (SPARSE, sparse),
