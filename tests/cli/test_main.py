@@ -57,6 +57,7 @@ def test_help_lists_every_command_on_one_line(capsys):
         "compare",
         "doctor",
         "curriculum",
+        "shape",
         "calibrate",
         "methods",
     ]

@@ -93,9 +93,13 @@ def test_every_recipe_parses_and_says_its_command(recipe):
     if recipe.stem == "etpo_code":  # of another loop: test_agent.py reads it
         return
     _, args, _, _, _ = parse("--config", str(recipe))
-    assert args.method == {"chord_phi_addition": "grpo", "egspo_addition": "egspo", "grpo_code": "grpo"}.get(
-        recipe.stem, "hapo"
-    )
+    others = {
+        "chord_phi_addition": "grpo",
+        "egspo_addition": "egspo",
+        "grpo_code": "grpo",
+        "shape_reward_model": "grpo",
+    }
+    assert args.method == others.get(recipe.stem, "hapo")
 
 
 @pytest.mark.parametrize("recipe", [r for r in RECIPES if r.name.startswith("hapo_")], ids=lambda path: path.stem)

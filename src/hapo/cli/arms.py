@@ -165,6 +165,13 @@ class Job:
     """Problems set aside from the training data for tuning."""
     tuning: bool = False
     """Measure on those in place of the held-out problems."""
+    called: str = ""
+    """What messages call it; by default its arm."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"{self.called or self.arm.label}, seed {self.seed}"
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -212,6 +219,8 @@ def content_of(
     for name, value in options.items():
         if isinstance(value, str) and Path(value).suffix and Path(value).expanduser().is_file():
             options[name] = "a file" if name == "dataset" else file_hash(Path(value).expanduser())
+    if task.token_reward is not None:
+        options["reward model"] = model_identity(task.token_reward.options.path, None, False)
     return {
         **options,
         "data": task.fingerprint,
@@ -376,6 +385,8 @@ def _trl_trainer(
     given |= {name: value for name, value in flags.items() if name in names}
     config = GRPOConfig(**given)
     config.model_init_kwargs = model_options(model_config, config.model_init_kwargs)
+    if task.token_reward is not None:
+        raise UsageError(f"{TRL} arms are trained with the reward of whole answers: leave token_reward out")
     trainer = GRPOTrainer(
         model_path(model_config),
         task.reward_funcs,

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from trl import ModelConfig
 
-from ..engines.records import check_writable
 from ..insight.run import Run
 from ..outputs import check_made
 from ..tasks import TaskConfig
@@ -24,8 +20,8 @@ from ..trl import HAPOConfig
 from . import UsageError
 from .arms import PLAN, TRL, Arm, Job, Recipe, content_of, parse_flags, split_task
 from .finished import finished_runs, split_named
-from .jobs import check_jobs, find_gpus, make_room, run_all
-from .recipe import RecipeParser, recipe_of
+from .jobs import alone, check_jobs, check_no_run, find_gpus, make_room, run_all
+from .recipe import RecipeParser, recipe_of, without
 from .train import TrainOptions
 
 if TYPE_CHECKING:
@@ -47,8 +43,6 @@ FILES = (
     *(f"figures/{name}.svg" for name in ("accuracy", "differences", "seeds", "tuning")),
 )
 """What `hapo.insight.compare_page` may write: looked at before hours of training, too."""
-
-LOCK = ".hapo-compare.lock"
 
 TRAINED = "runs"
 """What the tables of a comparison are made of that trains its runs: those in its folder."""
@@ -138,9 +132,10 @@ def main(argv: list[str]) -> int:
         raise UsageError("the seeds of a comparison count up from --first_seed; drop --seed")
     arms = [Arm(label) for label in options.arms]
     _check(folder, args, training, arms)
-    with _alone(folder):
+    with alone(folder, "compare"):
         check_made(folder, FILES, TRAINED, told.replace)
-        config, words = _without(argv, options)
+        own = {*vars(options), "no_ablation", "output_dir", "config", "replace"}
+        config, words = without(argv, own)
         model = model_config.model_name_or_path if given & {"model", "model_name_or_path"} else None
         recipe = Recipe(recipe_of(config, model), words)
         return _compare(
@@ -153,10 +148,10 @@ def _compare_finished(folder: Path, options: CompareOptions, given: set[str], co
     if trained := sorted(given - {"runs", "reference", "target", "output_dir", "replace"}):
         raise UsageError(f"--runs trains nothing: drop {', '.join(f'--{name}' for name in trained)}")
     runs = finished_runs(options.runs)
-    _check_folder(folder)
+    check_no_run(folder)
     if any(folder.glob(f"runs/*/*/{PLAN}")):
         raise UsageError(f"{folder} holds a comparison that trains its runs: choose another --output_dir")
-    with _alone(folder):
+    with alone(folder, "compare"):
         _conclude(runs, folder, options, None, None, "replace" in given, console)
     return 0
 
@@ -309,13 +304,7 @@ def _check(folder: Path, args: HAPOConfig, training: TrainOptions, arms: list[Ar
         for name in ("use_vllm", "overlong_buffer"):
             if arm.of_trl and getattr(args, name):
                 raise UsageError(f"arm {arm.label}: {TRL} arms run without {name}; drop it, or the arm")
-    _check_folder(folder)
-
-
-def _check_folder(folder: Path) -> None:
-    if (folder / "manifest.json").exists():
-        raise UsageError(f"{folder} is the folder of a run: choose another --output_dir for the comparison")
-    check_writable(folder)
+    check_no_run(folder)
 
 
 def _settle(
@@ -342,30 +331,3 @@ def _settle(
         if not arm.of_trl:
             parse_flags(recipe, {**arm.flags, "method": arm.name, "method_options": arm.options})
     return content_of(recipe, task, task_config, args, model_config)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One comparison at a time in a folder."""
-    try:
-        with FileLock(folder / LOCK, timeout=0):
-            yield
-    except Timeout as error:
-        raise UsageError(f"another `hapo compare` is at work in {folder}") from error
-
-
-def _without(argv: list[str], options: CompareOptions) -> tuple[str | None, list[str]]:
-    """The recipe's file, and the flags of the recipe alone."""
-    own = {*vars(options), "no_ablation", "output_dir", "config", "replace"}
-    kept: list[str] = []
-    config, drop = None, False
-    for at, word in enumerate(argv):
-        if word.startswith("--"):
-            name, equals, value = word[2:].partition("=")
-            name = name.replace("-", "_")
-            drop = name in own
-            if name == "config":
-                config = value if equals else argv[at + 1]
-        if not drop:
-            kept.append(word)
-    return config, kept

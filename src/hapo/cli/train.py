@@ -20,7 +20,7 @@ from ..tasks import Task, TaskConfig, load_task
 from ..tasks.curriculum import STAGE
 from ..tasks.environments.episodes import turn_reward
 from ..trl import DiffusionConfig, DiffusionTrainer, EnvironmentRollout, HAPOConfig, HAPOTrainer
-from . import INTERRUPTED
+from . import INTERRUPTED, UsageError
 from .agent import train_agent
 from .episodes import answering
 from .held_out import Course, HeldOut
@@ -148,10 +148,16 @@ def build_trainer(task: Task, args: HAPOConfig, model_config: ModelConfig) -> HA
     """The trainer of a task, its model loaded as the options say."""
     if task.staged and args.stage_column is None:
         args.stage_column = STAGE
+    check_token_reward(task, args)
+    if task.token_reward is not None and task.token_reward.options.weights is None:
+        raise UsageError(
+            f"token_reward has no weights for its channels {', '.join(task.token_reward.options.channels)}: give "
+            "shares that add up to 1, or let hapo shape find them"
+        )
     given = args.model_init_kwargs
     args.model_init_kwargs = model_options(model_config, given)
     kind = DiffusionTrainer if isinstance(args, DiffusionConfig) else HAPOTrainer
-    rewards = task.reward_funcs
+    rewards: list[Any] = task.reward_funcs if task.token_reward is None else [task.token_reward]
     episodes: dict[str, Any] = {}
     if task.environment is not None:
         os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # TRL says of rollout_func that it may change
@@ -169,8 +175,24 @@ def build_trainer(task: Task, args: HAPOConfig, model_config: ModelConfig) -> HA
         demonstrations=task.demonstrations,
         **episodes,
     )
+    if task.token_reward is not None:
+        task.token_reward.prepare(trainer.processing_class, trainer.accelerator.device)
     trainer.args.model_init_kwargs = given  # the run's config.yaml has them under the names that the user gave
     return trainer
+
+
+def check_token_reward(task: Task, args: HAPOConfig) -> None:
+    """Raise a UsageError where options do not go with a reward per token."""
+    if task.token_reward is None:
+        return
+    assert not isinstance(args.method_options, str)
+    if (args.method_options or {}).get("advantage") != "token_reward":
+        raise UsageError(
+            "token_reward gives a reward for each token, and the method compares whole answers: set "
+            "method_options to {advantage: token_reward}, or leave token_reward out"
+        )
+    if args.reward_weights is not None:
+        raise UsageError("reward_weights weighs several rewards, and token_reward is the only one: leave it out")
 
 
 def config_of(argv: list[str]) -> type[HAPOConfig]:

@@ -8,6 +8,8 @@ import math
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+from .reward_options import TokenRewardOptions
+
 REASONING_GYM = "reasoning_gym:"
 
 RESERVED_COLUMNS = frozenset(
@@ -79,7 +81,16 @@ class TaskConfig:
         default_factory=lambda: ["auto"],
         metadata={
             "help": "one or more of auto (the task's own; for files and the Hub math_verify), math_verify, exact, "
-            "package.module:function, path/to/file.py:function; weighted by reward_weights"
+            "package.module:function, path/to/file.py:function, reward_model (of token_reward); weighted by "
+            "reward_weights"
+        },
+    )
+    token_reward: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "train with the score of a reward model, spread over the tokens of an answer: a mapping with "
+            "model, channels, weights and others, on the command line as JSON; none takes back what a recipe "
+            "says. rewards are then what held-out answers are measured by"
         },
     )
     reward_timeout: float = field(default=5.0, metadata={"help": "seconds allowed for scoring one sample"})
@@ -156,7 +167,7 @@ class TaskConfig:
     def __post_init__(self) -> None:
         self._check_demonstrations()
         # a flag over a recipe that sets them
-        for name in ("dataset_config", "test_split", "eval_file", "curriculum", "environment"):
+        for name in ("dataset_config", "test_split", "eval_file", "curriculum", "environment", "token_reward"):
             if getattr(self, name) == "none":
                 setattr(self, name, None)
         if isinstance(self.rewards, str):  # a YAML scalar
@@ -193,6 +204,7 @@ class TaskConfig:
             if size is not None and size < 1:
                 raise ValueError(f"{name} must be at least 1, not {size}")
         self.reward_fallback()
+        self._check_token_reward()
 
     def without_demonstrations(self) -> TaskConfig:
         """The same problems, for what learns nothing."""
@@ -233,6 +245,17 @@ class TaskConfig:
         for f in fields(self):
             if f.name.startswith(OF_DEMONSTRATIONS) and getattr(self, f.name) != f.default:
                 raise ValueError(f"{f.name}={getattr(self, f.name)!r} needs demonstrations: name their source")
+
+    def _check_token_reward(self) -> None:
+        if self.token_reward is not None:
+            TokenRewardOptions.read(self.token_reward)
+        elif "reward_model" in self.rewards:
+            raise ValueError("rewards: reward_model is the model of token_reward, which is not given")
+
+    @property
+    def needs_answers(self) -> bool:
+        """Whether a reward may ask for gold answers."""
+        return self.rewards != ["reward_model"]
 
     def options(self) -> dict[str, Any]:
         """The options of a reasoning-gym task."""

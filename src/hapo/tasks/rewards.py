@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 Reward = float | list[float] | None
 RewardFunction = Callable[..., Sequence[Reward]]
 
-BUILT_IN = ("auto", "exact", "math_verify")
+BUILT_IN = ("auto", "exact", "math_verify", "reward_model")
 
 
 class RewardError(RuntimeError):
@@ -240,11 +240,16 @@ def load_function(path: str) -> Callable[..., Any]:
 
 
 def load_rewards(
-    names: list[str], own: RewardFunction, timeout: float, fallback: float | None
+    names: list[str],
+    own: RewardFunction,
+    timeout: float,
+    fallback: float | None,
+    of_model: RewardFunction | None = None,
 ) -> list[RewardFunction]:
     """The reward functions that `names` stand for.
 
-    A name is "auto" (`own`, the task's reward), "exact", "math_verify" or an import path (see `load_function`;
+    A name is "auto" (`own`, the task's reward), "exact", "math_verify", "reward_model" (`of_model`) or an import
+    path (see `load_function`;
     guarded by GuardedReward with `timeout` and `fallback`). Raises ValueError for any other.
     """
     rewards: list[RewardFunction] = []
@@ -255,6 +260,8 @@ def load_rewards(
             rewards.append(exact_reward)
         elif name == "math_verify":
             rewards.append(math_verify_reward(timeout))
+        elif name == "reward_model" and of_model is not None:
+            rewards.append(of_model)
         elif ":" in name:
             rewards.append(GuardedReward(load_function(name), name.rpartition(":")[2], timeout, fallback))
         else:
