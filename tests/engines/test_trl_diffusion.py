@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from peft import LoraConfig
@@ -281,7 +282,19 @@ def test_dropout_is_switched_off():
 def test_evaluation_and_records(tmp_path):
     run = trainer(tmp_path, max_steps=2, run_records=True, record_tokens_every=1)
     run.train()
-    assert (tmp_path / "tokens" / "step-000001-0.parquet").is_file()
+    tokens = pd.read_parquet(tmp_path / "tokens")
+    assert len(tokens) == 2 * 16 * LENGTH and set(tokens["step"]) == {1, 2}
+    ids = torch.cat([inputs["completion_ids"] for inputs in run._buffered_inputs])
+    places = torch.cat([inputs["hapo_response"] for inputs in run._buffered_inputs])
+    for step, response in [(1, 0), (2, int(places[3]))]:
+        rows = tokens[(tokens["step"] == step) & (tokens["response"] == response)].sort_values("position")
+        assert rows["id"].tolist() == ids[places == response][0].tolist()
+        counts = rows["unmasked"].value_counts(sort=False)
+        assert counts.to_dict() == {
+            float(i): 2 for i in range(4)
+        }  # two blocks, two passes each, two tokens a pass
+        assert set(rows["unmasked"][:4]) == {0.0, 1.0}
+        assert rows["confidence"].between(0, 1, inclusive="neither").all()
     before = run.state.global_step
     metrics = run.evaluate(eval_dataset=tiny.data(8))
     assert metrics["eval_loss"] == pytest.approx(0.0, abs=1e-6) and run.state.global_step == before

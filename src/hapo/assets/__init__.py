@@ -13,6 +13,11 @@ def tiny_model_path() -> Path:
     return ASSETS / "tiny"
 
 
+def diffusion_model_path() -> Path:
+    """Folder of the bundled masked-diffusion model, for ``from_pretrained``."""
+    return ASSETS / "diffusion_tiny"
+
+
 def embedded() -> list[str]:
     """Names of the recipes in the package."""
     return sorted(path.stem for path in ASSETS.glob("*.yaml"))

@@ -15,8 +15,9 @@ from ...masked import mask_token, predicts_next
 from ...samplers.diffusion import Unmasking
 from . import passes
 from .config import HAPOConfig
+from .scorer import Scored
 from .trainer import HAPOTrainer
-from .views import NOISE, NOW, OLD, REF, DiffusionSampler, DiffusionScorer
+from .views import CONFIDENCE, NOISE, NOW, OLD, REF, UNMASKED, DiffusionSampler, DiffusionScorer
 
 LOG = logging.getLogger(__name__)
 
@@ -164,7 +165,7 @@ class DiffusionTrainer(HAPOTrainer):
         """Responses of the model as it is, decoded as in training but for the temperature."""
         assert isinstance(self.sampler, DiffusionSampler)
         how = self.args.unmasking(temperature)
-        return self.sampler.decoded(self.accelerator.unwrap_model(self.model), prompt_ids, prompt_mask, how)
+        return self.sampler.decoded(self.accelerator.unwrap_model(self.model), prompt_ids, prompt_mask, how).ids
 
     @property
     def _mask_id(self) -> int:
@@ -186,9 +187,10 @@ class DiffusionTrainer(HAPOTrainer):
         return super()._calculate_rewards(inputs, prompts, texts, ids)
 
     def _rollout(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """As in `HAPOTrainer`, with the noise of each use and the log-probs under it."""
-        train, scorer = self.model.training, self.scorer
-        assert isinstance(scorer, DiffusionScorer) and self.method.likelihood is not None
+        """As in `HAPOTrainer`, with the noise of each use, the log-probs under it, and how it was decoded."""
+        train, scorer, sampler = self.model.training, self.scorer, self.sampler
+        assert isinstance(scorer, DiffusionScorer) and isinstance(sampler, DiffusionSampler)
+        assert self.method.likelihood is not None
         at = self._step if train else -1
         self._rounds = at, self._rounds[1] + 1 if train and self._rounds[0] == at else 0
         words = f"{self.args.seed}:{at}:{self._rounds[1]}"
@@ -196,6 +198,10 @@ class DiffusionTrainer(HAPOTrainer):
         scorer.begin(seed, self.num_iterations if train else 1)
         rollout = super()._rollout(inputs)
         rollout |= {NOISE: scorer.noise, **scorer.of_uses}
+        assert sampler.drawn is not None
+        ended = sampler.drawn.step < 0
+        rollout[UNMASKED] = sampler.drawn.step.float().masked_fill(ended, torch.nan)
+        rollout[CONFIDENCE] = sampler.drawn.confidence.masked_fill(ended, torch.nan)
         if not self.method.likelihood.whole:
             rollout["completion_mask"] = rollout["completion_mask"] * self._up_to_end(rollout["completion_ids"])
         return rollout
@@ -218,6 +224,9 @@ class DiffusionTrainer(HAPOTrainer):
         super()._begin_step(micro_batches)
 
     # -- loss -----------------------------------------------------------------------------------------------
+
+    def _recorded_beside(self, inputs: dict[str, Any], scored: Scored) -> dict[str, Tensor]:
+        return {"unmasked": inputs[UNMASKED], "confidence": inputs[CONFIDENCE]}
 
     def _passes(self, inputs: dict[str, Any], mask: Tensor) -> list[tuple[dict[str, Any], Tensor]]:
         assert self.method.likelihood is not None
