@@ -1,6 +1,7 @@
-"""The embedded recipes, and the bundled tiny model: a character-level Llama that adds numbers now and then.
+"""The embedded recipes, and the bundled tiny models, which add numbers now and then.
 
-The model was made by ``scripts/make_tiny_model.py``; ``tiny/CARD.md`` says how and records its figures.
+``tiny`` is a character-level Llama, made by ``scripts/make_tiny_model.py``; ``diffusion_tiny`` is a
+masked-diffusion BERT, made by ``scripts/make_diffusion_model.py``. Their ``CARD.md`` says how, and has figures.
 """
 
 from pathlib import Path
@@ -16,6 +17,10 @@ def tiny_model_path() -> Path:
 def diffusion_model_path() -> Path:
     """Folder of the bundled masked-diffusion model, for ``from_pretrained``."""
     return ASSETS / "diffusion_tiny"
+
+
+MODELS = {"tiny": tiny_model_path(), "diffusion_tiny": diffusion_model_path()}
+"""Name of each bundled model, as commands take it, and its folder."""
 
 
 def embedded() -> list[str]:

@@ -17,7 +17,7 @@ from ..tasks.curriculum import STAGE
 from ..trl import DiffusionConfig, DiffusionTrainer, HAPOConfig, HAPOTrainer
 from . import INTERRUPTED
 from .held_out import Course, HeldOut
-from .recipe import RecipeParser, recipe_of, told
+from .recipe import DEFAULT, RecipeParser, recipe_of, told
 from .run_folder import (
     add_resume,
     check_folder,
@@ -35,7 +35,7 @@ from .run_folder import (
 )
 
 DESCRIPTION = """Train a model with verifiable rewards. Flags: those of the task, of TRL's GRPOConfig with a
-method, and of TRL's ModelConfig. Without --config or --model: the embedded demo."""
+method, and of TRL's ModelConfig. Without --config or --model: the embedded demo, or that of diffusion models."""
 
 
 @dataclass
@@ -76,7 +76,9 @@ def main(argv: list[str]) -> int:
     argv, checkpoint = resumed(argv)
     if checkpoint is True and is_finished("train", argv):
         return 0
-    parser = RecipeParser("hapo train", DESCRIPTION, [TaskConfig, config_of(argv), ModelConfig, TrainOptions])
+    kind = config_of(argv)
+    default = "diffusion" if kind is DiffusionConfig else DEFAULT
+    parser = RecipeParser("hapo train", DESCRIPTION, [TaskConfig, kind, ModelConfig, TrainOptions], default)
     add_resume(parser)
     parser.set_defaults(run_records=True)
     task_config, args, model_config, options, _ = parser.read(argv)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ from ...masked import mask_token, predicts_next
 from ...samplers.diffusion import Unmasking
 from . import passes
 from .config import HAPOConfig
+from .masked_models import give_generation_config, load, loaded_by_us
 from .scorer import Scored
 from .trainer import HAPOTrainer
 from .views import CONFIDENCE, NOISE, NOW, OLD, REF, UNMASKED, DiffusionSampler, DiffusionScorer
@@ -123,7 +125,13 @@ class DiffusionTrainer(HAPOTrainer):
                 "model; leave them out"
             )
         self._rounds = (-1, 0)
-        super().__init__(model, reward_funcs, args, *more, **others)
+        by_us = isinstance(model, str)
+        if by_us:
+            model, processing = load(model, args, others.pop("quantization_config", None))
+            others["processing_class"] = others.get("processing_class") or processing
+        give_generation_config(model)
+        with loaded_by_us() if by_us else nullcontext():
+            super().__init__(model, reward_funcs, args, *more, **others)
         net = self.accelerator.unwrap_model(self.model)
         if self._sharded or self.aux_loss_enabled or any(hasattr(m, "gatera_gate") for m in net.modules()):
             raise ValueError(
