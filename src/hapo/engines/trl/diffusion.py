@@ -16,7 +16,7 @@ from ...masked import mask_token, predicts_next
 from ...samplers.diffusion import Unmasking
 from . import passes
 from .config import HAPOConfig
-from .masked_models import give_generation_config, load, loaded_by_us
+from .masked_models import adapter_for, give_generation_config, load, loaded_by_us
 from .scorer import Scored
 from .trainer import HAPOTrainer
 from .views import CONFIDENCE, NOISE, NOW, OLD, REF, UNMASKED, DiffusionSampler, DiffusionScorer
@@ -130,6 +130,8 @@ class DiffusionTrainer(HAPOTrainer):
             model, processing = load(model, args, others.pop("quantization_config", None))
             others["processing_class"] = others.get("processing_class") or processing
         give_generation_config(model)
+        if "peft_config" in others:
+            others["peft_config"] = adapter_for(model, others["peft_config"])
         with loaded_by_us() if by_us else nullcontext():
             super().__init__(model, reward_funcs, args, *more, **others)
         net = self.accelerator.unwrap_model(self.model)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
+from peft import TaskType
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, GenerationConfig, set_seed
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from trl.trainer.utils import create_model_from_path
@@ -47,6 +49,14 @@ def know(name: str, revision: str | None, trusted: bool) -> None:
     if "AutoModel" in named and "AutoModelForCausalLM" not in named:
         kind = get_class_from_dynamic_module(named["AutoModel"], name, revision=revision)
         AutoModelForCausalLM.register(type(config), kind, exist_ok=True)
+
+
+def adapter_for(net: Any, adapter: Any) -> Any:
+    """The adapter without its task, where that is generation and the model cannot: PEFT would look for it."""
+    generates = hasattr(net, "prepare_inputs_for_generation")
+    if adapter is None or generates or adapter.task_type != TaskType.CAUSAL_LM:
+        return adapter
+    return replace(adapter, task_type=None)
 
 
 def give_generation_config(net: Any) -> None:
