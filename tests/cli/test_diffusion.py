@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -60,6 +61,32 @@ def test_the_class_of_the_options_is_that_of_the_method(name, tmp_path):
     recipe.write_text(f"method: {name}\n")
     assert config_of(["--method", name]) is config_of(["--config", str(recipe)]) is expected
     assert config_of(["--config", str(recipe), "--method=grpo"]) is HAPOConfig
+
+
+def test_without_a_model_the_embedded_one_is_trained(tmp_path):
+    """`hapo train --method espo` alone, or the recipe by its name; --method diffu_grpo takes its place."""
+    small = [
+        "--train_size",
+        "8",
+        "--eval_size",
+        "4",
+        "--max_steps",
+        "2",
+        "--num_iterations",
+        "1",
+        "--report",
+        "false",
+    ]
+    small += ["--per_device_train_batch_size", "16", "--save_steps", "2", "--evaluate_every", "2"]
+    for name, told in (("espo", ["--config", "diffusion"]), ("diffu_grpo", ["--method", "diffu_grpo"])):
+        folder = tmp_path / name
+        options = ["--method_options", "{}"] if name == "diffu_grpo" else []
+        assert main(["train", *told, *options, *small, "--output_dir", str(folder)]) == 0
+        told_of = yaml.safe_load((folder / "config.yaml").read_text())
+        assert (told_of["method"], told_of["model_name_or_path"]) == (name, "diffusion_tiny")
+        assert told_of["max_completion_length"] == 14
+        assert "`diffusion_tiny`, a small model that hapo brings" in (folder / "README.md").read_text()
+    assert config_of(["--config", "diffusion"]) is DiffusionConfig
 
 
 def test_what_writes_from_left_to_right_refuses_the_model(model, capsys):
