@@ -4,9 +4,9 @@
 
 `step`: the embedded recipe for some optimiser steps, without evaluations and records. Counted as the model's own
 are its forward passes, in decoding and scoring, its output layer, and backward. `decode`: tokens per second of
-`hapo.samplers.diffusion.decode` and of a plain loop, row by row over all logits, in turns. `variance`: of the
-ELBO's estimate from one draw of a mask, over many, averaged over responses; coupled masks take two forward passes a draw,
-so two independent masks stand beside them.
+`hapo.samplers.diffusion.decode` and of a plain loop, row by row over all logits, in turns. `variance`: of one
+draw's estimate of the ELBO, averaged over responses; coupled masks take two forward passes a draw, so two
+independent masks stand beside them.
 """
 
 from __future__ import annotations
