@@ -13,9 +13,13 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 import hapo
 from hapo.assets import tiny_model_path
 from hapo.cli import main
+from hapo.cli.arms import Arm, Job, Recipe, build
+from hapo.cli.compare import config_of_arms
+from hapo.cli.recipe import read_recipe
 from hapo.cli.train import config_of
-from hapo.trl import DiffusionConfig, HAPOConfig
-from tests.cli.small import evaluations, metrics, train
+from hapo.parts.elbo import Elbo
+from hapo.trl import DiffusionConfig, DiffusionTrainer, HAPOConfig
+from tests.cli.small import evaluations, flags, metrics, train
 
 OPTIONS = {"method": "espo", "block_length": 6, "diffusion_steps": 4, "max_num_gen_batches": 1, "max_steps": 3}
 
@@ -65,19 +69,10 @@ def test_the_class_of_the_options_is_that_of_the_method(name, tmp_path):
 
 def test_without_a_model_the_embedded_one_is_trained(tmp_path):
     """`hapo train --method espo` alone, or the recipe by its name; --method diffu_grpo takes its place."""
-    small = [
-        "--train_size",
-        "8",
-        "--eval_size",
-        "4",
-        "--max_steps",
-        "2",
-        "--num_iterations",
-        "1",
-        "--report",
-        "false",
-    ]
-    small += ["--per_device_train_batch_size", "16", "--save_steps", "2", "--evaluate_every", "2"]
+    small = flags(
+        train_size=8, eval_size=4, max_steps=2, report=False, per_device_train_batch_size=16, save_steps=2,
+        evaluate_every=2,
+    )  # fmt: skip
     for name, told in (("espo", ["--config", "diffusion"]), ("diffu_grpo", ["--method", "diffu_grpo"])):
         folder = tmp_path / name
         options = ["--method_options", "{}"] if name == "diffu_grpo" else []
@@ -87,6 +82,22 @@ def test_without_a_model_the_embedded_one_is_trained(tmp_path):
         assert told_of["max_completion_length"] == 14
         assert "`diffusion_tiny`, a small model that hapo brings" in (folder / "README.md").read_text()
     assert config_of(["--config", "diffusion"]) is DiffusionConfig
+
+
+def test_methods_of_diffusion_models_are_compared_among_themselves(tmp_path, capsys):
+    """The committed plan, an arm with options that their class of options alone has; and no mixture."""
+    recipe = Recipe(read_recipe(str(Path(__file__).parents[2] / "bench" / "compare" / "espo.yaml")), [])
+    arm = Arm("espo:beta=0.01,coupled=false,draws=4,diffusion_steps=7,kl_estimator=k3")
+    job = Job(arm, 3, tmp_path / "run", recipe, {"evaluate": True, "report": False, "save_strategy": "no"})
+    trainer = build(job).trainer
+    assert isinstance(trainer, DiffusionTrainer) and trainer.method.likelihood == Elbo(draws=4, coupled=False)
+    assert (trainer.args.diffusion_steps, trainer.args.beta, trainer.args.seed) == (7, 0.01, 3)
+    assert trainer.method.options["kl_estimator"] == "k3"
+    assert main(["compare", "--arms", "espo", "dapo", "--output_dir", str(tmp_path / "mixed")]) == 2
+    assert "espo train masked-diffusion models, and the other arms do not" in capsys.readouterr().err
+    assert config_of_arms(["--seeds", "2", "--arms", "espo:beta=0.1", "diffu_grpo"]) is DiffusionConfig
+    assert config_of_arms(["--config", "diffusion", "--seeds", "2"]) is DiffusionConfig
+    assert config_of_arms(["--arms", "dapo", "--seeds", "2"]) is config_of_arms([]) is HAPOConfig
 
 
 def test_what_writes_from_left_to_right_refuses_the_model(model, capsys):

@@ -16,7 +16,7 @@ from ..insight.doctor import Finding, examine_config
 from ..tasks import TaskConfig, load_task
 from .recipe import RecipeParser
 from .run_folder import model_path, prepare_process
-from .train import TrainOptions, config_of
+from .train import TrainOptions, config_of, embedded_for
 
 DESCRIPTION = """hapo doctor RECIPE [flags]: what is wrong with a training run before it starts; takes a recipe and
 flags as `hapo train` does, reads data, tokeniser and the model's config.json, and never its weights.
@@ -31,7 +31,7 @@ def examine_recipe(argv: list[str]) -> list[Finding]:
         UsageError: see `RecipeParser.read`; no model is named.
     """
     kinds = [TaskConfig, config_of(argv), ModelConfig, TrainOptions]
-    parser = RecipeParser("hapo doctor", DESCRIPTION, kinds)
+    parser = RecipeParser("hapo doctor", DESCRIPTION, kinds, embedded_for(kinds[1]))
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "One optimiser step a rollout batch")  # a finding says it

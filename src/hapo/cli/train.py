@@ -77,8 +77,8 @@ def main(argv: list[str]) -> int:
     if checkpoint is True and is_finished("train", argv):
         return 0
     kind = config_of(argv)
-    default = "diffusion" if kind is DiffusionConfig else DEFAULT
-    parser = RecipeParser("hapo train", DESCRIPTION, [TaskConfig, kind, ModelConfig, TrainOptions], default)
+    kinds = [TaskConfig, kind, ModelConfig, TrainOptions]
+    parser = RecipeParser("hapo train", DESCRIPTION, kinds, embedded_for(kind))
     add_resume(parser)
     parser.set_defaults(run_records=True)
     task_config, args, model_config, options, _ = parser.read(argv)
@@ -170,8 +170,18 @@ def config_of(argv: list[str]) -> type[HAPOConfig]:
         return words[found[-1] + 1] if found else None
 
     named = flag("--method") or recipe_of(flag("--config"), flag("--model")).get("method", HAPOConfig.method)
-    known = str(named) in hapo.methods("policy") and hapo.method(str(named)).likelihood is not None
+    return config_for(str(named))
+
+
+def config_for(method: str) -> type[HAPOConfig]:
+    """The class of the trainer's options for a method; that of most methods where there is no such method."""
+    known = method in hapo.methods("policy") and hapo.method(method).likelihood is not None
     return DiffusionConfig if known else HAPOConfig
+
+
+def embedded_for(kind: type[HAPOConfig]) -> str:
+    """Name of the embedded recipe of a class of options."""
+    return "diffusion" if issubclass(kind, DiffusionConfig) else DEFAULT
 
 
 def _binary(trainer: HAPOTrainer) -> bool:
