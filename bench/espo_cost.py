@@ -38,7 +38,7 @@ from hapo.trl import DiffusionConfig, DiffusionTrainer
 from .paired import machine, seconds, summary
 
 LENGTH = 14
-DRAWS = 256
+DRAWS = 64
 OF_TASK = {"dataset", "train_size", "eval_size", "model_name_or_path", "threads", "evaluate_every", "output_dir"}
 
 
@@ -153,9 +153,9 @@ def variance(net: Any, tokenizer: Any, rows: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)

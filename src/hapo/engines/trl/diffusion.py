@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import logging
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -11,11 +12,12 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
+from trl import GRPOTrainer
 
 from ...masked import mask_token, predicts_next
 from ...samplers.diffusion import Unmasking
 from . import passes
-from .config import HAPOConfig
+from .config import HAPOConfig, resolve_method
 from .masked_models import adapter_for, give_generation_config, load, loaded_by_us
 from .scorer import Scored
 from .trainer import HAPOTrainer
@@ -110,6 +112,8 @@ class DiffusionTrainer(HAPOTrainer):
     def __init__(
         self, model: Any, reward_funcs: Any = None, args: DiffusionConfig | None = None, *more: Any, **others: Any
     ) -> None:
+        names = list(inspect.signature(GRPOTrainer.__init__).parameters)[4:]  # after those above
+        others |= dict(zip(names, more, strict=False))
         if not isinstance(args, DiffusionConfig):
             raise TypeError(
                 f"args must be a DiffusionConfig, got {type(args).__name__}; from hapo.trl import DiffusionConfig"
@@ -127,13 +131,14 @@ class DiffusionTrainer(HAPOTrainer):
         self._rounds = (-1, 0)
         by_us = isinstance(model, str)
         if by_us:
-            model, processing = load(model, args, others.pop("quantization_config", None))
-            others["processing_class"] = others.get("processing_class") or processing
+            resolve_method(others.get("method"), args.filled_in())  # what it refuses, before a model is loaded
+            given = (others.pop("quantization_config", None), others.get("processing_class"))
+            model, others["processing_class"] = load(model, args, *given)
         give_generation_config(model)
         if "peft_config" in others:
             others["peft_config"] = adapter_for(model, others["peft_config"])
         with loaded_by_us() if by_us else nullcontext():
-            super().__init__(model, reward_funcs, args, *more, **others)
+            super().__init__(model, reward_funcs, args, **others)
         net = self.accelerator.unwrap_model(self.model)
         if self._sharded or self.aux_loss_enabled or any(hasattr(m, "gatera_gate") for m in net.modules()):
             raise ValueError(

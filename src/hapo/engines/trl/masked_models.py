@@ -16,8 +16,10 @@ from trl.trainer.utils import create_model_from_path
 from .config import HAPOConfig
 
 
-def load(name: str, args: HAPOConfig, quantization_config: Any = None) -> tuple[Any, Any]:
-    """The model of a folder or Hub id, as TRL loads one, and its processing class.
+def load(
+    name: str, args: HAPOConfig, quantization_config: Any = None, processing_class: Any = None
+) -> tuple[Any, Any]:
+    """The model of a folder or Hub id, as TRL loads one, and its processing class, unless that is given.
 
     Raises:
         ValueError: `quantization_config` is among `args.model_init_kwargs` too.
@@ -33,8 +35,12 @@ def load(name: str, args: HAPOConfig, quantization_config: Any = None) -> tuple[
     set_seed(args.seed)
     know(name, revision, trusted)
     net = create_model_from_path(name, **options)
-    sides = {"truncation_side": "left", "padding_side": "left"}
-    return net, AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=trusted, **sides)
+    if processing_class is None:
+        sides = {"truncation_side": "left", "padding_side": "left"}
+        processing_class = AutoProcessor.from_pretrained(
+            name, revision=revision, trust_remote_code=trusted, **sides
+        )
+    return net, processing_class
 
 
 def know(name: str, revision: str | None, trusted: bool) -> None:
