@@ -84,6 +84,13 @@ def test_without_a_model_the_embedded_one_is_trained(tmp_path):
     assert config_of(["--config", "diffusion"]) is DiffusionConfig
 
 
+def test_the_doctor_finds_nothing_in_the_embedded_recipe(capsys):
+    assert main(["doctor", "--method", "espo"]) == 0
+    assert "short_completions" not in capsys.readouterr().out
+    assert main(["doctor", "--method", "espo", "--max_completion_length", "3"]) != 0
+    assert "short_completions" in capsys.readouterr().out
+
+
 def test_methods_of_diffusion_models_are_compared_among_themselves(tmp_path, capsys):
     """The committed plan, an arm with options that their class of options alone has; and no mixture."""
     recipe = Recipe(read_recipe(str(Path(__file__).parents[2] / "bench" / "compare" / "espo.yaml")), [])
