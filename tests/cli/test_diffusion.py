@@ -80,7 +80,7 @@ def test_without_a_model_the_embedded_one_is_trained(tmp_path):
         told_of = yaml.safe_load((folder / "config.yaml").read_text())
         assert (told_of["method"], told_of["model_name_or_path"]) == (name, "diffusion_tiny")
         assert told_of["max_completion_length"] == 14
-        assert "`diffusion_tiny`, a small model that hapo brings" in (folder / "README.md").read_text()
+        assert "`diffusion_tiny`, the small model that hapo brings" in (folder / "README.md").read_text()
     assert config_of(["--config", "diffusion"]) is DiffusionConfig
 
 

@@ -66,7 +66,7 @@ def test_the_model_card_says_what_the_model_is_and_loads_it(finished, monkeypatc
     assert card.data.library_name == "transformers"
     measured = Estimate.of(evaluations(finished)[-1])
     for fact in (
-        "| base model | `tiny`, a small model that hapo brings |",
+        "| base model | `tiny`, the small model that hapo brings |",
         "| task | `addition` |",
         "| rewards | `parity` |",
         "| learning rate | 0.001, constant |",

@@ -87,7 +87,7 @@ def _base(name: str) -> tuple[str, str | None]:
     """The base model in words, and its id on the Hub if it has one."""
     path = Path(name)
     if name in ("tiny", "diffusion_tiny") or path.parent == BUNDLED:
-        return f"`{path.name}`, a small model that hapo brings", None
+        return f"`{path.name}`, the small model that hapo brings", None
     if not name:
         return "made in the training script", None
     if path.is_absolute() or path.exists():
