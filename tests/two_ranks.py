@@ -30,6 +30,12 @@ def some_digits(completions: list[str], **_) -> list[float | None]:
     return [None if text[:1].isalpha() else float(sum(c.isdigit() for c in text)) for text in completions]
 
 
+def digit_by_digit(completion_ids: list[list[int]], **_) -> list[float | list[float]]:
+    """A reward per token, but for completions that begin with a digit, which have one for the whole."""
+    digits = [[float(2 <= i <= 11) for i in ids] for ids in completion_ids]
+    return [sum(row) if row[0] else row for row in digits]
+
+
 def gated(net=None):
     """A model with a GateRA adapter that has moved, and the entropy of its gates in the loss."""
     torch.manual_seed(1)
@@ -58,6 +64,13 @@ SPLIT = {
         "reward_weights": [1.0, 0.5],
         "entropy_coef": 0.3,
     },
+    "token_rewards": {
+        "method": "hapo",
+        "method_options": {"advantage": "token_reward", "gamma": 0.9},
+        "reward": [digit_by_digit, some_digits],
+        "reward_weights": [1.0, 0.5],
+        "overlong_buffer": 4,
+    },
     "gatera": {"method": "hapo", "kind": Gated},
     "hybrid": {
         "method": "egspo",
@@ -69,7 +82,8 @@ SPLIT = {
     },
 }
 """Statistics of the rollout batch; a choice of tokens by the current policy in each optimiser step; several rewards,
-each normalised, with the entropy term and the off-policy mask; gates beside; demonstrations, fewer than micro-batches."""
+each normalised, with the entropy term and the off-policy mask; lists and numbers of two of them as token rewards, with
+a length penalty; gates beside; demonstrations, fewer than micro-batches."""
 
 
 DIFFUSION = ("espo", "diffu_grpo")

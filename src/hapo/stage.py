@@ -27,7 +27,8 @@ When = Literal["prepare", "step", "loss"]
 MISSING = {
     "logp": "the log-prob of each token under the current policy",
     "old_logp": "the log-prob of each token under the policy at rollout",
-    "reward": "the outcome reward of each response (B,)",
+    "reward": "the outcome reward of each response (B,); without it, token_reward gives it as its sum",
+    "token_reward": "the reward of each token (B,T), where the reward side attributes one",
     "group": "the prompt id of each response (B,): equal ids are samples of one prompt",
     "ref_logp": "the log-prob of each token under the reference policy; give it, or kl_coef=0 for no penalty",
     "sampler_logp": "the log-prob of each token under the distribution that drew it",
@@ -37,6 +38,7 @@ MISSING = {
     "rank": "the rank of each token in the current distribution; score_hidden(..., rank=True) gives it",
     "expected_rank": "the rank that the distribution expects; score_hidden(..., expected_rank=True) gives it",
     "signal": "the stage `signal` makes it, at prepare(), step() or loss() as `signal_at` says",
+    "returns": "the stage `credit` makes it of token_reward, in prepare() before the advantage",
     "advantage": "the stage `advantage` makes it, in prepare()",
     "weight": "prepare() makes it where sampler_logp is given and sampler_cap is not None",
     "keep": "the stage `select` makes it, at prepare(), step() or loss() as `select_at` says",
@@ -61,7 +63,8 @@ class Record:
     Tensors per token are float32 (float64 stays) and 0 outside the mask, whatever stood there. `logp` alone has a
     gradient, and none outside the mask. `verdict` is the reward where no verdict was given; `drawn_logp` is
     `sampler_logp` where it is known, else `old_logp`. `ratio` and `bounds`
-    exist in loss(), the ratio with its gradient. `stats` is None where no token is valid.
+    exist in loss(), the ratio with its gradient. `returns` is not 0 outside the mask: a response that has ended
+    still stands there for its group. `stats` is None where no token is valid.
 
     Raises:
         MissingFieldError: on reading a field that nobody gave or made; it says where the field comes from.
@@ -81,6 +84,8 @@ class Record:
         reward: Float[Tensor, " B"]
         rewards: Float[Tensor, "B K"]
         verdict: Float[Tensor, " B"]
+        token_reward: Float[Tensor, "B T"]
+        returns: Float[Tensor, "B T"]
         group: Int[Tensor, " B"]
         advantage: Float[Tensor, "B T"]
         signal: Float[Tensor, "B T"]

@@ -324,3 +324,24 @@ def test_a_model_without_a_mask_token_is_refused(tmp_path):
         )
     with pytest.raises(TypeError, match="args must be a DiffusionConfig"):
         DiffusionTrainer(model(), tiny.count_digits, tiny.config(tmp_path))
+
+
+def test_rewards_per_token_stop_at_the_end_of_the_text(tmp_path):
+    """As long as the tokens up to the end of sequence, which is what a reward function sees."""
+    seen: list[list[int]] = []
+
+    def by_place(completion_ids, **_):
+        seen.extend(completion_ids)
+        return [[float(place) for place in range(len(ids))] for ids in completion_ids]
+
+    run = trainer(
+        tmp_path, reward=by_place, method="diffu_grpo", method_options={"advantage": "token_reward"}, beta=0.0
+    )
+    run.args.max_steps = 1
+    run.train()
+    for inputs in run._buffered_inputs:
+        batch = RolloutRows.of(inputs).batch
+        expected = torch.arange(LENGTH).float().expand_as(batch.mask).where(batch.mask, 0.0)
+        assert torch.equal(batch.token_reward.where(batch.mask, 0.0), expected)
+        assert batch.mask.sum() > 0
+    assert max(map(len, seen)) <= LENGTH

@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from ..engines.estimate import Estimate
 from ..samplers.transformers import only_what_is_asked
 from ..scoring import attach_scoring, score_tokens
+from ..tasks.per_token import outcome_of
 from ..tasks.rewards import RewardFunction
 
 logger = logging.getLogger(__name__)
@@ -219,7 +220,7 @@ def _score(
         reward(prompts=batch["prompt"], completions=completions, completion_ids=ids, **columns)
         for reward in reward_funcs
     ]
-    by_answer = torch.tensor([[math.nan if r is None else r for r in column] for column in rewards]).T
+    by_answer = torch.tensor([[math.nan if r is None else outcome_of(r) for r in column] for column in rewards]).T
     unscored = int(by_answer.isnan().all(1).sum())
     if unscored:
         logger.warning(

@@ -171,6 +171,7 @@ class RunRecords:
             "logp_sampler": batch.sampler_logp,
             "logp_ref": batch.ref_logp,
             "weight": batch.weight,
+            "token_reward": batch.token_reward,
             "advantage": batch.advantage,
             "advantage_used": made["advantage"],
             "gate": made.get("gate"),

@@ -35,6 +35,7 @@ TOKEN_COLUMNS = {
     "logp_sampler": "sampler_logp",
     "entropy": "old_entropy",
     "entropy_new": "entropy",
+    "token_reward": "token_reward",
 }
 """Column of the token records -> field of `TokenBatch`."""
 

@@ -116,7 +116,7 @@ class HAPO(DAPO):
         """The method with these options."""
         on = set(self.components)
         entropy, at = entropy_from(self.entropy_source, "loss")
-        rows, clip = ("reward", "group", "mask"), {"low": self.eps_low, "high": self.eps_high}
+        rows, clip = (self.earned, "group", "mask"), {"low": self.eps_low, "high": self.eps_high}
         group = Stage(group_advantage, *rows, singleton=self.singleton)
         over_tokens = {"singleton": self.singleton, "fallback_threshold": self.fallback_threshold}
         zone = Stage(redistribute, "advantage", "ratio", "signal", **clip, beta=self.beta)

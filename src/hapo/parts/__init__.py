@@ -3,6 +3,7 @@
 from . import (  # noqa: F401 - each is there after `import hapo`, as hapo.parts.NAME
     advantage,
     bounds,
+    credit,
     elbo,
     entropy,
     groups,

@@ -43,10 +43,11 @@ from .metrics import MetricLog, PhaseClock, times
 from .recorded import RecordedTrainer
 from .recorder import Recorder
 from .rollout import DynamicSampling, check_prompts
-from .rows import RolloutRows, prepare_rows, scored_tokens, step_rows
+from .rows import RolloutRows, prepare_rows, scored_tokens, step_rows, valid_tokens
 from .sampler import Request, Sampler, VLLMSampler
 from .scorer import Scored, Scorer, Sequences, is_reference
 from .stages import Stages
+from .token_rewards import TokenRewards
 
 LOG = logging.getLogger(__name__)
 
@@ -75,7 +76,8 @@ class HAPOTrainer(RecordedTrainer):
             transformers' `Trainer` that `GRPOTrainer` does not hand on.
         demonstrations: a data set with `prompt` and `completion`, or `messages`, that is learnt from beside the
             rollouts: L = (1 - mu) L_RL + mu L_E, as the options `demonstration_*` of `args` say.
-        model, reward_funcs, args, ...: as in `GRPOTrainer`; `args` is a `HAPOConfig`.
+        model, reward_funcs, args, ...: as in `GRPOTrainer`; `args` is a `HAPOConfig`. A reward function may return
+            a list for a completion, a number for each of its tokens.
 
     Raises:
         ValueError: the method cannot honour an option (HAPOConfig), or `resume_from_checkpoint` names a
@@ -119,6 +121,9 @@ class HAPOTrainer(RecordedTrainer):
         """Seconds by phase; pause it around what is no training."""
         self.recipe = {}
         super().__init__(model, reward_funcs, args, *trl_args, **trl_kwargs)
+        self._token_rewards = TokenRewards(self.accelerator)
+        given_rewards: list[Any] = self.reward_funcs  # type: ignore[has-type]
+        self.reward_funcs = self._token_rewards.watched(given_rewards, self.reward_func_names)
         if optimizer_cls_and_kwargs is not None:
             if self.optimizer is not None:
                 raise ValueError("optimizers and optimizer_cls_and_kwargs are both given: leave one out")
@@ -217,6 +222,7 @@ class HAPOTrainer(RecordedTrainer):
         return self._old[:3]
 
     def _calculate_rewards(self, *args: Any) -> Tensor:
+        self._token_rewards.begin()
         with self.clock.phase("reward"):
             self._rewards_per_func = super()._calculate_rewards(*args)
         return self._rewards_per_func
@@ -251,6 +257,10 @@ class HAPOTrainer(RecordedTrainer):
         rows = len(inputs)
         mine = slice(self.accelerator.process_index * rows, (self.accelerator.process_index + 1) * rows)
         output["verdict"], output["rewards_per_func"] = verdict[mine], per_func[mine]
+        weights, reads = self.reward_weights.to(per_func.device), self.method.credit is not None
+        per_token = self._token_rewards.of(per_func[mine], weights, valid_tokens(output), wanted=reads)
+        if per_token is not None:
+            output["token_reward"] = per_token
         return output
 
     def _prepare(self, rollout: dict[str, Any]) -> None:

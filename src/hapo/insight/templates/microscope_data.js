@@ -12,6 +12,7 @@ const QUANTITIES = [
   { key: "confidence", name: "confidence", scale: "sequential", zero: true, note: "the model's probability of the token in that pass" },
   { key: "contribution", name: "contribution", unit: "nats", scale: "diverging", note: "of the token to the estimate of the response's log-likelihood, now" },
   { key: "gate", name: "gate", scale: "diverging", centre: 0.5, note: "mean over the gates of a GateRA adapter" },
+  { key: "token_reward", name: "token reward", scale: "diverging", note: "what the reward side gave the token" },
   { key: "ratio", name: "ratio", scale: "diverging", centre: 1, own: true, note: "current policy to policy at rollout" },
   { key: "advantage", name: "advantage", scale: "diverging", own: true, note: "before redistribution" },
   { key: "advantage_used", name: "advantage used", scale: "diverging", own: true, note: "after redistribution" },
