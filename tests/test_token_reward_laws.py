@@ -26,12 +26,15 @@ OPTIONS: list[tuple[str, dict]] = [
     ("hapo", {"variant": "release", "finished": "out"}),
     ("rloo", {"kl_coef": 0.05, "clip": (0.2, 0.2)}),
     ("vespo", {"finished": "out", "gamma": 0.5}),
+    ("grpo", {"advantage": "turn_reward"}),
+    ("dapo", {"advantage": "turn_reward", "finished": "out", "gamma": 0.9, "scale_rewards": "batch"}),
+    ("gspo", {"advantage": "turn_reward", "finished": "out", "scale_rewards": "none"}),
 ]
 ids = [name + "".join(f"-{k}={v}" for k, v in options.items()) for name, options in OPTIONS]
 every = pytest.mark.parametrize(
-    "method", [hapo.method(name, **options, advantage="token_reward") for name, options in OPTIONS], ids=ids
+    "method", [hapo.method(name, **{"advantage": "token_reward", **options}) for name, options in OPTIONS], ids=ids
 )
-few = settings(max_examples=6)
+few = settings(max_examples=4)
 
 
 @st.composite

@@ -22,6 +22,7 @@ from hapo.engines.trl.rows import RolloutRows
 from hapo.trl import HAPOTrainer
 from tests.cli import small
 from tests.engines import fixed_diffusion, fixed_rollout, supervised_run, tiny
+from tests.loops import small as agents
 from tests.test_scoring import check_gradients_over_two_ranks
 
 
@@ -173,6 +174,9 @@ if __name__ == "__main__":
     trainer = run(folder / "run", folder / "run/checkpoints/checkpoint-1")
     check_gradients_over_two_ranks()
     (folder / "scored").touch()
+    gradient = agents.first_update()
+    if trainer.accelerator.is_main_process:
+        save_file(gradient, folder / "etpo.safetensors")
     (folder / "cli").mkdir(exist_ok=True)
     argv = small.train(folder / "cli/demo", max_steps=2, per_device_train_batch_size=4, eval_size=7)
     assert main(argv) == 0  # and ends the process group

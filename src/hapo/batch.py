@@ -111,6 +111,8 @@ class TokenBatch:
     token_reward: Float[Tensor, "B T"] | None = None
     """Reward of each token, where the reward side attributes one: process rewards, shaped rewards. A row with a
     NaN at a valid place could not be scored."""
+    turn: Int[Tensor, "B T"] | None = None
+    """Number of the turn of an episode that a token is of, from 0; runs of valid tokens where absent."""
     advantage: Float[Tensor, "B T"] | None = None
     """What the token earned relative to its group."""
     signal: Float[Tensor, "B T"] | None = None
@@ -136,7 +138,8 @@ class TokenBatch:
             value = getattr(self, f.name)
             if not isinstance(value, Tensor) or f.name == "mask":
                 continue
-            expected: tuple[int, ...] = (b, t) if f.name in TOKEN_FIELDS or f.name == "keep" else (b,)
+            per_token = f.name in TOKEN_FIELDS or f.name in ("keep", "turn")
+            expected: tuple[int, ...] = (b, t) if per_token else (b,)
             if f.name == "rewards":
                 expected = (b, *value.shape[1:2]) if value.ndim == 2 else (b, 1)
             if tuple(value.shape) != expected:
@@ -147,9 +150,10 @@ class TokenBatch:
                 if value.dtype != torch.bool:
                     raise ValueError(f"keep must be a bool tensor, got {value.dtype}")
                 continue
-            if f.name == "group":
+            if f.name in ("group", "turn"):
                 if value.is_floating_point() or value.is_complex():
-                    raise ValueError(f"group holds prompt ids and must be an integer tensor, got {value.dtype}")
+                    what = "prompt ids" if f.name == "group" else "numbers of turns"
+                    raise ValueError(f"{f.name} holds {what} and must be an integer tensor, got {value.dtype}")
             elif not value.is_floating_point():
                 raise ValueError(f"{f.name} must be a floating-point tensor, got {value.dtype}")
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 from torch import Tensor
 
 from .batch import TOKEN_FIELDS, TokenBatch, masked, working_dtype
+from .parts.turns import turn_index
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -29,6 +30,7 @@ MISSING = {
     "old_logp": "the log-prob of each token under the policy at rollout",
     "reward": "the outcome reward of each response (B,); without it, token_reward gives it as its sum",
     "token_reward": "the reward of each token (B,T), where the reward side attributes one",
+    "turn": "the number of the turn that each token is of (B,T)",
     "group": "the prompt id of each response (B,): equal ids are samples of one prompt",
     "ref_logp": "the log-prob of each token under the reference policy; give it, or kl_coef=0 for no penalty",
     "sampler_logp": "the log-prob of each token under the distribution that drew it",
@@ -62,7 +64,8 @@ class Record:
 
     Tensors per token are float32 (float64 stays) and 0 outside the mask, whatever stood there. `logp` alone has a
     gradient, and none outside the mask. `verdict` is the reward where no verdict was given; `drawn_logp` is
-    `sampler_logp` where it is known, else `old_logp`. `ratio` and `bounds`
+    `sampler_logp` where it is known, else `old_logp`; `turn` numbers the runs of valid tokens where no numbers
+    were given. `ratio` and `bounds`
     exist in loss(), the ratio with its gradient. `returns` is not 0 outside the mask: a response that has ended
     still stands there for its group. `stats` is None where no token is valid.
 
@@ -87,6 +90,7 @@ class Record:
         token_reward: Float[Tensor, "B T"]
         returns: Float[Tensor, "B T"]
         group: Int[Tensor, " B"]
+        turn: Int[Tensor, "B T"]
         advantage: Float[Tensor, "B T"]
         signal: Float[Tensor, "B T"]
         weight: Float[Tensor, "B T"]
@@ -124,6 +128,8 @@ class Record:
         if name == "drawn_logp":
             return self._batch.old_logp if self._batch.sampler_logp is None else self._batch.sampler_logp
         value = getattr(self._batch, name, None)
+        if name == "turn" and value is None:
+            return turn_index(self.mask)
         return self._batch.reward if value is None and name == "verdict" else value
 
 

@@ -92,8 +92,10 @@ def test_every_recipe_parses_and_says_its_command(recipe):
     header = recipe.read_text().split("\nmodel_name_or_path")[0]
     assert {"Hardware", "Time", "Command"} <= {line[2:].split(":")[0] for line in header.splitlines()}
     assert f"recipes/{recipe.name}" in header
+    if recipe.stem == "etpo_code":  # of another loop: test_agent.py reads it
+        return
     _, args, _, _, _ = parse("--config", str(recipe))
-    methods = {"chord_phi": "grpo", "egspo": "egspo", "espo": "espo"}
+    methods = {"chord_phi": "grpo", "egspo": "egspo", "espo": "espo", "grpo_code": "grpo"}
     assert args.method == next((m for begin, m in methods.items() if recipe.stem.startswith(begin)), "hapo")
 
 

@@ -11,7 +11,15 @@ from hapo.assets import MODELS, diffusion_model_path, tiny_model_path
 from hapo.masked import mask_token
 from hapo.samplers.diffusion import Unmasking, decode
 from hapo.tasks import TaskConfig, load_task
-from hapo.tasks.addition import MAX_COMPLETION, addition_reward, held_out, load_addition, solution
+from hapo.tasks.addition import (
+    MAX_COMPLETION,
+    addition_reward,
+    held_out,
+    load_addition,
+    parts_right,
+    solution,
+    wrong_places,
+)
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +72,26 @@ def test_worked_answer_needs_columns_that_match():
 )
 def test_reward_is_the_exact_sum_and_nothing_else(completion, reward):
     assert addition_reward(["347+586="], [completion], ["933"]) == [reward]
+
+
+@pytest.mark.parametrize(
+    ("completion", "share", "places"),
+    [
+        ("7+6=13;4+8+1=13;3+5+1=9;933", 1.0, []),
+        ("7+6=14;4+8+1=13;3+5+1=9;933", 0.75, [5]),
+        ("7+6=13;4+8+1=13;3+5+1=9;934", 0.75, [26]),
+        ("8+6=14;4+8+1=13;3+5+1=9;833", 0.5, [0, 5, 24]),
+        ("7+6=13;4+8=12;3+5+1=9;933", 0.75, []),  # shorter: no character can be named
+        ("933", 0.0, []),
+        ("7+6=13", 0.25, []),
+        ("", 0.0, []),
+        ("7+6=13;4+8+1=13;3+5+1=9;933;", 0.8, []),
+        ("4+8+1=13;7+6=13;3+5+1=9;933", 0.5, [0, 2, 3, 5, 6, 7, 8, 9, 11]),
+    ],
+)
+def test_parts_that_are_right_and_places_that_are_wrong(completion, share, places):
+    assert parts_right(347, 586, completion) == share
+    assert wrong_places(347, 586, completion) == places
 
 
 def test_split_is_by_content():

@@ -36,6 +36,7 @@ from ..tasks.answers import normalise
 from ..trl import HAPOConfig
 from . import UsageError, nearest
 from .contents import model_identity, reward_identity
+from .episodes import answering
 from .held_out import Course, HeldOut
 from .recipe import RecipeParser, told
 from .run_folder import model_options, model_path, prepare_process
@@ -320,6 +321,8 @@ def build(job: Job) -> Built:
     task, tuning = split_task(task_config, args.seed, job.tune_size)
     recipe = told(task_config, model_config, options)
     if job.arm.of_trl:
+        if task.environment is not None:
+            raise UsageError(f"{job.arm.name} plays no environment: compare methods of hapo there")
         trainer = _trl_trainer(task, args, model_config, job.arm.name.removeprefix(TRL), flags, recipe)
     else:
         trainer = build_trainer(task, args, model_config)
@@ -343,6 +346,7 @@ def _run(job: Job) -> None:
         console,
         every=options.evaluate_every,
         samples=options.evaluate_samples,
+        answer=answering(built.task),
     )
     for callback in (course, held_out, FirstGradient(job.folder)):
         trainer.add_callback(callback)

@@ -236,8 +236,11 @@ def take_up_last(trainer: Recorded, course: Course, checkpoint: bool | str) -> b
     return True
 
 
-def save_model(trainer: Recorded, folder: Path) -> None:
-    """The model as a whole folder: a kill leaves the one of before, if there is one, or none."""
+def save_model(trainer: Any, folder: Path) -> None:
+    """The model as a whole folder: a kill leaves the one of before, if there is one, or none.
+
+    Of the trainer `args.process_index`, `accelerator` and `save_model(folder)` are used.
+    """
     partial, old = folder.with_name("model.partial"), folder.with_name("model.old")
     first = trainer.args.process_index == 0
     if first:

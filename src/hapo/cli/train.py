@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils import gather_object
 from rich.console import Console
@@ -11,11 +13,16 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 import hapo
 
+from ..engines.trl.config import resolve_method
 from ..insight.run import Run
+from ..loops.options import ETPOConfig
 from ..tasks import Task, TaskConfig, load_task
 from ..tasks.curriculum import STAGE
-from ..trl import DiffusionConfig, DiffusionTrainer, HAPOConfig, HAPOTrainer
+from ..tasks.environments.episodes import turn_reward
+from ..trl import DiffusionConfig, DiffusionTrainer, EnvironmentRollout, HAPOConfig, HAPOTrainer
 from . import INTERRUPTED
+from .agent import train_agent
+from .episodes import answering
 from .held_out import Course, HeldOut
 from .recipe import DEFAULT, RecipeParser, recipe_of, told
 from .run_folder import (
@@ -76,6 +83,8 @@ def main(argv: list[str]) -> int:
     argv, checkpoint = resumed(argv)
     if checkpoint is True and is_finished("train", argv):
         return 0
+    if method_of(argv) == ETPOConfig.method:
+        return train_agent(argv, checkpoint)
     kind = config_of(argv)
     kinds = [TaskConfig, kind, ModelConfig, TrainOptions]
     parser = RecipeParser("hapo train", DESCRIPTION, kinds, embedded_for(kind))
@@ -111,6 +120,7 @@ def main(argv: list[str]) -> int:
             console,
             every=options.evaluate_every,
             samples=options.evaluate_samples,
+            answer=answering(task),
         )
         if checkpoint is None:
             held_out.measure(0)
@@ -143,15 +153,23 @@ def build_trainer(task: Task, args: HAPOConfig, model_config: ModelConfig) -> HA
     given = args.model_init_kwargs
     args.model_init_kwargs = model_options(model_config, given)
     kind = DiffusionTrainer if isinstance(args, DiffusionConfig) else HAPOTrainer
+    rewards = task.reward_funcs
+    episodes: dict[str, Any] = {}
+    if task.environment is not None:
+        os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # TRL says of rollout_func that it may change
+        episodes = {"rollout_func": EnvironmentRollout(task.environment.make)}
+        if resolve_method(None, args).credit is not None:
+            rewards = [turn_reward]
     trainer: HAPOTrainer = kind(
         model_path(model_config),
-        task.reward_funcs,
+        rewards,
         args,
         train_dataset=task.train,
         eval_dataset=task.eval if args.eval_strategy != "no" else None,
         quantization_config=get_quantization_config(model_config),
         peft_config=get_peft_config(model_config),
         demonstrations=task.demonstrations,
+        **episodes,
     )
     trainer.args.model_init_kwargs = given  # the run's config.yaml has them under the names that the user gave
     return trainer
@@ -163,14 +181,22 @@ def config_of(argv: list[str]) -> type[HAPOConfig]:
     Raises:
         UsageError: there is no such recipe, or it is malformed.
     """
+    return config_for(method_of(argv))
+
+
+def method_of(argv: list[str]) -> str:
+    """The method that flags or recipe name.
+
+    Raises:
+        UsageError: there is no such recipe, or it is malformed.
+    """
 
     def flag(name: str) -> str | None:
         words = [part for word in argv for part in (word.split("=", 1) if word.startswith(name) else [word])]
         found = [i for i, word in enumerate(words[:-1]) if word == name]
         return words[found[-1] + 1] if found else None
 
-    named = flag("--method") or recipe_of(flag("--config"), flag("--model")).get("method", HAPOConfig.method)
-    return config_for(str(named))
+    return str(flag("--method") or recipe_of(flag("--config"), flag("--model")).get("method", HAPOConfig.method))
 
 
 def config_for(method: str) -> type[HAPOConfig]:

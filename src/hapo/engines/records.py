@@ -250,6 +250,19 @@ class RunRecords:
         n = len(row)
         self._tokens.append(pa.table({"rollout": np.full(n, step), "step": np.full(n, step), **columns}))
 
+    def add_columns(self, step: int, columns: dict[str, Any]) -> None:
+        """Hold tokens of a loop of hapo's own until `write_tokens`: a column of numbers or texts each.
+
+        Every optimiser step has a rollout batch of its own there.
+
+        Args:
+            step: optimiser step, from 1.
+            columns: position, prompt, response, group, reward, verdict, text, id, and what the loop knows.
+        """
+        self._told = {"rollout": str(step)}
+        n = len(columns["position"])
+        self._tokens.append(pa.table({"rollout": np.full(n, step), "step": np.full(n, step), **columns}))
+
     def add_rewards(
         self,
         rollout: int,

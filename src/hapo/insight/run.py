@@ -124,6 +124,11 @@ class Run:
         """Whether it learnt from demonstrations: its records are of targets, see `hapo.insight.targets`."""
         return self.manifest.get("kind") == "supervised"
 
+    @property
+    def agent(self) -> bool:
+        """Whether it trained an agent with a critic: its records hold Q values, see `hapo.insight.agents`."""
+        return self.manifest.get("kind") == "agent"
+
     def held_out_loss(self) -> pd.DataFrame:
         """One row a measurement of the loss on held-out demonstrations, with step, eval_loss and others."""
         lines = [line for line in self._lines("metrics.jsonl") if "eval_loss" in line]

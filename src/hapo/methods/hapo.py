@@ -19,7 +19,7 @@ from ..parts.reduce import token_mean
 from ..parts.shaping import redistribute
 from ..parts.surrogate import clipped_surrogate
 from ..stage import Stage
-from ._options import EntropySource, Paper, TemperatureOptions, entropy_from, one_of, require
+from ._options import EntropySource, Options, Paper, TemperatureOptions, entropy_from, one_of, require
 from ._registry import register
 from .dapo import DAPO
 
@@ -47,6 +47,7 @@ class HAPO(DAPO):
 
     paper: ClassVar = Paper("Heterogeneous Adaptive Policy Optimization", "2509.16591", 2025)
     summary: ClassVar = "token entropy drives temperature, advantage, redistribution and clip bounds"
+    advantages: ClassVar = Options.advantages  # its own advantage compares tokens
 
     components: str = "ABCD"
     """Which of the four parts are on, e.g. "AB"; "" is DAPO."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 REASONING_GYM = "reasoning_gym:"
@@ -105,6 +105,18 @@ class TaskConfig:
         default=None, metadata={"help": "options of a reasoning-gym task: a mapping, on the command line as JSON"}
     )
 
+    environment: str | None = field(
+        default=None,
+        metadata={
+            "help": "episodes of several turns in the place of single answers: addition, code, or "
+            "MODULE:FUNCTION, which is called with seed, train_size and eval_size and returns the environment's "
+            "class and two data sets; none takes back what a recipe says. max_completion_length is of one turn"
+        },
+    )
+    environment_options: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": 'of the environment\'s class, as {"max_turns": 2}'}
+    )
+
     curriculum: str | None = field(
         default=None,
         metadata={
@@ -144,7 +156,7 @@ class TaskConfig:
     def __post_init__(self) -> None:
         self._check_demonstrations()
         # a flag over a recipe that sets them
-        for name in ("dataset_config", "test_split", "eval_file", "curriculum"):
+        for name in ("dataset_config", "test_split", "eval_file", "curriculum", "environment"):
             if getattr(self, name) == "none":
                 setattr(self, name, None)
         if isinstance(self.rewards, str):  # a YAML scalar
@@ -156,6 +168,7 @@ class TaskConfig:
                 self.task_options = json.loads(self.task_options)
             except ValueError as error:
                 raise ValueError(f"task_options is no JSON: {self.task_options!r} ({error})") from error
+        self._check_environment()
         if not isinstance(self.task_options, dict | None):
             raise ValueError(f"task_options must be a mapping, not {self.task_options!r}")
         if self.task_options and not self.dataset.startswith(REASONING_GYM):
@@ -188,6 +201,29 @@ class TaskConfig:
             if f.name.startswith(OF_DEMONSTRATIONS):
                 setattr(without, f.name, f.default)
         return without
+
+    def _check_environment(self) -> None:
+        if isinstance(self.environment_options, str):
+            try:
+                self.environment_options = json.loads(self.environment_options)
+            except ValueError as error:
+                raise ValueError(
+                    f"environment_options is no JSON: {self.environment_options!r} ({error})"
+                ) from error
+        if not isinstance(self.environment_options, dict | None):
+            raise ValueError(f"environment_options must be a mapping, not {self.environment_options!r}")
+        if self.environment is None:
+            if self.environment_options is not None:
+                raise ValueError(f"environment_options={self.environment_options!r} needs environment: name one")
+            return
+        read = ("environment", "environment_options", "train_size", "eval_size", "task_seed")
+        for f in fields(self):
+            default = f.default if f.default_factory is MISSING else f.default_factory()
+            if f.name not in read and getattr(self, f.name) != default:
+                raise ValueError(
+                    f"{f.name}={getattr(self, f.name)!r} does not go with environment={self.environment!r}, which "
+                    "brings its problems and rewards: leave one of them out"
+                )
 
     def _check_demonstrations(self) -> None:
         if self.demonstrations == "none":

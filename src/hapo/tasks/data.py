@@ -27,6 +27,8 @@ from .verifier import VerifiedReward
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from .environments import EnvironmentTask
+
 logger = logging.getLogger(__name__)
 
 GENERATED_TRAIN = 4096
@@ -58,6 +60,8 @@ class Task:
     """Share of the most common gold answer in `eval`: what a constant answer would score."""
     staged: bool = False
     """Whether `train` has the column `stage`, from a curriculum."""
+    environment: EnvironmentTask | None = field(default=None, kw_only=True)
+    """Where episodes of several turns are played; None: an answer is one turn."""
 
 
 def load_task(config: TaskConfig, *, seed: int) -> Task:
@@ -72,6 +76,8 @@ def load_task(config: TaskConfig, *, seed: int) -> Task:
     cannot use (see TaskConfig.on_bad_gold).
     """
     seed = seed if config.task_seed is None else config.task_seed
+    if config.environment is not None:
+        return _episodes(config, seed)
     train, evaluation, own = _rows(config, seed)
     rewards = load_rewards(config.rewards, own, config.reward_timeout, config.reward_fallback())
 
@@ -101,6 +107,31 @@ def load_task(config: TaskConfig, *, seed: int) -> Task:
         majority_share=share,
         staged=config.curriculum is not None,
         demonstrations=load_demonstrations(config, (row["question"] for row in evaluation), seed=seed),
+    )
+
+
+def _episodes(config: TaskConfig, seed: int) -> Task:
+    """The task of an environment: its rows, and as reward that of the last turn of an episode."""
+    from .environments import load_environment
+    from .environments.episodes import episode_reward
+
+    assert config.environment is not None
+    assert not isinstance(config.environment_options, str)
+    environment = load_environment(
+        config.environment,
+        seed=seed,
+        train_size=config.train_size or GENERATED_TRAIN,
+        eval_size=config.eval_size or HELD_OUT,
+        options=config.environment_options,
+    )
+    return Task(
+        name=f"environment {environment.name}",
+        train=environment.train,
+        eval=environment.eval,
+        reward_funcs=[episode_reward],
+        fingerprint=_fingerprint(environment.train.to_list(), environment.eval.to_list()),
+        majority_share=0.0,
+        environment=environment,
     )
 
 

@@ -27,6 +27,7 @@ TRLS = {
     "verdict": "verdict",
     "rewards": "rewards_per_func",
     "token_reward": "token_reward",
+    "turn": "turn",
 }
 """Fields that a rollout has before it is prepared, and their keys in it."""
 

@@ -38,6 +38,7 @@ from .config import HAPOConfig, check_arguments, resolve_method
 from .demonstrations import Demonstrations, Encoder, check_given, demonstrations_of
 from .drawn import DrawnScores
 from .entropy_term import EntropyTerm
+from .episodes import EPISODE_TURNS, turn_numbers
 from .gates import gate_losses
 from .metrics import MetricLog, PhaseClock, times
 from .recorded import RecordedTrainer
@@ -116,6 +117,8 @@ class HAPOTrainer(RecordedTrainer):
         self._sampled_with: hapo.EntropyStats | None = None
         self._rewards_per_func: Tensor | None = None
         self._turns: list[Draws | None] = []
+        self.rollout_rows: list[dict[str, Any]] = []
+        """Rows of the data set that the rollout at work is of, one for each response of this process."""
         self._old: Scored | None = None
         self.clock = PhaseClock()
         """Seconds by phase; pause it around what is no training."""
@@ -242,7 +245,7 @@ class HAPOTrainer(RecordedTrainer):
 
     def _rollout(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's rollout of these prompts, with rollout entropies and the verdict of each response."""
-        self._turns, self._old = [], None
+        self._turns, self._old, self.rollout_rows = [], None, inputs
         output = super()._generate_and_score_completions(inputs)
         if self._old is None:  # TRL takes every ratio for 1, and has not asked
             train, args = self.model.training, self.args
@@ -261,6 +264,8 @@ class HAPOTrainer(RecordedTrainer):
         per_token = self._token_rewards.of(per_func[mine], weights, valid_tokens(output), wanted=reads)
         if per_token is not None:
             output["token_reward"] = per_token
+        if inputs and EPISODE_TURNS in inputs[0]:
+            output["turn"] = turn_numbers([row[EPISODE_TURNS] for row in inputs], output["completion_mask"])
         return output
 
     def _prepare(self, rollout: dict[str, Any]) -> None:

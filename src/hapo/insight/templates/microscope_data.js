@@ -17,18 +17,33 @@ const QUANTITIES = [
   { key: "advantage", name: "advantage", scale: "diverging", own: true, note: "before redistribution" },
   { key: "advantage_used", name: "advantage used", scale: "diverging", own: true, note: "after redistribution" },
   { key: "moved", name: "redistributed", scale: "diverging", own: true, note: "advantage used − advantage" },
+  { key: "q", name: "Q", scale: "diverging", note: "of the taken token, by the critic that learns" },
+  { key: "value", name: "V", scale: "diverging", note: "soft value of the state, by the target critic" },
   { key: "push", name: "push", scale: "diverging", own: true, note: "how strongly the step raises (+) or lowers log p" },
   { key: "bound_low", name: "lower bound", scale: "sequential", own: true, note: "the ratio may fall to 1 − this" },
   { key: "bound_high", name: "upper bound", scale: "sequential", own: true, note: "the ratio may rise to 1 + this" },
   { key: "side", name: "clipped", scale: "marks", own: true, note: "a bound took the place of the ratio" },
+  { key: "token_reward", name: "token reward", scale: "diverging", note: "that the method was given for this token" },
   { key: "mismatch", name: "mismatch", unit: "nats", scale: "diverging", note: "log p at rollout − log p of the sampler" },
   { key: "kept", name: "kept", scale: "marks", own: true, note: "the token is in the loss" },
   { key: "target_weight", name: "weight", scale: "sequential", zero: true, own: true, note: "of a demonstration's target in the loss" },
   { key: "behind", name: "rank / expected", unit: "log2", scale: "diverging", note: "rank of the target against the rank that the model expects there" },
 ];
 
+// Channels of attribution in the records: as many as there are, a quantity each.
+const ATTRIBUTION = "attribution_";
+function addChannels(keys) {
+  for (const key of keys.filter((k) => k.startsWith(ATTRIBUTION) && !QUANTITIES.some((q) => q.key === k))) {
+    const name = key.slice(ATTRIBUTION.length);
+    QUANTITIES.push({ key, name, scale: "diverging", note: "what the token adds to the score, by this channel" });
+  }
+}
+
 // Rows of the panel beside the quantities above.
 const MORE = [
+  { key: "target", name: "target of Q", note: "the soft Bellman target y" },
+  { key: "q_other", name: "Q, best other", note: "of the best token beside the taken one" },
+  { key: "kl", name: "KL to reference", unit: "nats", note: "of the whole distribution at this place" },
   { key: "entropy_new", name: "entropy now", unit: "nats", note: "of the current policy" },
   { key: "logp_old", name: "log p, rollout", unit: "nats", note: "under the policy at rollout" },
   { key: "logp_new", name: "log p, now", unit: "nats", note: "under the current policy, before this step" },
@@ -68,6 +83,7 @@ class Rollout {
     this.bytes = new Uint8Array(buffer, 4 + length);
     this.head = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, length)));
     this.made = new Map();
+    addChannels(Object.keys(this.head.shared));
     this.word = this.unpack(this.head.word);
     this.position = this.unpack(this.head.position);
     this.none = new Float32Array(this.word.length).fill(NaN);
@@ -119,6 +135,12 @@ class Rollout {
     const of = key === "side" ? "clipped" : key;
     const make = () => combine(this.column(of, 0), this.column(of, view.other), (a, b) => a - b) ?? this.none;
     return this.once(`${of} difference ${view.other}`, make);
+  }
+
+  // Text of the best token beside the taken one, where a critic said so.
+  otherText(i) {
+    const other = this.column("other", 0);
+    return other && this.head.others[other[i]];
   }
 
   text(i) {
