@@ -141,7 +141,8 @@ def test_the_records_page_has_every_column(tmp_path):
         1,
         1,
         batch,
-        {**method.loss(batch).tokens, "gate": torch.full(batch.mask.shape, 0.5)},
+        method.loss(batch).tokens
+        | dict.fromkeys(("gate", "unmasked", "confidence"), torch.full(batch.mask.shape, 0.5)),
         mask=batch.mask,
         response=torch.arange(len(batch)),
         responses=len(batch),

@@ -1,6 +1,6 @@
 """One rank of a torchrun, for all tests of two ranks, since starting one takes longer than its runs: two_ranks FOLDER.
 
-Gradients on fixed completions go to FOLDER/NAME.safetensors for each of `SPLIT`, those on demonstrations for each of
+Gradients on fixed completions go to FOLDER/NAME.safetensors for each of `SPLIT` and `DIFFUSION`, those on demonstrations for each of
 `SUPERVISED`, and those of ours and TRL's for each of `trl_pairs`. Then comes a run with dynamic sampling and
 records, in FOLDER/run, whose groups straddle ranks; it is resumed inside a rollout, and the metrics of both stand in
 FOLDER/first.jsonl and FOLDER/run/metrics.jsonl. The gradients of scoring are checked here. Last comes `hapo train`,
@@ -21,7 +21,7 @@ from hapo.cli import main
 from hapo.engines.trl.rows import RolloutRows
 from hapo.trl import HAPOTrainer
 from tests.cli import small
-from tests.engines import fixed_rollout, supervised_run, tiny
+from tests.engines import fixed_diffusion, fixed_rollout, supervised_run, tiny
 from tests.loops import small as agents
 from tests.test_scoring import check_gradients_over_two_ranks
 
@@ -87,6 +87,9 @@ each normalised, with the entropy term and the off-policy mask; lists and number
 a length penalty; gates beside; demonstrations, fewer than micro-batches."""
 
 
+DIFFUSION = ("espo", "diffu_grpo")
+"""Noise that is drawn over the rows of all ranks; end-of-sequence tokens count, or end a response."""
+
 SUPERVISED = {
     "sft": {"method": "sft"},
     "ranktuner": {"method": "ranktuner", "method_options": {"estimator": "exact", "base_weight": 1}},
@@ -147,6 +150,11 @@ if __name__ == "__main__":
         gradients, trainer = fixed_rollout.run(6, 1, 1, 2, **options)
         if trainer.accelerator.is_main_process:
             flat = {f"{i}.{n}": g for i, step in enumerate(gradients.steps) for n, g in step.items()}
+            save_file(flat, folder / f"{name}.safetensors")
+    for name in DIFFUSION:
+        gradients = fixed_diffusion.run(6, method=name)
+        if trainer.accelerator.is_main_process:
+            flat = {f"{i}.{n}": g for i, step in enumerate(gradients) for n, g in step.items()}
             save_file(flat, folder / f"{name}.safetensors")
     for name, options in SUPERVISED.items():
         options = {**options, "net": options["net"]()} if "net" in options else options

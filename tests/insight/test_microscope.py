@@ -70,6 +70,21 @@ def test_the_data_are_the_records_to_the_bit(run: Run) -> None:
     assert words == [list(pair) for pair in zip(tokens["id"], tokens["text"], strict=True)]
 
 
+def test_of_a_diffusion_model_the_order_of_its_draws(tmp_path: Path) -> None:
+    def with_draws(table: pa.Table) -> pa.Table:
+        place = table["position"].to_numpy().astype(np.float32)
+        ended = np.where(place > 5, np.float32(np.nan), place)
+        return table.append_column("unmasked", pa.array(ended)).append_column("confidence", pa.array(place / 32))
+
+    drawn = Run(make_run(tmp_path / "run", "espo", rollouts=1, rows=with_draws))
+    tokens = drawn.tokens(1).sort_values("group", kind="stable")
+    data = Unpacked(encode(drawn, 1, []).data)
+    for name in ("unmasked", "confidence", "logp_new"):
+        np.testing.assert_array_equal(data.numbers(data.head["shared"][name]), tokens[name])
+    page = microscope([drawn], nonce="n")
+    assert all(f'key: "{name}"' in page for name in ("unmasked", "confidence", "contribution"))
+
+
 def test_push_and_other_methods_are_what_the_core_says(run: Run) -> None:
     others = [hapo.method("dapo"), hapo.method("grpo", kl_coef=0.0)]
     order = run.tokens(9).sort_values("group", kind="stable").index

@@ -5,9 +5,11 @@ import re
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-from hapo.assets import tiny_model_path
+from hapo.assets import MODELS, diffusion_model_path, tiny_model_path
+from hapo.masked import mask_token
+from hapo.samplers.diffusion import Unmasking, decode
 from hapo.tasks import TaskConfig, load_task
 from hapo.tasks.addition import (
     MAX_COMPLETION,
@@ -164,6 +166,33 @@ def test_bundled_model_adds_as_well_as_its_card_says(model, tokenizer):
     rewards = addition_reward(problems["prompt"][:], answers, problems["answer"][:])
     # 200 of the card's 500 problems: three standard errors are 10 points
     assert 100 * sum(rewards) / len(rewards) == pytest.approx(recorded, abs=10)
+
+
+def test_bundled_diffusion_model_is_what_its_card_says():
+    folder = diffusion_model_path()
+    card = (folder / "CARD.md").read_text()
+    names = {"CARD.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert {f.name for f in folder.iterdir()} == names
+    assert hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() in card
+    model = AutoModelForMaskedLM.from_pretrained(folder, local_files_only=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    assert f"{model.num_parameters():,} parameters" in card
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert mask_token(model.config, tokenizer) == model.config.mask_token_id == tokenizer.mask_token_id
+    assert MODELS["diffusion_tiny"] == folder
+
+    _, problems = load_addition(0, 0, 200)
+    ids = tokenizer(problems["prompt"][:], return_tensors="pt").input_ids
+    ends = {"mask_id": tokenizer.mask_token_id, "eos_ids": [tokenizer.eos_token_id]}
+    for how, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+        recorded = float(re.search(rf"{how} accuracy \| ([\d.]+)", card)[1])
+        assert 15 <= recorded <= 40
+        unmasking, generator = Unmasking(length=14, temperature=temperature), torch.Generator().manual_seed(0)
+        drawn = decode(model, ids, torch.ones_like(ids), unmasking, generator=generator, **ends).ids
+        answers = [text.partition(tokenizer.eos_token)[0] for text in tokenizer.batch_decode(drawn.tolist())]
+        rewards = addition_reward(problems["prompt"][:], answers, problems["answer"][:])
+        # 200 of the card's 500 problems: three standard errors are 10 points
+        assert 100 * sum(rewards) / len(rewards) == pytest.approx(recorded, abs=10)
 
 
 @pytest.mark.parametrize("options", [{"chat": True}, {"prompt_template": "{question}?"}])

@@ -1,8 +1,8 @@
-"""The embedded recipes, and two bundled models: a character-level Llama that adds numbers now and then, and one
-that scores such answers.
+"""The embedded recipes, and the bundled models: two that add numbers now and then, and one that scores answers.
 
-They were made by ``scripts/make_tiny_model.py`` and ``scripts/make_reward_model.py``; the ``CARD.md`` beside each
-says how and records its figures.
+``tiny`` is a character-level Llama, made by ``scripts/make_tiny_model.py``; ``diffusion_tiny`` is a
+masked-diffusion BERT, made by ``scripts/make_diffusion_model.py``; ``reward_tiny`` scores, made by
+``scripts/make_reward_model.py``. The ``CARD.md`` beside each says how and records its figures.
 """
 
 from pathlib import Path
@@ -13,6 +13,15 @@ ASSETS = Path(__file__).parent
 def tiny_model_path() -> Path:
     """Folder of the bundled model, for ``from_pretrained``."""
     return ASSETS / "tiny"
+
+
+def diffusion_model_path() -> Path:
+    """Folder of the bundled masked-diffusion model, for ``from_pretrained``."""
+    return ASSETS / "diffusion_tiny"
+
+
+MODELS = {"tiny": tiny_model_path(), "diffusion_tiny": diffusion_model_path()}
+"""Name of each bundled model that commands train, as they take it, and its folder."""
 
 
 def reward_model_path() -> Path:

@@ -40,7 +40,7 @@ from .episodes import answering
 from .held_out import Course, HeldOut
 from .recipe import RecipeParser, told
 from .run_folder import model_options, model_path, prepare_process
-from .train import TrainOptions, build_trainer
+from .train import TrainOptions, build_trainer, config_for
 
 TRL = "trl:"
 TRL_OPTIONS: dict[str, dict[str, Any]] = {"dapo": {"epsilon_high": 0.28}}
@@ -106,7 +106,7 @@ class Arm:
             )
         except ValueError as error:
             raise UsageError(f"arm {self.label!r}: {error}; arms are methods, or {TRL}LOSS_TYPE") from error
-        kind = GRPOConfig if name.startswith(TRL) else HAPOConfig
+        kind = GRPOConfig if name.startswith(TRL) else config_for(name)
         flags = {f.name for f in fields(kind) if f.init} - {"method", "method_options", "loss_type"}
         if name.startswith(TRL) and name.removeprefix(TRL) not in TRL_LOSSES:
             raise UsageError(f"arm {self.label!r}: TRL's losses are {', '.join(TRL_LOSSES)}")
@@ -214,7 +214,7 @@ def content_of(
     Data, model and the files of rewards are their hashes. A library is its version: an edit of its code is not
     seen, nor one of a module that a reward imports.
     """
-    parser = RecipeParser("hapo compare", "", [TaskConfig, HAPOConfig, ModelConfig, TrainOptions])
+    parser = RecipeParser("hapo compare", "", [TaskConfig, type(args), ModelConfig, TrainOptions])
     options = {k: v for k, v in parser.told(recipe.words, recipe.options).items() if k not in NO_CONTENT}
     for name, value in options.items():
         if isinstance(value, str) and Path(value).suffix and Path(value).expanduser().is_file():
@@ -274,7 +274,8 @@ def _end_with_parent() -> None:
 def parse_flags(recipe: Recipe, flags: dict[str, Any]) -> tuple[TaskConfig, HAPOConfig, ModelConfig, TrainOptions]:
     """The recipe's flags, then these, parsed as `hapo train` does."""
     words = [word for name, value in flags.items() for word in (f"--{name}", *_words(value))]
-    parser = RecipeParser("hapo compare", "", [TaskConfig, HAPOConfig, ModelConfig, TrainOptions])
+    kind = config_for(flags.get("method", HAPOConfig.method))
+    parser = RecipeParser("hapo compare", "", [TaskConfig, kind, ModelConfig, TrainOptions])
     parser.set_defaults(run_records=True)
     *configs, _ = parser.read([*recipe.words, *words], recipe.options)
     return tuple(configs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from .arms import PLAN, TRL, Arm, Job, Recipe, content_of, parse_flags, split_ta
 from .finished import finished_runs, split_named
 from .jobs import alone, check_jobs, check_no_run, find_gpus, make_room, run_all
 from .recipe import RecipeParser, recipe_of, without
-from .train import TrainOptions
+from .train import TrainOptions, config_for, config_of, embedded_for
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -113,8 +114,9 @@ class CompareOptions:
 
 def main(argv: list[str]) -> int:
     """Compare, and return the exit code: 1 where a run failed."""
-    kinds = [TaskConfig, HAPOConfig, ModelConfig, TrainOptions, CompareOptions]
-    parser = RecipeParser("hapo compare", DESCRIPTION, kinds)
+    kind = config_of_arms(argv)
+    kinds = [TaskConfig, kind, ModelConfig, TrainOptions, CompareOptions]
+    parser = RecipeParser("hapo compare", DESCRIPTION, kinds, embedded_for(kind))
     parser.set_defaults(run_records=True)
     parser.add_argument(
         "--replace",
@@ -137,10 +139,25 @@ def main(argv: list[str]) -> int:
         own = {*vars(options), "no_ablation", "output_dir", "config", "replace"}
         config, words = without(argv, own)
         model = model_config.model_name_or_path if given & {"model", "model_name_or_path"} else None
-        recipe = Recipe(recipe_of(config, model), words)
+        recipe = Recipe(recipe_of(config, model, embedded_for(kind)), words)
         return _compare(
             recipe, folder, task_config, args, model_config, training, options, arms, told.replace, console
         )
+
+
+def config_of_arms(argv: list[str]) -> type[HAPOConfig]:
+    """The class of the trainer's options, which all arms share.
+
+    Raises:
+        UsageError: some arms are methods of masked-diffusion models and others are not.
+    """
+    at = argv.index("--arms") + 1 if "--arms" in argv else len(argv)
+    labels = list(takewhile(lambda word: not word.startswith("--"), argv[at:]))
+    kinds = {label: config_for(label.partition(":")[0]) for label in labels}
+    if len(set(kinds.values())) > 1:
+        some = ", ".join(label for label, kind in kinds.items() if kind is not HAPOConfig)
+        raise UsageError(f"{some} train masked-diffusion models, and the other arms do not: compare them apart")
+    return next(iter(kinds.values()), None) or config_of(argv)
 
 
 def _compare_finished(folder: Path, options: CompareOptions, given: set[str], console: Console) -> int:

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import yaml
 from trl import TrlParser
 
-from ..assets import ASSETS, embedded
+from ..assets import ASSETS, MODELS, embedded
 from . import UsageError, nearest
 
 DEFAULT = "demo"
@@ -33,7 +33,10 @@ class RecipeParser(TrlParser):
             f"{default} where neither --config nor --model is given",
         )
         self.add_argument(
-            "--model", dest="model_name_or_path", default=None, help="model_name_or_path; tiny is embedded"
+            "--model",
+            dest="model_name_or_path",
+            default=None,
+            help=f"model_name_or_path; embedded: {', '.join(MODELS)}",
         )
 
     def read(self, argv: list[str], recipe: dict[str, Any] | None = None) -> tuple[Any, ...]:

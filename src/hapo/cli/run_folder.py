@@ -19,7 +19,7 @@ from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import ModelConfig
 
-from ..assets import tiny_model_path
+from ..assets import MODELS
 from ..engines.records import check_writable, files_of_run
 from ..engines.trl.checkpoint import complete_checkpoints, state_of
 from ..engines.trl.recorded import Recorded
@@ -66,11 +66,11 @@ def prepare_process(threads: int | None) -> None:
 
 
 def model_path(model_config: ModelConfig) -> str:
-    """Path or Hub id of the model; "tiny" is the embedded one."""
+    """Path or Hub id of the model; "tiny" and "diffusion_tiny" are embedded."""
     name = model_config.model_name_or_path
     if name is None:
         raise UsageError("no model is named: set model_name_or_path to a folder, a Hub id, or tiny")
-    return str(tiny_model_path()) if name == "tiny" else name
+    return str(MODELS.get(name, name))
 
 
 def model_options(model_config: ModelConfig, given: dict[str, Any] | None) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from . import INTERRUPTED, UsageError
 from .agent import train_agent
 from .episodes import answering
 from .held_out import Course, HeldOut
-from .recipe import RecipeParser, recipe_of, told
+from .recipe import DEFAULT, RecipeParser, recipe_of, told
 from .run_folder import (
     add_resume,
     check_folder,
@@ -42,7 +42,7 @@ from .run_folder import (
 )
 
 DESCRIPTION = """Train a model with verifiable rewards. Flags: those of the task, of TRL's GRPOConfig with a
-method, and of TRL's ModelConfig. Without --config or --model: the embedded demo."""
+method, and of TRL's ModelConfig. Without --config or --model: the embedded demo, or that of diffusion models."""
 
 
 @dataclass
@@ -85,7 +85,9 @@ def main(argv: list[str]) -> int:
         return 0
     if method_of(argv) == ETPOConfig.method:
         return train_agent(argv, checkpoint)
-    parser = RecipeParser("hapo train", DESCRIPTION, [TaskConfig, config_of(argv), ModelConfig, TrainOptions])
+    kind = config_of(argv)
+    kinds = [TaskConfig, kind, ModelConfig, TrainOptions]
+    parser = RecipeParser("hapo train", DESCRIPTION, kinds, embedded_for(kind))
     add_resume(parser)
     parser.set_defaults(run_records=True)
     task_config, args, model_config, options, _ = parser.read(argv)
@@ -201,9 +203,7 @@ def config_of(argv: list[str]) -> type[HAPOConfig]:
     Raises:
         UsageError: there is no such recipe, or it is malformed.
     """
-    named = method_of(argv)
-    known = named in hapo.methods("policy") and hapo.method(named).likelihood is not None
-    return DiffusionConfig if known else HAPOConfig
+    return config_for(method_of(argv))
 
 
 def method_of(argv: list[str]) -> str:
@@ -219,6 +219,17 @@ def method_of(argv: list[str]) -> str:
         return words[found[-1] + 1] if found else None
 
     return str(flag("--method") or recipe_of(flag("--config"), flag("--model")).get("method", HAPOConfig.method))
+
+
+def config_for(method: str) -> type[HAPOConfig]:
+    """The class of the trainer's options for a method; that of most methods where there is no such method."""
+    known = method in hapo.methods("policy") and hapo.method(method).likelihood is not None
+    return DiffusionConfig if known else HAPOConfig
+
+
+def embedded_for(kind: type[HAPOConfig]) -> str:
+    """Name of the embedded recipe of a class of options."""
+    return "diffusion" if issubclass(kind, DiffusionConfig) else DEFAULT
 
 
 def _binary(trainer: HAPOTrainer) -> bool:

@@ -141,7 +141,8 @@ class RunRecords:
             step: optimiser step, from 1.
             rollout: first optimiser step of the rollout batch that the rows are of.
             batch: the prepared rows, with the current policy's log-probs.
-            made: `LossOutput.tokens` of them, and "gate", the mean of a token's gates, where the model has some.
+            made: `LossOutput.tokens` of them; "gate", the mean of a token's gates, where the model has some; and
+                "unmasked" and "confidence", when and how surely a masked-diffusion model drew each.
             mask: valid response tokens, those of dropped groups included.
             response: row of each response in the rollout batch.
             responses: rows of that whole batch whose rewards count.
@@ -174,6 +175,8 @@ class RunRecords:
             "advantage": batch.advantage,
             "advantage_used": made["advantage"],
             "gate": made.get("gate"),
+            "unmasked": made.get("unmasked"),
+            "confidence": made.get("confidence"),
             **{
                 k: None if x is None else x.float().masked_fill(~batch.mask, torch.nan)
                 for k, x in meaningful.items()

@@ -31,7 +31,7 @@ BUDGET = 8 * 2**20
 """Characters of encoded data that a page may hold."""
 SHARED = (
     *("entropy", "entropy_new", "temperature", "logp_old", "logp_new", "logp_sampler", "logp_ref", "gate"),
-    *("token_reward", "logp", "rank", "expected_rank"),
+    *("token_reward", "logp", "rank", "expected_rank", "unmasked", "confidence"),
     *("q", "value", "target", "q_other", "other", "kl"),
 )
 """Columns that are the same under every method."""

@@ -23,6 +23,7 @@ from .page import new_nonce, render
 from .run import Run, of_runs, recompute
 from .targets import extremes, method_of_targets, reweigh, target_figures
 from .token_figures import ROLLOUTS, analysed, token_figures, visible
+from .unmasking import unmasking
 
 PARTIAL = (
     "Rollout batches were recorded in part (record_tokens_rows), so that what a method takes over a whole batch, "
@@ -131,7 +132,9 @@ def _token_figures(run: Run, tokens: pd.DataFrame | None = None) -> list[Figure]
     tokens = analysed(run) if tokens is None else tokens
     if run.agent:
         return agent_figures(tokens)
-    return target_figures(tokens) if run.supervised else token_figures(tokens)
+    if run.supervised:
+        return target_figures(tokens)
+    return token_figures(tokens) + ([unmasking(tokens)] if "unmasked" in tokens else [])
 
 
 def _findings(runs: Sequence[Run]) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from ..estimate import Estimate
 from ..records import PACKAGES
 from .recorder import options_told
 
-BUNDLED = Path(hapo.__file__).parent / "assets" / "tiny"
+BUNDLED = Path(hapo.__file__).parent / "assets"
 
 
 def model_card(
@@ -86,8 +86,8 @@ def model_card(
 def _base(name: str) -> tuple[str, str | None]:
     """The base model in words, and its id on the Hub if it has one."""
     path = Path(name)
-    if name == "tiny" or path == BUNDLED:
-        return "`tiny`, the small model that hapo brings", None
+    if name in ("tiny", "diffusion_tiny") or path.parent == BUNDLED:
+        return f"`{path.name}`, the small model that hapo brings", None
     if not name:
         return "made in the training script", None
     if path.is_absolute() or path.exists():

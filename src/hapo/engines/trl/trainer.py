@@ -379,9 +379,13 @@ class HAPOTrainer(RecordedTrainer):
             loss = (1 - mu) * loss
         self._step_metrics.add(out, batch, auxiliary, mixed=mu > 0)
         if records is not None:
-            gate = None if scored.gates is None else scored.gates.mean
-            records.add_tokens(self.state.global_step + 1, inputs, batch, out, self._sampled_with, gate)
+            beside = self._recorded_beside(inputs, scored)
+            records.add_tokens(self.state.global_step + 1, inputs, batch, out, self._sampled_with, beside)
         return loss
+
+    def _recorded_beside(self, inputs: dict[str, Any], scored: Scored) -> dict[str, Tensor]:
+        """What records have of each token (B,T) beside its scores and what the method made of it."""
+        return {} if scored.gates is None else {"gate": scored.gates.mean}
 
     def _backward(self, loss: Tensor) -> None:
         with torch.autocast(loss.device.type, enabled=False):

@@ -8,6 +8,9 @@ const QUANTITIES = [
   { key: "entropy", name: "entropy", unit: "nats", scale: "sequential", zero: true, note: "of the policy at rollout" },
   { key: "signal", name: "signal", scale: "diverging", own: true, note: "the method's number per token; h of HAPO" },
   { key: "temperature", name: "temperature", scale: "sequential", note: "that the token was drawn at" },
+  { key: "unmasked", name: "unmasked in", scale: "sequential", zero: true, note: "forward pass that drew the token, from 0; none where the response had ended" },
+  { key: "confidence", name: "confidence", scale: "sequential", zero: true, note: "the model's probability of the token in that pass" },
+  { key: "contribution", name: "contribution", unit: "nats", scale: "diverging", note: "of the token to the estimate of the response's log-likelihood, now" },
   { key: "gate", name: "gate", scale: "diverging", centre: 0.5, note: "mean over the gates of a GateRA adapter" },
   { key: "token_reward", name: "token reward", scale: "diverging", note: "what the reward side gave the token" },
   { key: "ratio", name: "ratio", scale: "diverging", centre: 1, own: true, note: "current policy to policy at rollout" },
@@ -55,6 +58,7 @@ const MORE = [
 const DERIVED = {
   target_weight: (r, m) => r.column("rank", 0) && r.column("weight", m),
   behind: (r) => combine(r.column("rank", 0), r.column("expected_rank", 0), (rank, expected) => Math.log2(rank / expected)),
+  contribution: (r) => r.column("unmasked", 0) && r.column("logp_new", 0), // of a masked-diffusion model
   mismatch: (r) => combine(r.column("logp_old", 0), r.column("logp_sampler", 0), (old, sampler) => old - sampler),
   moved: (r, m) => combine(r.column("advantage_used", m), r.column("advantage", m), (used, before) => used - before),
   side: (r, m) => combine(r.column("clipped", m), r.column("ratio", m), (clipped, ratio) => clipped * (ratio < 1 ? -1 : 1)),
