@@ -201,9 +201,7 @@ def test_the_recipe_for_code_runs_with_a_tiny_random_model_that_chats(tmp_path):
     assert run.finished is not None and run.finished["steps"] == 2
     assert (run.folder / "model/adapter_model.safetensors").is_file()
     prompts = run.tokens(1)["prompt"].unique()
-    assert any(re.search(r"\d \? Answer$", text) for text in prompts), (
-        prompts
-    )  # "=" is no word of it
+    assert any(re.search(r"\d \? Answer$", text) for text in prompts), prompts  # "=" is no word of it
 
 
 def test_the_embedded_recipe_names_no_option_twice_and_is_read():
