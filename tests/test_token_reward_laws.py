@@ -31,7 +31,7 @@ ids = [name + "".join(f"-{k}={v}" for k, v in options.items()) for name, options
 every = pytest.mark.parametrize(
     "method", [hapo.method(name, **options, advantage="token_reward") for name, options in OPTIONS], ids=ids
 )
-few = settings(max_examples=6)
+few = settings(max_examples=4)
 
 
 @st.composite
