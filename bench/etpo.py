@@ -28,6 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hapo.loops import etpo
 from hapo.loops.networks import SharedNetworks, hidden_states
 from hapo.loops.options import ETPOConfig
+from hapo.loops.packed import pack
 from hapo.loops.turns import AgentTurn, Segment
 from hapo.parts import soft_q
 from hapo.scoring import attach_scoring, score_tokens
@@ -88,7 +89,7 @@ def segments(rows: int) -> list[Segment]:
 def shares(rows: int, times: int) -> dict[str, float]:
     """Processor seconds of the four forward passes and of the targets over the vocabulary, medians."""
     networks, args = SharedNetworks(model(), config()), ETPOConfig()
-    packed = etpo.pack(segments(rows), 0, torch.device("cpu"))
+    packed = pack(segments(rows), 0, torch.device("cpu"))
     passes, wide = [], []
     with torch.no_grad():
         for _ in range(times + 1):

@@ -14,9 +14,10 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from hapo.engines.trl.finite import NotFiniteError
-from hapo.loops.etpo import ETPO, pack, update
+from hapo.loops.etpo import ETPO, update
 from hapo.loops.networks import WholeNetworks, hidden_states
 from hapo.loops.options import ETPOConfig
+from hapo.loops.packed import pack
 from hapo.loops.turns import AgentTurn, Sampling, Segment, sample
 from hapo.parts import soft_q
 from hapo.tasks.environments import load_environment
@@ -407,3 +408,21 @@ def test_an_environment_of_ones_own():
     found = load_environment("tests.loops.small:load", seed=0, train_size=4, eval_size=2, options={"max_turns": 2})
     environment = found.make()
     assert environment.max_turns == 2 and environment.reset(**found.train[1]) == "a"
+
+
+@pytest.mark.parametrize("target", ["kl_ref", "entropy", "released"])
+@pytest.mark.parametrize("critic", ["logits", "residual"])
+def test_what_is_recorded_of_a_token_is_what_the_update_does_with_it(target, critic):
+    """push = -N dL_pi / dz of the taken token, by the head's bias in a model that has one."""
+    loop = small.run(target=target, critic=critic, max_grad_norm=1e9)
+    head = loop.networks._models["policy"].lm_head
+    head.bias = torch.nn.Parameter(torch.zeros(head.out_features))
+    seen: list[Any] = []
+    of = [segments(loop)[1]]  # one token: the gradient of the bias is that of its logits
+    got = {}
+    step = loop.optimisers["policy"].step
+    loop.optimisers["policy"].step = lambda: got.setdefault("bias", head.bias.grad.clone()) is None or step()
+    update(loop.networks, loop.optimisers, of, loop.args, CPU, pad=0, see=lambda *of_pass: seen.append(of_pass[2]))
+    (states,) = seen
+    assert float(states.push) == pytest.approx(-got["bias"][1].item(), abs=1e-6)
+    assert int(states.other) != 1 and states.q_other.isfinite().all()

@@ -21,8 +21,9 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from ..engines.estimate import Estimate
 from ..engines.records import RunRecords, append_line, manifest, weights_hash
 from ..insight.run import Run
-from ..loops.etpo import ETPO, STATE, Packed, States
+from ..loops.etpo import ETPO, STATE, States
 from ..loops.options import ETPOConfig
+from ..loops.packed import Packed
 from ..loops.recorder import TurnRecorder
 from ..loops.turns import Segment
 from ..outputs import write_whole

@@ -6,8 +6,8 @@
             critic step    q(s, a) towards y
             target step    theta_t <- polyak theta_t + (1 - polyak) theta
 
-Policy, critic, target critic and reference are language models; the logits of the critics are their Q values. One
-forward pass of each network an update. The data are dropped after it.
+Policy, critic, target critic and reference are language models; the logits of the critics are their Q values. The
+data are dropped after an update.
 
 Over several processes each has some of the agents; losses are divided by the tokens of all, and gradients added
 up, so that the update does not depend on the number of processes. Every process holds the whole networks.
@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -50,27 +50,11 @@ from .networks import (
     save_networks,
 )
 from .options import ETPOConfig
+from .packed import Packed, pack
 from .turns import Agent, Sampling, Segment, Speech, collect, play
 
 STATE = "etpo_state.json"
 """Written last into a checkpoint: a folder without it is incomplete."""
-
-
-class Packed(NamedTuple):
-    """Segments as tensors."""
-
-    ids: Int[Tensor, "R C"]
-    attention: Int[Tensor, "R C"]
-    at: Int[Tensor, "2 N"]
-    """Row and column of each state: the column that predicts its token."""
-    place: Int[Tensor, "3 N"]
-    """Segment, turn and token of each state; the state after a segment's last turn has a turn of its own."""
-    action: Int[Tensor, " N"]
-    taken: Bool[Tensor, " N"]
-    """A token was taken in this state, and not only looked at for its value."""
-    mask: Bool[Tensor, "R S L"]
-    reward: Float[Tensor, "R S"]
-    goes_on: Bool[Tensor, "R S"]
 
 
 class States(NamedTuple):
@@ -90,33 +74,6 @@ class States(NamedTuple):
     q_other: Float[Tensor, " N"]
     push: Float[Tensor, " N"]
     """-N dL_pi / dz of the taken token."""
-
-
-def pack(segments: Sequence[Segment], pad: int, device: torch.device) -> Packed:
-    """Segments padded on the right. A turn without tokens has no state, and no place in the loss."""
-    width = max(len(one.ids) for one in segments)
-    turns = max(len(one.turns) for one in segments)
-    length = max([1, *(len(turn.ids) for one in segments for turn in one.turns)])
-    states: list[tuple[int, int, int, int, int, bool]] = []
-    mask = torch.zeros(len(segments), turns, length, dtype=torch.bool)
-    reward, goes_on = torch.zeros(len(segments), turns), torch.ones(len(segments), turns, dtype=torch.bool)
-    for r, one in enumerate(segments):
-        for s, turn in enumerate(one.turns):
-            mask[r, s, : len(turn.ids)] = True
-            reward[r, s], goes_on[r, s] = turn.reward, turn.goes_on
-            states += [(r, turn.start - 1 + j, s, j, token, True) for j, token in enumerate(turn.ids)]
-            if not turn.ids:
-                states.append((r, turn.start - 1, s, 0, pad, False))
-        if one.turns[-1].goes_on:
-            states.append((r, len(one.ids) - 1, len(one.turns), 0, pad, False))
-    row, column, turn_, token_, action, taken = (torch.tensor(x, device=device) for x in zip(*states, strict=True))
-    ids = torch.tensor([one.ids + [pad] * (width - len(one.ids)) for one in segments], device=device)
-    attention = torch.tensor(
-        [[1] * len(one.ids) + [0] * (width - len(one.ids)) for one in segments], device=device
-    )
-    place = torch.stack([row, turn_, token_])
-    at = torch.stack([row, column])
-    return Packed(ids, attention, at, place, action, taken, mask.to(device), reward.to(device), goes_on.to(device))
 
 
 def update(
@@ -179,15 +136,15 @@ MEANS = ("loss/policy", "loss/critic", "value", "kl", "entropy", "q", "target")
 
 
 def _pass(networks: Networks, packed: Packed, args: ETPOConfig, count: int) -> tuple[States, list[Tensor]]:
-    """One forward pass of each network over some segments, and the backward passes of policy and critic."""
+    """The forward passes over some segments, and the backward passes of policy and critic."""
     inputs = packed.ids, packed.attention, packed.at
     with torch.no_grad():
         with networks.use("target") as net:
             slow = hidden_states(net, *inputs)
         with networks.use("reference") as net:
             rho = hidden_states(net, *inputs)
-    with networks.use("critic") as net:
-        fast = hidden_states(net, *inputs)
+        with networks.use("critic") as net:
+            fast = hidden_states(net, *inputs)
     chunk = soft_q.chunk_size(networks.logits("reference", rho[:1]).shape[-1], rho.device)
     chunks = partial(soft_q.in_chunks, size=chunk)
     q_of = partial(_q, networks, args.critic)
@@ -197,10 +154,11 @@ def _pass(networks: Networks, packed: Packed, args: ETPOConfig, count: int) -> t
         with torch.no_grad():
             value, kl, *more = chunks(partial(_see, networks, q_of, args), [action, slow, fast, rho, pi])
             states = States(_targets(packed, value, kl, args), value, kl, *more)
-        (terms,) = chunks(partial(_policy, networks, q_of, args), [fast.detach()[taken], rho[taken], pi[taken]])
+        (terms,) = chunks(partial(_policy, networks, q_of, args), [fast[taken], rho[taken], pi[taken]])
         policy_loss = terms.sum() / count
         policy_loss.backward()
-    with networks.use("critic"):
+    with networks.use("critic") as net:  # a second time, so that two networks' activations are never held at once
+        fast = hidden_states(net, *inputs)
         (q,) = chunks(partial(_taken, q_of), [action[taken], rho[taken], fast[taken]])
         critic_loss = soft_q.huber(states.target[taken] - q, args.huber_delta).sum() / count
         critic_loss.backward()
@@ -229,9 +187,10 @@ def _see(
     p = logits.softmax(-1)
     f = args.beta * (logp - (ref_logp if args.target == "kl_ref" else 0.0)) - q.masked_fill(p == 0, 0.0)
     best, other = q.scatter(-1, action, -torch.inf).max(-1)
-    of_taken = [
-        x.gather(-1, action).squeeze(-1) for x in (p * ((p * f).sum(-1, keepdim=True) - f), logp, ref_logp, q)
-    ]
+    pushes = p * ((p * f).sum(-1, keepdim=True) - f)
+    if args.target == "released":
+        pushes = args.beta * (p - 1 / p.shape[-1])
+    of_taken = [x.gather(-1, action).squeeze(-1) for x in (pushes, logp, ref_logp, q)]
     entropy = -(p * logp).sum(-1)
     push, logp, ref_logp, q = of_taken
     return value, kl, entropy, logp, ref_logp, q, other, best, push
