@@ -131,7 +131,8 @@ def test_the_trl_page_has_every_refused_option_and_every_metric():
 def test_the_records_page_has_every_column(tmp_path):
     method = hapo.method("hapo", filter_groups=False).replace(select=lambda batch: batch.mask)
     batch = worked_batch()
-    batch = method.prepare(batch.replace(sampler_logp=batch.old_logp, entropy=batch.old_entropy))
+    batch = batch.replace(sampler_logp=batch.old_logp, entropy=batch.old_entropy, token_reward=batch.old_logp)
+    batch = method.prepare(batch)
     ids = torch.zeros(batch.mask.shape, dtype=torch.long)
     records = RunRecords(tmp_path)
     texts = [["a"] * batch.mask.shape[1]] * len(batch)
@@ -140,7 +141,8 @@ def test_the_records_page_has_every_column(tmp_path):
         1,
         1,
         batch,
-        {**method.loss(batch).tokens, "gate": torch.full(batch.mask.shape, 0.5)},
+        method.loss(batch).tokens
+        | dict.fromkeys(("gate", "unmasked", "confidence"), torch.full(batch.mask.shape, 0.5)),
         mask=batch.mask,
         response=torch.arange(len(batch)),
         responses=len(batch),

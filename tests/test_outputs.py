@@ -169,7 +169,7 @@ def test_nothing_of_the_library_writes_a_file_in_another_way():
     }
     source = Path(hapo.__file__).parent
     calls = re.compile(
-        r"\.write_(text|bytes)\(|\.to_(csv|parquet|json)\((?!index=False\))|write_table\((?!.*, table,)|os\.replace\(|\bopen\(.*[\"'][wax]"
+        r"\.write_(text|bytes)\(|\.to_(csv|parquet|json)\((?!index=False\))|write_table\((?!.*(, table,|, buffer\)))|os\.replace\(|\bopen\(.*[\"'][wax]"
     )
     found = {
         f"{file.relative_to(source)}: {line.strip()}"

@@ -1,6 +1,6 @@
 """One rank of a torchrun, for all tests of two ranks, since starting one takes longer than its runs: two_ranks FOLDER.
 
-Gradients on fixed completions go to FOLDER/NAME.safetensors for each of `SPLIT`, those on demonstrations for each of
+Gradients on fixed completions go to FOLDER/NAME.safetensors for each of `SPLIT` and `DIFFUSION`, those on demonstrations for each of
 `SUPERVISED`, and those of ours and TRL's for each of `trl_pairs`. Then comes a run with dynamic sampling and
 records, in FOLDER/run, whose groups straddle ranks; it is resumed inside a rollout, and the metrics of both stand in
 FOLDER/first.jsonl and FOLDER/run/metrics.jsonl. The gradients of scoring are checked here. Last comes `hapo train`,
@@ -21,13 +21,20 @@ from hapo.cli import main
 from hapo.engines.trl.rows import RolloutRows
 from hapo.trl import HAPOTrainer
 from tests.cli import small
-from tests.engines import fixed_rollout, supervised_run, tiny
+from tests.engines import fixed_diffusion, fixed_rollout, supervised_run, tiny
+from tests.loops import small as agents
 from tests.test_scoring import check_gradients_over_two_ranks
 
 
 def some_digits(completions: list[str], **_) -> list[float | None]:
     """Another reward, which has nothing to say of completions that begin with a letter."""
     return [None if text[:1].isalpha() else float(sum(c.isdigit() for c in text)) for text in completions]
+
+
+def digit_by_digit(completion_ids: list[list[int]], **_) -> list[float | list[float]]:
+    """A reward per token, but for completions that begin with a digit, which have one for the whole."""
+    digits = [[float(2 <= i <= 11) for i in ids] for ids in completion_ids]
+    return [sum(row) if row[0] else row for row in digits]
 
 
 def gated(net=None):
@@ -58,6 +65,13 @@ SPLIT = {
         "reward_weights": [1.0, 0.5],
         "entropy_coef": 0.3,
     },
+    "token_rewards": {
+        "method": "hapo",
+        "method_options": {"advantage": "token_reward", "gamma": 0.9},
+        "reward": [digit_by_digit, some_digits],
+        "reward_weights": [1.0, 0.5],
+        "overlong_buffer": 4,
+    },
     "gatera": {"method": "hapo", "kind": Gated},
     "hybrid": {
         "method": "egspo",
@@ -69,8 +83,12 @@ SPLIT = {
     },
 }
 """Statistics of the rollout batch; a choice of tokens by the current policy in each optimiser step; several rewards,
-each normalised, with the entropy term and the off-policy mask; gates beside; demonstrations, fewer than micro-batches."""
+each normalised, with the entropy term and the off-policy mask; lists and numbers of two of them as token rewards, with
+a length penalty; gates beside; demonstrations, fewer than micro-batches."""
 
+
+DIFFUSION = ("espo", "diffu_grpo")
+"""Noise that is drawn over the rows of all ranks; end-of-sequence tokens count, or end a response."""
 
 SUPERVISED = {
     "sft": {"method": "sft"},
@@ -133,6 +151,11 @@ if __name__ == "__main__":
         if trainer.accelerator.is_main_process:
             flat = {f"{i}.{n}": g for i, step in enumerate(gradients.steps) for n, g in step.items()}
             save_file(flat, folder / f"{name}.safetensors")
+    for name in DIFFUSION:
+        gradients = fixed_diffusion.run(6, method=name)
+        if trainer.accelerator.is_main_process:
+            flat = {f"{i}.{n}": g for i, step in enumerate(gradients) for n, g in step.items()}
+            save_file(flat, folder / f"{name}.safetensors")
     for name, options in SUPERVISED.items():
         options = {**options, "net": options["net"]()} if "net" in options else options
         _, gradient, trainer = supervised_run.run(folder / "supervised", rows=2, accumulation=2, **options)
@@ -151,6 +174,9 @@ if __name__ == "__main__":
     trainer = run(folder / "run", folder / "run/checkpoints/checkpoint-1")
     check_gradients_over_two_ranks()
     (folder / "scored").touch()
+    gradient = agents.first_update()
+    if trainer.accelerator.is_main_process:
+        save_file(gradient, folder / "etpo.safetensors")
     (folder / "cli").mkdir(exist_ok=True)
     argv = small.train(folder / "cli/demo", max_steps=2, per_device_train_batch_size=4, eval_size=7)
     assert main(argv) == 0  # and ends the process group

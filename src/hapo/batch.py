@@ -21,6 +21,7 @@ TOKEN_FIELDS = (
     "entropy",
     "rank",
     "expected_rank",
+    "token_reward",
     "advantage",
     "signal",
     "weight",
@@ -107,6 +108,11 @@ class TokenBatch:
     """The verifier's verdict before any shaping; group filtering acts on it. `reward` where absent."""
     rewards: Float[Tensor, "B K"] | None = None
     """The reward of each of K functions, before weights and sum, NaN where one does not apply; GDPO reads them."""
+    token_reward: Float[Tensor, "B T"] | None = None
+    """Reward of each token, where the reward side attributes one: process rewards, shaped rewards. A row with a
+    NaN at a valid place could not be scored."""
+    turn: Int[Tensor, "B T"] | None = None
+    """Number of the turn of an episode that a token is of, from 0; runs of valid tokens where absent."""
     advantage: Float[Tensor, "B T"] | None = None
     """What the token earned relative to its group."""
     signal: Float[Tensor, "B T"] | None = None
@@ -132,7 +138,8 @@ class TokenBatch:
             value = getattr(self, f.name)
             if not isinstance(value, Tensor) or f.name == "mask":
                 continue
-            expected: tuple[int, ...] = (b, t) if f.name in TOKEN_FIELDS or f.name == "keep" else (b,)
+            per_token = f.name in TOKEN_FIELDS or f.name in ("keep", "turn")
+            expected: tuple[int, ...] = (b, t) if per_token else (b,)
             if f.name == "rewards":
                 expected = (b, *value.shape[1:2]) if value.ndim == 2 else (b, 1)
             if tuple(value.shape) != expected:
@@ -143,9 +150,10 @@ class TokenBatch:
                 if value.dtype != torch.bool:
                     raise ValueError(f"keep must be a bool tensor, got {value.dtype}")
                 continue
-            if f.name == "group":
+            if f.name in ("group", "turn"):
                 if value.is_floating_point() or value.is_complex():
-                    raise ValueError(f"group holds prompt ids and must be an integer tensor, got {value.dtype}")
+                    what = "prompt ids" if f.name == "group" else "numbers of turns"
+                    raise ValueError(f"{f.name} holds {what} and must be an integer tensor, got {value.dtype}")
             elif not value.is_floating_point():
                 raise ValueError(f"{f.name} must be a floating-point tensor, got {value.dtype}")
 
@@ -154,15 +162,29 @@ class TokenBatch:
 
     @property
     def scored(self) -> Bool[Tensor, " B"]:
-        """True at the rows that could be scored: neither reward nor verdict is NaN.
+        """True at the rows that could be scored: neither reward nor verdict is NaN, nor the reward of a token.
 
         Raises:
             ValueError: the batch has no rewards.
         """
-        if self.reward is None:
-            raise ValueError("the batch has no rewards: TokenBatch.reward is missing")
-        nan = self.reward.isnan()
+        nan = self.outcome.isnan()
+        if self.token_reward is not None:
+            nan = nan | (self.token_reward.isnan() & self.mask).any(-1)
         return ~(nan if self.verdict is None else nan | self.verdict.isnan())
+
+    @property
+    def outcome(self) -> Float[Tensor, " B"]:
+        """`reward`; where only `token_reward` was given, its sum over the valid tokens of each row.
+
+        Raises:
+            ValueError: the batch has no rewards.
+        """
+        if self.reward is not None:
+            return self.reward
+        if self.token_reward is None:
+            raise ValueError("the batch has no rewards: TokenBatch.reward and TokenBatch.token_reward are missing")
+        per_token = masked(self.token_reward.detach(), self.mask)
+        return per_token.double().sum(-1).to(per_token.dtype)
 
     def replace(self, **changes: Any) -> TokenBatch:
         """A copy with some fields changed."""

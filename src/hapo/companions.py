@@ -1,4 +1,4 @@
-"""What stands beside the methods in the list of `hapo methods`: an adapter and two optimisers, in words.
+"""What stands beside the methods in the list of `hapo methods`: an adapter, two optimisers and an agent, in words.
 
 It imports nothing, so that a list of names takes no second.
 """
@@ -11,10 +11,10 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Companion:
-    """An adapter or an optimiser that any method trains with."""
+    """An adapter or an optimiser that any method trains with, or an agent with a loop of its own."""
 
     name: str
-    kind: Literal["adapter", "optimiser"]
+    kind: Literal["adapter", "optimiser", "agent"]
     summary: str
     title: str
     """Of its paper."""
@@ -84,5 +84,25 @@ OSG = Companion(
     },
 )
 
-COMPANIONS = {one.name: one for one in (GATERA, OADAGRAD, OSG)}
+ETPO = Companion(
+    name="etpo",
+    kind="agent",
+    summary="a critic with a Q value for every token, by soft Bellman backups token by token, for several turns",
+    title="Entropy-Regularized Token-Level Policy Optimization for Language Agent Reinforcement",
+    year=2024,
+    arxiv="2402.06700",
+    home="hapo.loops.etpo.ETPO",
+    use="hapo train --method etpo",
+    options={
+        "beta": ["0.01", "weight of KL(policy || initial model), reward per nat (authors' code)"],
+        "gamma": ["0.99", "discount between turns; inside a turn there is none (authors' code)"],
+        "polyak": ["0.995", "share of itself that the target critic keeps an update (authors' code)"],
+        "huber_delta": ["10.0", "where the critic's loss becomes linear (authors' code)"],
+        "target": ["'kl_ref'", "kl_ref (derived), entropy, or released, which learns nothing from the critic"],
+        "lam": ["0.0", "share of the trajectory in the targets, soft TD(lambda) (ours)"],
+        "critic": ["'logits'", "what Q is: logits, or residual, minus those of the initial model (ours)"],
+    },
+)
+
+COMPANIONS = {one.name: one for one in (GATERA, OADAGRAD, OSG, ETPO)}
 """By name."""

@@ -25,7 +25,12 @@ def predicts_next(config: Any) -> bool:
 
     Those of the type Dream do, and those whose configuration has `predicts_next: true`.
     """
-    return bool(getattr(config, "predicts_next", str(getattr(config, "model_type", "")).lower() == "dream"))
+    return bool(getattr(config, "predicts_next", is_dream(config)))
+
+
+def is_dream(config: Any) -> bool:
+    """Whether this is the configuration of a Dream model, which is code of its own beside its weights."""
+    return str(getattr(config, "model_type", "")).lower() == "dream"
 
 
 def mask_token(config: Any, tokenizer: Any) -> int:
@@ -113,9 +118,14 @@ def masked_logits(
 
 
 def inputs_of(base: nn.Module, ids: Int[Tensor, "B C"], attention: Int[Tensor, "B C"]) -> dict[str, Any]:
-    """What the forward of this model takes: positions are counted from the first token that is not padding."""
+    """What the forward of this model takes: positions are counted from the first token that is not padding.
+
+    Dream hands the mask to torch's attention as it is, so it gets one that is broadcast over heads and queries.
+    """
     known = inspect.signature(base.forward).parameters
     given: dict[str, Any] = {"input_ids": ids, "attention_mask": attention}
+    if is_dream(getattr(base, "config", None)):
+        given["attention_mask"] = attention.bool()[:, None, None]
     if "position_ids" in known:
         given["position_ids"] = (attention.long().cumsum(1) - 1).clamp_min(0)
     if "use_cache" in known:

@@ -44,6 +44,9 @@ class Method:
     """As `signal_at` says. A number per token that later stages read."""
     signal_at: When = "prepare"
     """At "prepare" it comes before the advantage; at "step" and "loss" it may read it, and the current policy."""
+    credit: Callable[[Record], Float[Tensor, "B T"]] | None = None
+    """Prepare, before the advantage. Of `token_reward`, what the advantage compares in the place of `reward`: the
+    record's `returns`, a number for each row and column."""
     likelihood: Likelihood | None = None
     """Scoring. How the log-probs are made of views of a response with some of it hidden, by a masked-diffusion
     model; None: they are the autoregressive ones."""
@@ -95,6 +98,7 @@ class Method:
             "likelihood": self.likelihood,
             "filter": mixed_groups if self.filter_groups else None,
             "signal": self.signal,
+            "credit": self.credit,
             "advantage": self.advantage,
             "select": self.select,
             "ratio": self.ratio,
@@ -134,6 +138,7 @@ class Method:
         """Advantage, signal and weight of a rollout batch, frozen; statistics. Then step(), as one step.
 
         A row whose reward or verdict is NaN could not be scored: it is in no statistic, its tokens are masked.
+        Where only `token_reward` is given, `reward` is its sum.
 
         Call it once on the whole rollout batch, all ranks together: group means, statistics and advantages are
         taken here and nowhere else. Where the rollout batch is used for several optimiser steps, call `step` on
@@ -143,6 +148,8 @@ class Method:
             ValueError: a field that this method reads is missing.
         """
         batch = batch.replace(**dict.fromkeys(("advantage", "signal", "weight", "keep", "stats", "totals")))
+        if batch.reward is None and batch.token_reward is not None:
+            batch = batch.replace(reward=batch.outcome)
         rollout = Record(self.name, batch)
         reward, group, _ = rollout.reward, rollout.group, rollout.old_logp  # what every policy method reads
         used = scored = batch.scored
@@ -162,6 +169,8 @@ class Method:
                 record.stats = made["stats"]
             if self.signal is not None and self.signal_at == "prepare":
                 record.signal = made["signal"] = masked(self.signal(record), batch.mask)
+            if self.credit is not None:
+                record.returns = self.credit(record)
             record.advantage = made["advantage"] = masked(self.advantage(record), batch.mask)
             if self.sampler_cap is not None and batch.sampler_logp is not None:
                 weight = truncated_correction(record.old_logp, record.sampler_logp, self.sampler_cap)

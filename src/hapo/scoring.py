@@ -218,7 +218,7 @@ def score_states(model: Any, states: Float[Tensor, "N D"], tokens: Int[Tensor, "
     """
     layer = output_layer(model)
     weight, bias = _whole(layer.weight), _whole(layer.bias)
-    scale, softcap = _logit_transform(model.config.get_text_config())
+    scale, softcap = logit_transform(model.config.get_text_config())
     given = states.to(weight.device), weight, tokens.to(weight.device)
     return score_hidden(*given, bias=bias, logit_scale=scale, softcap=softcap, **options)
 
@@ -264,7 +264,7 @@ def _whole(parameter: Any) -> Any:
     return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
 
 
-def _logit_transform(config: Any) -> tuple[float, float | None]:
+def logit_transform(config: Any) -> tuple[float, float | None]:
     """Scale and soft cap between output layer and logits, by the names that transformers' models give them."""
     softcap = getattr(config, "final_logit_softcapping", None)
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere, Muse, Falcon-H1

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 from torch import Tensor
 
 from .batch import TOKEN_FIELDS, TokenBatch, masked, working_dtype
+from .parts.turns import turn_index
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -27,7 +28,9 @@ When = Literal["prepare", "step", "loss"]
 MISSING = {
     "logp": "the log-prob of each token under the current policy",
     "old_logp": "the log-prob of each token under the policy at rollout",
-    "reward": "the outcome reward of each response (B,)",
+    "reward": "the outcome reward of each response (B,); without it, token_reward gives it as its sum",
+    "token_reward": "the reward of each token (B,T), where the reward side attributes one",
+    "turn": "the number of the turn that each token is of (B,T)",
     "group": "the prompt id of each response (B,): equal ids are samples of one prompt",
     "ref_logp": "the log-prob of each token under the reference policy; give it, or kl_coef=0 for no penalty",
     "sampler_logp": "the log-prob of each token under the distribution that drew it",
@@ -37,6 +40,7 @@ MISSING = {
     "rank": "the rank of each token in the current distribution; score_hidden(..., rank=True) gives it",
     "expected_rank": "the rank that the distribution expects; score_hidden(..., expected_rank=True) gives it",
     "signal": "the stage `signal` makes it, at prepare(), step() or loss() as `signal_at` says",
+    "returns": "the stage `credit` makes it of token_reward, in prepare() before the advantage",
     "advantage": "the stage `advantage` makes it, in prepare()",
     "weight": "prepare() makes it where sampler_logp is given and sampler_cap is not None",
     "keep": "the stage `select` makes it, at prepare(), step() or loss() as `select_at` says",
@@ -60,8 +64,10 @@ class Record:
 
     Tensors per token are float32 (float64 stays) and 0 outside the mask, whatever stood there. `logp` alone has a
     gradient, and none outside the mask. `verdict` is the reward where no verdict was given; `drawn_logp` is
-    `sampler_logp` where it is known, else `old_logp`. `ratio` and `bounds`
-    exist in loss(), the ratio with its gradient. `stats` is None where no token is valid.
+    `sampler_logp` where it is known, else `old_logp`; `turn` numbers the runs of valid tokens where no numbers
+    were given. `ratio` and `bounds`
+    exist in loss(), the ratio with its gradient. `returns` is not 0 outside the mask: a response that has ended
+    still stands there for its group. `stats` is None where no token is valid.
 
     Raises:
         MissingFieldError: on reading a field that nobody gave or made; it says where the field comes from.
@@ -81,7 +87,10 @@ class Record:
         reward: Float[Tensor, " B"]
         rewards: Float[Tensor, "B K"]
         verdict: Float[Tensor, " B"]
+        token_reward: Float[Tensor, "B T"]
+        returns: Float[Tensor, "B T"]
         group: Int[Tensor, " B"]
+        turn: Int[Tensor, "B T"]
         advantage: Float[Tensor, "B T"]
         signal: Float[Tensor, "B T"]
         weight: Float[Tensor, "B T"]
@@ -119,6 +128,8 @@ class Record:
         if name == "drawn_logp":
             return self._batch.old_logp if self._batch.sampler_logp is None else self._batch.sampler_logp
         value = getattr(self._batch, name, None)
+        if name == "turn" and value is None:
+            return turn_index(self.mask)
         return self._batch.reward if value is None and name == "verdict" else value
 
 

@@ -1,13 +1,15 @@
 """HAPO and its siblings in TRL: drop-ins for `GRPOTrainer` and `SFTTrainer`, and for their configurations.
 
 `HAPOTrainer` takes policy methods, `DiffusionTrainer` those of masked-diffusion models, `SupervisedTrainer`
-supervised ones. `AuxiliaryLoss`, `Sampler` and `Scorer` are for subclasses of `HAPOTrainer`.
+supervised ones. `EnvironmentRollout` plays episodes of several turns. `AuxiliaryLoss`, `Sampler` and `Scorer` are
+for subclasses of `HAPOTrainer`.
 """
 
 from .engines.trl import (
     AuxiliaryLoss,
     DiffusionConfig,
     DiffusionTrainer,
+    EnvironmentRollout,
     HAPOConfig,
     HAPOTrainer,
     Sampler,
@@ -20,6 +22,7 @@ __all__ = [
     "AuxiliaryLoss",
     "DiffusionConfig",
     "DiffusionTrainer",
+    "EnvironmentRollout",
     "HAPOConfig",
     "HAPOTrainer",
     "Sampler",

@@ -8,6 +8,7 @@ from urllib.parse import urlencode
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 from playwright.sync_api import Page, expect
@@ -414,3 +415,24 @@ def test_targets_of_demonstrations_are_coloured_by_weight_and_have_no_verdict(op
     page.locator('#mx-quantities button[data-key="behind"]').click()
     assert page.locator('#mx-text span[class*=" p "], #mx-text span[class*=" n "]').count() > 0
     assert opened.complaints == [] and page.locator("#mx-token").inner_text().count("expected rank") == 1
+
+
+def test_channels_of_attribution_are_colours(open_page: Open, tmp_path: Path) -> None:
+    """As many as the records have, with any name; a token's numbers are those of the records."""
+    channels = {"attribution_shap": 0.25, "attribution_</script>": -0.5}
+
+    def with_channels(table: pa.Table) -> pa.Table:
+        for name, scale in channels.items():
+            values = pc.multiply(pc.cast(table["position"], pa.float32()), pa.scalar(scale, pa.float32()))
+            table = table.append_column(name, values)
+        return table
+
+    run = Run(make_run(tmp_path / "mine", "hapo", rollouts=1, rows=with_channels))
+    page = open_page(page_of(tmp_path, [run])).page
+    for name, scale in channels.items():
+        page.get_by_role("group", name="colour by").get_by_text(
+            name.removeprefix("attribution_"), exact=True
+        ).click()
+        follow(page, run="mine", rollout=1, response=0, position=2)
+        assert same(numbers(page)[name, ""], 2 * scale)
+        expect(page.locator(".mx-fig figcaption").first).to_contain_text(name.removeprefix("attribution_"))

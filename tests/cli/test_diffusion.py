@@ -6,15 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import hapo
 from hapo.assets import tiny_model_path
 from hapo.cli import main
+from hapo.cli.arms import Arm, Job, Recipe, build
+from hapo.cli.compare import config_of_arms
+from hapo.cli.recipe import read_recipe
 from hapo.cli.train import config_of
-from hapo.trl import DiffusionConfig, HAPOConfig
-from tests.cli.small import evaluations, metrics, train
+from hapo.parts.elbo import Elbo
+from hapo.trl import DiffusionConfig, DiffusionTrainer, HAPOConfig
+from tests.cli.small import evaluations, flags, metrics, train
 
 OPTIONS = {"method": "espo", "block_length": 6, "diffusion_steps": 4, "max_num_gen_batches": 1, "max_steps": 3}
 
@@ -60,6 +65,46 @@ def test_the_class_of_the_options_is_that_of_the_method(name, tmp_path):
     recipe.write_text(f"method: {name}\n")
     assert config_of(["--method", name]) is config_of(["--config", str(recipe)]) is expected
     assert config_of(["--config", str(recipe), "--method=grpo"]) is HAPOConfig
+
+
+def test_without_a_model_the_embedded_one_is_trained(tmp_path):
+    """`hapo train --method espo` alone, or the recipe by its name; --method diffu_grpo takes its place."""
+    small = flags(
+        train_size=8, eval_size=4, max_steps=2, report=False, per_device_train_batch_size=16, save_steps=2,
+        evaluate_every=2,
+    )  # fmt: skip
+    for name, told in (("espo", ["--config", "diffusion"]), ("diffu_grpo", ["--method", "diffu_grpo"])):
+        folder = tmp_path / name
+        options = ["--method_options", "{}"] if name == "diffu_grpo" else []
+        assert main(["train", *told, *options, *small, "--output_dir", str(folder)]) == 0
+        told_of = yaml.safe_load((folder / "config.yaml").read_text())
+        assert (told_of["method"], told_of["model_name_or_path"]) == (name, "diffusion_tiny")
+        assert told_of["max_completion_length"] == 14
+        assert "`diffusion_tiny`, the small model that hapo brings" in (folder / "README.md").read_text()
+    assert config_of(["--config", "diffusion"]) is DiffusionConfig
+
+
+def test_the_doctor_finds_nothing_in_the_embedded_recipe(capsys):
+    assert main(["doctor", "--method", "espo"]) == 0
+    assert "short_completions" not in capsys.readouterr().out
+    assert main(["doctor", "--method", "espo", "--max_completion_length", "3"]) != 0
+    assert "short_completions" in capsys.readouterr().out
+
+
+def test_methods_of_diffusion_models_are_compared_among_themselves(tmp_path, capsys):
+    """The committed plan, an arm with options that their class of options alone has; and no mixture."""
+    recipe = Recipe(read_recipe(str(Path(__file__).parents[2] / "bench" / "compare" / "espo.yaml")), [])
+    arm = Arm("espo:beta=0.01,coupled=false,draws=4,diffusion_steps=7,kl_estimator=k3")
+    job = Job(arm, 3, tmp_path / "run", recipe, {"evaluate": True, "report": False, "save_strategy": "no"})
+    trainer = build(job).trainer
+    assert isinstance(trainer, DiffusionTrainer) and trainer.method.likelihood == Elbo(draws=4, coupled=False)
+    assert (trainer.args.diffusion_steps, trainer.args.beta, trainer.args.seed) == (7, 0.01, 3)
+    assert trainer.method.options["kl_estimator"] == "k3"
+    assert main(["compare", "--arms", "espo", "dapo", "--output_dir", str(tmp_path / "mixed")]) == 2
+    assert "espo train masked-diffusion models, and the other arms do not" in capsys.readouterr().err
+    assert config_of_arms(["--seeds", "2", "--arms", "espo:beta=0.1", "diffu_grpo"]) is DiffusionConfig
+    assert config_of_arms(["--config", "diffusion", "--seeds", "2"]) is DiffusionConfig
+    assert config_of_arms(["--arms", "dapo", "--seeds", "2"]) is config_of_arms([]) is HAPOConfig
 
 
 def test_what_writes_from_left_to_right_refuses_the_model(model, capsys):

@@ -73,5 +73,6 @@ def test_a_run_trains_the_adapter_goes_on_and_is_measured(tmp_path, capsys):
     options = {"eval_size": 4, "max_completion_length": 8, "output": tmp_path / "found.json"}
     assert main(["eval", *flags(model=run / "model", **options)]) == 0
     assert json.loads((tmp_path / "found.json").read_text())
-    assert main(train(tmp_path / "other", model=run / "model")) == 2
+    cpu = {"use_cpu": True, "bf16": False, "activation_checkpointing": False}
+    assert main(train(tmp_path / "other", model=run / "model", **cpu)) == 2
     assert "model is an adapter, and training begins with a whole model" in capsys.readouterr().err

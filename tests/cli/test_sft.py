@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 
 from hapo.cli import main
 from hapo.insight.run import Run
@@ -61,6 +62,22 @@ def test_a_run_measures_loss_and_accuracy_before_during_and_after(whole):
     assert "eos_token" not in run.config
     assert run.rollouts == [1, 2, 4] and run.tokens(4)["weight"].between(0, 1).all()
     assert run.tokens(1)["prompt"].str.fullmatch(r"\d{3}\+\d{3}=").all()
+
+
+def test_the_model_card_says_what_the_model_learnt_and_where_its_weights_are(whole):
+    card = ModelCard.load(whole / "README.md")
+    loss = Run(whole).held_out_loss()["eval_loss"].iloc[-1]
+    for fact in (
+        "| base model | `tiny`, the small model that hapo brings |",
+        "| training demonstrations | 40 |",
+        f"| held-out loss | {loss:.4f} nats per target, after step 5 |",
+        "| held out, greedy |",
+        "method: ranktuner\n",
+        "eprint = {2602.01745}",
+        'from_pretrained("model")',
+    ):
+        assert fact in card.text
+    assert "rewards" not in card.text and str(whole.parent) not in card.content
 
 
 @pytest.mark.parametrize("at", [3, 4])

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import PreTrainedTokenizerFast
+from safetensors.torch import load_file
 
 import hapo
 from hapo import masked
@@ -19,22 +19,9 @@ from hapo.engines.trl.rows import RolloutRows
 from hapo.engines.trl.views import NOISE, NOW, DiffusionScorer
 from hapo.parts.elbo import Elbo, contributions
 from hapo.trl import DiffusionConfig, DiffusionTrainer
-from tests.engines import tiny
+from tests.engines import fixed_diffusion, tiny
+from tests.engines.fixed_diffusion import HERE, LENGTH, model, tokenizer
 from tests.engines.fixed_rollout import Gradients
-
-LENGTH = 8
-
-
-@cache
-def tokenizer() -> PreTrainedTokenizerFast:
-    made = copy.deepcopy(tiny.tokenizer())
-    made.add_special_tokens({"mask_token": "<mask>"})
-    return made
-
-
-def model(**config: Any) -> Any:
-    return tiny.model(**{"is_causal": False, "vocab_size": len(tokenizer()), **config})
-
 
 SCHEDULE = {
     "per_device_train_batch_size": 8,
@@ -48,18 +35,6 @@ SCHEDULE = {
     "learning_rate": 0.005,
 }
 """Rollouts of 16 answers of 8 positions in 2 blocks, each used for two optimiser steps."""
-
-HERE = {
-    "use_cpu": True,
-    "bf16": False,
-    "report_to": "none",
-    "save_strategy": "no",
-    "logging_steps": 1,
-    "activation_checkpointing": False,
-    "dataloader_pin_memory": False,
-    "disable_tqdm": True,
-    "seed": 7,
-}
 
 
 def trainer(
@@ -105,6 +80,17 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(method, tmp_path):
             scale = max(g.abs().max().item() for g in one.values())
             assert scale > 1e-4
             assert max((one[n] - other[n]).abs().max().item() for n in one) <= 2e-5 * scale
+
+
+@pytest.mark.xdist_group("two_ranks")
+@pytest.mark.parametrize("method", ["espo", "diffu_grpo"])
+def test_the_gradient_does_not_depend_on_the_ranks(method, two_ranks):
+    """Twelve rows in groups of four: on two ranks the second group straddles them."""
+    ranks = load_file(two_ranks / f"{method}.safetensors")
+    for i, step in enumerate(fixed_diffusion.run(12, method=method)):
+        scale = max(g.abs().max().item() for g in step.values())
+        assert scale > 1e-4
+        assert max((g - ranks[f"{i}.{n}"]).abs().max().item() for n, g in step.items()) <= 2e-5 * scale
 
 
 @pytest.mark.parametrize("method", ["espo", "diffu_grpo"])
@@ -281,7 +267,19 @@ def test_dropout_is_switched_off():
 def test_evaluation_and_records(tmp_path):
     run = trainer(tmp_path, max_steps=2, run_records=True, record_tokens_every=1)
     run.train()
-    assert (tmp_path / "tokens" / "step-000001-0.parquet").is_file()
+    tokens = pd.read_parquet(tmp_path / "tokens")
+    assert len(tokens) == 2 * 16 * LENGTH and set(tokens["step"]) == {1, 2}
+    ids = torch.cat([inputs["completion_ids"] for inputs in run._buffered_inputs])
+    places = torch.cat([inputs["hapo_response"] for inputs in run._buffered_inputs])
+    for step, response in [(1, 0), (2, int(places[3]))]:
+        rows = tokens[(tokens["step"] == step) & (tokens["response"] == response)].sort_values("position")
+        assert rows["id"].tolist() == ids[places == response][0].tolist()
+        counts = rows["unmasked"].value_counts(sort=False)
+        assert counts.to_dict() == {
+            float(i): 2 for i in range(4)
+        }  # two blocks, two passes each, two tokens a pass
+        assert set(rows["unmasked"][:4]) == {0.0, 1.0}
+        assert rows["confidence"].between(0, 1, inclusive="neither").all()
     before = run.state.global_step
     metrics = run.evaluate(eval_dataset=tiny.data(8))
     assert metrics["eval_loss"] == pytest.approx(0.0, abs=1e-6) and run.state.global_step == before
@@ -326,3 +324,24 @@ def test_a_model_without_a_mask_token_is_refused(tmp_path):
         )
     with pytest.raises(TypeError, match="args must be a DiffusionConfig"):
         DiffusionTrainer(model(), tiny.count_digits, tiny.config(tmp_path))
+
+
+def test_rewards_per_token_stop_at_the_end_of_the_text(tmp_path):
+    """As long as the tokens up to the end of sequence, which is what a reward function sees."""
+    seen: list[list[int]] = []
+
+    def by_place(completion_ids, **_):
+        seen.extend(completion_ids)
+        return [[float(place) for place in range(len(ids))] for ids in completion_ids]
+
+    run = trainer(
+        tmp_path, reward=by_place, method="diffu_grpo", method_options={"advantage": "token_reward"}, beta=0.0
+    )
+    run.args.max_steps = 1
+    run.train()
+    for inputs in run._buffered_inputs:
+        batch = RolloutRows.of(inputs).batch
+        expected = torch.arange(LENGTH).float().expand_as(batch.mask).where(batch.mask, 0.0)
+        assert torch.equal(batch.token_reward.where(batch.mask, 0.0), expected)
+        assert batch.mask.sum() > 0
+    assert max(map(len, seen)) <= LENGTH

@@ -28,11 +28,11 @@ DEMO = {
 """The demo, cut to two rollout batches of 4 x 8 answers, each used for two optimiser steps."""
 
 
-def train(folder: Path, method: str, **options) -> list[dict]:
+def train(folder: Path, method: str, evaluate: bool = False, **options) -> list[dict]:
     """Lines of metrics.jsonl."""
     given = {**DEMO, "method": method, "output_dir": folder, **options}
     argv = [part for name, value in given.items() for part in (f"--{name}", str(value))]
-    assert main(["train", *argv, "--no_evaluate"]) == 0
+    assert main(["train", *argv, *([] if evaluate else ["--no_evaluate"])]) == 0
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "loss" in line]
 
@@ -54,6 +54,7 @@ def recorded(folder: Path, step: int) -> hapo.TokenBatch:
         logp=column("logp_new"),
         sampler_logp=column("logp_sampler"),
         ref_logp=column("logp_ref") if "logp_ref" in table else None,
+        token_reward=column("token_reward") if "token_reward" in table else None,
         old_entropy=column("entropy"),
         entropy=column("entropy_new"),
         reward=torch.tensor(by_row.reward.to_numpy(), dtype=torch.float32),

@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedToken
 from trl import ModelConfig
 
 from hapo.assets import tiny_model_path
+from hapo.cli.model import AdaptedModelConfig
 from hapo.cli.recipe import RecipeParser
-from hapo.cli.train import TrainOptions
+from hapo.cli.train import TrainOptions, config_of
 from hapo.insight.doctor import CONFIG_CHECKS, RUN_CHECKS, SUPERVISED_CHECKS, Finding, examine_config, examine_run
 from hapo.insight.run import Run
 from hapo.tasks import TaskConfig, load_task
@@ -58,7 +59,7 @@ def examine(
     return examine_config(
         config,
         trainer,
-        ModelConfig("tiny", **(model or {})),
+        AdaptedModelConfig("tiny", **(model or {})),
         task=load_task(TaskConfig(**{**vars(config), "on_bad_gold": "drop"}), seed=0),
         tokenizer=AutoTokenizer.from_pretrained(tiny_model_path()),
         architecture=architecture or AutoConfig.from_pretrained(tiny_model_path()),
@@ -106,6 +107,18 @@ BROKEN_CONFIGS = [
         "warning",
         {"learning_rate": 2e-3, "architecture": BIG, "model": {"use_peft": True}},
         "learning_rate 0.002 with an adapter",
+    ),
+    (
+        "learning_rate",
+        "warning",
+        {"learning_rate": 2e-3, "architecture": BIG, "model": {"gatera": {"branch": "lora"}}},
+        "learning_rate 0.002 with an adapter",
+    ),
+    (
+        "learning_rate",
+        "warning",
+        {"learning_rate": 2e-2, "architecture": BIG, "model": {"gatera": {}}},
+        "learning_rate 0.02 with GateRA on HiRA",
     ),
 ]
 
@@ -211,7 +224,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: Path(recipe).stem)
 def test_the_recipes_are_healthy(recipe, stand_in):
     argv = ["--config", recipe, "--use_cpu", "--bf16", "false", "--activation_checkpointing", "false"]
-    kinds = [TaskConfig, HAPOConfig, ModelConfig, TrainOptions]
+    kinds = [TaskConfig, config_of(argv), AdaptedModelConfig, TrainOptions]
     task_config, args, model, *_ = RecipeParser("hapo doctor", "", kinds).read(argv)
     if task_config.dataset.startswith("reasoning_gym"):
         task_config.train_size, task_config.eval_size = 64, 8

@@ -29,6 +29,7 @@ from hapo.insight.token_figures import (
     token_figures,
     visible,
 )
+from hapo.insight.unmasking import unmasking
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +214,19 @@ def test_gates_have_a_histogram_where_the_run_has_gates(tokens):
     shown = {(row["step"], row["gate"]) for row in rows(figure) if row["share"] == 1}
     assert shown == {("step 1", 0.7625), ("step 9", 0.2625), ("step 17", 0.2625)}
     alt.Chart.from_dict(figure.spec)
+
+
+def test_the_order_of_unmasking_is_of_the_tokens_that_were_drawn(tokens):
+    drawn = tokens.assign(unmasked=3.0 - tokens["position"] % 4, confidence=0.5)
+    drawn["unmasked"] = drawn["unmasked"].mask(drawn["position"] >= 4)  # the responses had ended
+    figure = unmasking(drawn)
+    shown = {(row["step"], row["position"]): row["mean"] for row in rows(figure)}
+    assert shown == {(f"step {first}", i): 3.0 - i for first in (1, 9, 17) for i in range(4)}
+    assert {(row["low"], row["high"], row["confidence"]) for row in rows(figure)} == {
+        (x, x, 0.5) for x in range(4)
+    }
+    alt.Chart.from_dict(figure.spec)
+    assert unmasking(drawn.assign(unmasked=np.nan)).chart is None
 
 
 def test_temperature_appears_where_it_was_adapted(tokens, make_run, tmp_path):

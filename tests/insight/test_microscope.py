@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from markupsafe import Markup
 
 import hapo
+from hapo.insight.excerpt import excerpt
 from hapo.insight.microscope import SHARED, encode, microscope
-from hapo.insight.run import Run, recompute
+from hapo.insight.run import Run, parse_method, recompute
 from tests.insight.conftest import make_run
 
 MADE = ("signal", "weight", "advantage", "advantage_used", "ratio", "bound_low", "bound_high", "clipped", "kept")
@@ -66,6 +68,21 @@ def test_the_data_are_the_records_to_the_bit(run: Run) -> None:
     np.testing.assert_array_equal(data.numbers(data.head["position"]), tokens["position"])
     words = [data.head["words"][i] for i in data.numbers(data.head["word"])]
     assert words == [list(pair) for pair in zip(tokens["id"], tokens["text"], strict=True)]
+
+
+def test_of_a_diffusion_model_the_order_of_its_draws(tmp_path: Path) -> None:
+    def with_draws(table: pa.Table) -> pa.Table:
+        place = table["position"].to_numpy().astype(np.float32)
+        ended = np.where(place > 5, np.float32(np.nan), place)
+        return table.append_column("unmasked", pa.array(ended)).append_column("confidence", pa.array(place / 32))
+
+    drawn = Run(make_run(tmp_path / "run", "espo", rollouts=1, rows=with_draws))
+    tokens = drawn.tokens(1).sort_values("group", kind="stable")
+    data = Unpacked(encode(drawn, 1, []).data)
+    for name in ("unmasked", "confidence", "logp_new"):
+        np.testing.assert_array_equal(data.numbers(data.head["shared"][name]), tokens[name])
+    page = microscope([drawn], nonce="n")
+    assert all(f'key: "{name}"' in page for name in ("unmasked", "confidence", "contribution"))
 
 
 def test_push_and_other_methods_are_what_the_core_says(run: Run) -> None:
@@ -193,3 +210,34 @@ def test_the_section_is_whole(run: Run) -> None:
     for forbidden in ("http:", "https:", "innerHTML", "eval(", "@import", "url(", "fetch("):
         assert forbidden not in page
     assert not re.search(r"\son\w+=", page)
+
+
+def test_token_rewards_are_a_quantity_and_what_other_methods_learn_from(tmp_path: Path) -> None:
+    """In the page, in an excerpt, and read by a method that the run was not trained with."""
+
+    def rewarded(table: pd.DataFrame) -> pd.DataFrame:
+        """Each response's reward in halves on its first two tokens."""
+        halves = np.where(table["position"] < 2, table["reward"] / 2, 0.0).astype(np.float32)
+        return table.assign(token_reward=halves)
+
+    folder = make_run(
+        tmp_path / "run",
+        rollouts=1,
+        length=6,
+        rows=lambda table: pa.Table.from_pandas(rewarded(table.to_pandas())),
+    )
+    run = Run(folder)
+    tokens = run.tokens(1).sort_values("group", kind="stable")
+    data = Unpacked(encode(run, 1, []).data)
+    np.testing.assert_array_equal(data.numbers(data.head["shared"]["token_reward"]), tokens["token_reward"])
+    assert 'key: "token_reward"' in microscope([run], nonce="x")
+    drawn = excerpt(run, 1, group=0, colour="token_reward").spec
+    values = {row["value"] for rows in drawn["datasets"].values() for row in rows if "value" in row}
+    assert values == {0.0, 0.5}
+    table = recompute(run.rollout(1), parse_method("dr_grpo:advantage=token_reward")).merge(
+        run.tokens(1)[["response", "step", "position", "reward"]], on=["response", "step", "position"]
+    )
+    assert (table.loc[table["position"] >= 2, "advantage"] == 0).all()
+    first, second = (table[table["position"] == place].set_index("response")["advantage"] for place in (0, 1))
+    np.testing.assert_allclose(first, 2 * second, atol=1e-7)
+    assert (first.abs() > 0).any()

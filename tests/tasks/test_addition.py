@@ -5,11 +5,21 @@ import re
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-from hapo.assets import tiny_model_path
+from hapo.assets import MODELS, diffusion_model_path, tiny_model_path
+from hapo.masked import mask_token
+from hapo.samplers.diffusion import Unmasking, decode
 from hapo.tasks import TaskConfig, load_task
-from hapo.tasks.addition import MAX_COMPLETION, addition_reward, held_out, load_addition, solution
+from hapo.tasks.addition import (
+    MAX_COMPLETION,
+    addition_reward,
+    held_out,
+    load_addition,
+    parts_right,
+    solution,
+    wrong_places,
+)
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +72,26 @@ def test_worked_answer_needs_columns_that_match():
 )
 def test_reward_is_the_exact_sum_and_nothing_else(completion, reward):
     assert addition_reward(["347+586="], [completion], ["933"]) == [reward]
+
+
+@pytest.mark.parametrize(
+    ("completion", "share", "places"),
+    [
+        ("7+6=13;4+8+1=13;3+5+1=9;933", 1.0, []),
+        ("7+6=14;4+8+1=13;3+5+1=9;933", 0.75, [5]),
+        ("7+6=13;4+8+1=13;3+5+1=9;934", 0.75, [26]),
+        ("8+6=14;4+8+1=13;3+5+1=9;833", 0.5, [0, 5, 24]),
+        ("7+6=13;4+8=12;3+5+1=9;933", 0.75, []),  # shorter: no character can be named
+        ("933", 0.0, []),
+        ("7+6=13", 0.25, []),
+        ("", 0.0, []),
+        ("7+6=13;4+8+1=13;3+5+1=9;933;", 0.8, []),
+        ("4+8+1=13;7+6=13;3+5+1=9;933", 0.5, [0, 2, 3, 5, 6, 7, 8, 9, 11]),
+    ],
+)
+def test_parts_that_are_right_and_places_that_are_wrong(completion, share, places):
+    assert parts_right(347, 586, completion) == share
+    assert wrong_places(347, 586, completion) == places
 
 
 def test_split_is_by_content():
@@ -136,6 +166,33 @@ def test_bundled_model_adds_as_well_as_its_card_says(model, tokenizer):
     rewards = addition_reward(problems["prompt"][:], answers, problems["answer"][:])
     # 200 of the card's 500 problems: three standard errors are 10 points
     assert 100 * sum(rewards) / len(rewards) == pytest.approx(recorded, abs=10)
+
+
+def test_bundled_diffusion_model_is_what_its_card_says():
+    folder = diffusion_model_path()
+    card = (folder / "CARD.md").read_text()
+    names = {"CARD.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert {f.name for f in folder.iterdir()} == names
+    assert hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() in card
+    model = AutoModelForMaskedLM.from_pretrained(folder, local_files_only=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    assert f"{model.num_parameters():,} parameters" in card
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert mask_token(model.config, tokenizer) == model.config.mask_token_id == tokenizer.mask_token_id
+    assert MODELS["diffusion_tiny"] == folder
+
+    _, problems = load_addition(0, 0, 200)
+    ids = tokenizer(problems["prompt"][:], return_tensors="pt").input_ids
+    ends = {"mask_id": tokenizer.mask_token_id, "eos_ids": [tokenizer.eos_token_id]}
+    for how, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+        recorded = float(re.search(rf"{how} accuracy \| ([\d.]+)", card)[1])
+        assert 15 <= recorded <= 40
+        unmasking, generator = Unmasking(length=14, temperature=temperature), torch.Generator().manual_seed(0)
+        drawn = decode(model, ids, torch.ones_like(ids), unmasking, generator=generator, **ends).ids
+        answers = [text.partition(tokenizer.eos_token)[0] for text in tokenizer.batch_decode(drawn.tolist())]
+        rewards = addition_reward(problems["prompt"][:], answers, problems["answer"][:])
+        # 200 of the card's 500 problems: three standard errors are 10 points
+        assert 100 * sum(rewards) / len(rewards) == pytest.approx(recorded, abs=10)
 
 
 @pytest.mark.parametrize("options", [{"chat": True}, {"prompt_template": "{question}?"}])

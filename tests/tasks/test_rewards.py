@@ -47,7 +47,8 @@ FAILURES = [
     (gives(float("nan")), "returned nan, not a finite number or None,"),
     (gives("1.0"), r"returned '1\.0', not a finite number or None,"),
     (gives(10**400), "returned 10+ .* 0+, not a finite number or None,"),
-    (gives(torch.ones(2)), r"returned tensor\(\[1\., 1\.\]\), not a finite number or None,"),
+    (gives(torch.ones(2)), "returned a list of 2 for a completion of 1 tokens"),
+    (gives([float("nan")]), "returned nan for token 0 of 1, not a finite number"),
 ]
 
 
@@ -85,7 +86,8 @@ IDS = [
     "NaN",
     "string",
     "too large",
-    "tensor",
+    "length of a list",
+    "NaN in a list",
     "async hangs",
     "async raises",
     "async exits",
@@ -136,6 +138,13 @@ def test_none_says_that_a_reward_does_not_apply():
     for fallback in (None, -0.5):
         reward = GuardedReward(gives(None), "mine", timeout=60.0, fallback=fallback)
         assert reward(prompts=PROMPTS, completions=COMPLETIONS) == [1.0, None, 1.0]
+
+
+@pytest.mark.parametrize("given", [[0.5, 1, True], (0.5, 1, 1), np.array([0.5, 1, 1]), torch.tensor([0.5, 1, 1])])
+def test_a_list_is_a_reward_per_token(given):
+    reward = GuardedReward(gives(given), "mine", timeout=60.0, fallback=-0.5)
+    ids = [[1], [2, 3, 4], [5, 6]]
+    assert reward(prompts=PROMPTS, completions=COMPLETIONS, completion_ids=ids) == [1.0, [0.5, 1.0, 1.0], 1.0]
 
 
 class Client:

@@ -87,6 +87,8 @@ def outputs_of(data: TensorDict, batch: hapo.TokenBatch) -> dict[str, Tensor]:
     [
         *((name, {}) for name in hapo.methods("policy") if not hapo.method(name).likelihood),
         ("hapo", {"entropy_source": "current"}),
+        ("hapo", {"advantage": "token_reward", "gamma": 0.9}),
+        ("dr_grpo", {"advantage": "token_reward", "finished": "out"}),
     ],  # a signal in the loss
 )
 def test_advantage_loss_and_gradient(name: str, options: dict[str, Any]) -> None:
@@ -95,10 +97,13 @@ def test_advantage_loss_and_gradient(name: str, options: dict[str, Any]) -> None
     cap = None if name == "vespo" else 2.0  # its own weight corrects for the sampler
     method = hapo.method(name, sampler_cap=cap, **options, **({} if own_penalty else {"kl_coef": 0.0}))
     batch = batch_of()
-    prepared = method.prepare(batch)
-
     rewards = torch.zeros(ROWS, WIDTH)
     rewards[torch.arange(ROWS), LENGTHS - 1] = batch.reward
+    if method.credit is not None:
+        rewards[:, 0] += torch.arange(ROWS) / 4  # the row of length 1 has all on one token
+        batch = batch.replace(token_reward=rewards, reward=rewards.sum(1))
+    prepared = method.prepare(batch)
+
     given = ("old_logp", "old_entropy", "ref_logp", "verdict", "sampler_logp")
     uids = np.array(list("bbbbaaaacc"), dtype=object)
     with estimation(method, {field: getattr(batch, field) for field in given}) as current:
@@ -119,6 +124,7 @@ def test_advantage_loss_and_gradient(name: str, options: dict[str, Any]) -> None
         "advantages": frozen.advantage,
         "hapo_mask": frozen.mask,
         "hapo_signal": frozen.signal,
+        "hapo_token_reward": frozen.token_reward,
     }
     data = TensorDict(
         {field: response_to_nested(x, lengths) for field, x in tokens.items() if x is not None}

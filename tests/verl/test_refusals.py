@@ -63,7 +63,7 @@ def compose(tmp_path: Path, *overrides: str) -> DictConfig:
         ((HAPO, f"{ACTOR}.strategy=megatron"), "strategy=megatron was not tested: set fsdp2"),
         ((HAPO, "critic.enable=True"), "critic.enable=True cannot be honoured"),
         ((HAPO, f"{ACTOR}.clip_ratio_high=0.28"), r"clip_ratio_high=0.28.*set \+hapo.options.eps_high"),
-        ((HAPO, "algorithm.gamma=0.9"), "no method discounts"),
+        ((HAPO, "algorithm.gamma=0.9"), r"advantage=token_reward and \+hapo.options.gamma"),
         (
             (HAPO, "algorithm.rollout_correction.rollout_is=null"),
             "set algorithm.rollout_correction.rollout_is=token",

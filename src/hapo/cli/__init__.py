@@ -1,5 +1,5 @@
-"""The command line: `hapo train`, `sft`, `eval`, `report`, `compare`, `doctor`, `curriculum`, and the
-others of `COMMANDS`."""
+"""The command line: `hapo train`, `sft`, `eval`, `report`, `compare`, `doctor`, `curriculum`, `shape`,
+and the others of `COMMANDS`."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ COMMANDS = {
     "compare": ("compare", "methods against each other: paired seeds, intervals, a verdict in words"),
     "doctor": ("doctor", "what is wrong with a recipe before training, or with a run after it"),
     "curriculum": ("curriculum", "training problems in stages, by how much a model's answers to them differ"),
+    "shape": ("shape", "the weights of a reward per token, mixed from attributions of a reward model's score"),
     "calibrate": ("calibrate", "write a temperature rule for decoding, from a model's answers to prompts"),
     "methods": ("methods", "list the methods; with a name, its stages, options and paper"),
 }

@@ -36,11 +36,12 @@ from ..tasks.answers import normalise
 from ..trl import HAPOConfig
 from . import UsageError, nearest
 from .contents import model_identity, reward_identity
+from .episodes import answering
 from .held_out import Course, HeldOut
 from .model import AdaptedModelConfig
 from .recipe import RecipeParser, told
 from .run_folder import model_options, model_path, prepare_process
-from .train import TrainOptions, build_trainer
+from .train import TrainOptions, build_trainer, config_for
 
 TRL = "trl:"
 TRL_OPTIONS: dict[str, dict[str, Any]] = {"dapo": {"epsilon_high": 0.28}}
@@ -106,7 +107,7 @@ class Arm:
             )
         except ValueError as error:
             raise UsageError(f"arm {self.label!r}: {error}; arms are methods, or {TRL}LOSS_TYPE") from error
-        kind = GRPOConfig if name.startswith(TRL) else HAPOConfig
+        kind = GRPOConfig if name.startswith(TRL) else config_for(name)
         flags = {f.name for f in fields(kind) if f.init} - {"method", "method_options", "loss_type"}
         if name.startswith(TRL) and name.removeprefix(TRL) not in TRL_LOSSES:
             raise UsageError(f"arm {self.label!r}: TRL's losses are {', '.join(TRL_LOSSES)}")
@@ -165,6 +166,13 @@ class Job:
     """Problems set aside from the training data for tuning."""
     tuning: bool = False
     """Measure on those in place of the held-out problems."""
+    called: str = ""
+    """What messages call it; by default its arm."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"{self.called or self.arm.label}, seed {self.seed}"
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -207,11 +215,13 @@ def content_of(
     Data, model and the files of rewards are their hashes. A library is its version: an edit of its code is not
     seen, nor one of a module that a reward imports.
     """
-    parser = RecipeParser("hapo compare", "", [TaskConfig, HAPOConfig, AdaptedModelConfig, TrainOptions])
+    parser = RecipeParser("hapo compare", "", [TaskConfig, type(args), AdaptedModelConfig, TrainOptions])
     options = {k: v for k, v in parser.told(recipe.words, recipe.options).items() if k not in NO_CONTENT}
     for name, value in options.items():
         if isinstance(value, str) and Path(value).suffix and Path(value).expanduser().is_file():
             options[name] = "a file" if name == "dataset" else file_hash(Path(value).expanduser())
+    if task.token_reward is not None:
+        options["reward model"] = model_identity(task.token_reward.options.path, None, False)
     return {
         **options,
         "data": task.fingerprint,
@@ -267,7 +277,8 @@ def parse_flags(
 ) -> tuple[TaskConfig, HAPOConfig, AdaptedModelConfig, TrainOptions]:
     """The recipe's flags, then these, parsed as `hapo train` does."""
     words = [word for name, value in flags.items() for word in (f"--{name}", *_words(value))]
-    parser = RecipeParser("hapo compare", "", [TaskConfig, HAPOConfig, AdaptedModelConfig, TrainOptions])
+    kind = config_for(flags.get("method", HAPOConfig.method))
+    parser = RecipeParser("hapo compare", "", [TaskConfig, kind, AdaptedModelConfig, TrainOptions])
     parser.set_defaults(run_records=True)
     *configs, _ = parser.read([*recipe.words, *words], recipe.options)
     return tuple(configs)
@@ -322,6 +333,8 @@ def build(job: Job) -> Built:
     task, tuning = split_task(task_config, args.seed, job.tune_size)
     recipe = told(task_config, model_config, options)
     if job.arm.of_trl:
+        if task.environment is not None:
+            raise UsageError(f"{job.arm.name} plays no environment: compare methods of hapo there")
         trainer = _trl_trainer(task, args, model_config, job.arm.name.removeprefix(TRL), flags, recipe)
     else:
         trainer = build_trainer(task, args, model_config)
@@ -345,6 +358,7 @@ def _run(job: Job) -> None:
         console,
         every=options.evaluate_every,
         samples=options.evaluate_samples,
+        answer=answering(built.task),
     )
     for callback in (course, held_out, FirstGradient(job.folder)):
         trainer.add_callback(callback)
@@ -375,6 +389,8 @@ def _trl_trainer(
     given |= {name: value for name, value in flags.items() if name in names}
     config = GRPOConfig(**given)
     config.model_init_kwargs = model_options(model_config, config.model_init_kwargs)
+    if task.token_reward is not None:
+        raise UsageError(f"{TRL} arms are trained with the reward of whole answers: leave token_reward out")
     trainer = GRPOTrainer(
         model_path(model_config),
         task.reward_funcs,

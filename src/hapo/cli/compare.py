@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..engines.records import check_writable
 from ..insight.run import Run
 from ..outputs import check_made
 from ..tasks import TaskConfig
@@ -23,10 +20,10 @@ from ..trl import HAPOConfig
 from . import UsageError
 from .arms import PLAN, TRL, Arm, Job, Recipe, content_of, parse_flags, split_task
 from .finished import finished_runs, split_named
-from .jobs import check_jobs, find_gpus, make_room, run_all
+from .jobs import alone, check_jobs, check_no_run, find_gpus, make_room, run_all
 from .model import AdaptedModelConfig
-from .recipe import RecipeParser, recipe_of
-from .train import TrainOptions
+from .recipe import RecipeParser, recipe_of, without
+from .train import TrainOptions, config_for, config_of, embedded_for
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,8 +44,6 @@ FILES = (
     *(f"figures/{name}.svg" for name in ("accuracy", "differences", "seeds", "tuning")),
 )
 """What `hapo.insight.compare_page` may write: looked at before hours of training, too."""
-
-LOCK = ".hapo-compare.lock"
 
 TRAINED = "runs"
 """What the tables of a comparison are made of that trains its runs: those in its folder."""
@@ -119,8 +114,9 @@ class CompareOptions:
 
 def main(argv: list[str]) -> int:
     """Compare, and return the exit code: 1 where a run failed."""
-    kinds = [TaskConfig, HAPOConfig, AdaptedModelConfig, TrainOptions, CompareOptions]
-    parser = RecipeParser("hapo compare", DESCRIPTION, kinds)
+    kind = config_of_arms(argv)
+    kinds: list[type] = [TaskConfig, kind, AdaptedModelConfig, TrainOptions, CompareOptions]
+    parser = RecipeParser("hapo compare", DESCRIPTION, kinds, embedded_for(kind))
     parser.set_defaults(run_records=True)
     parser.add_argument(
         "--replace",
@@ -138,14 +134,30 @@ def main(argv: list[str]) -> int:
         raise UsageError("the seeds of a comparison count up from --first_seed; drop --seed")
     arms = [Arm(label) for label in options.arms]
     _check(folder, args, model_config, training, arms)
-    with _alone(folder):
+    with alone(folder, "compare"):
         check_made(folder, FILES, TRAINED, told.replace)
-        config, words = _without(argv, options)
+        own = {*vars(options), "no_ablation", "output_dir", "config", "replace"}
+        config, words = without(argv, own)
         model = model_config.model_name_or_path if given & {"model", "model_name_or_path"} else None
-        recipe = Recipe(recipe_of(config, model), words)
+        recipe = Recipe(recipe_of(config, model, embedded_for(kind)), words)
         return _compare(
             recipe, folder, task_config, args, model_config, training, options, arms, told.replace, console
         )
+
+
+def config_of_arms(argv: list[str]) -> type[HAPOConfig]:
+    """The class of the trainer's options, which all arms share.
+
+    Raises:
+        UsageError: some arms are methods of masked-diffusion models and others are not.
+    """
+    at = argv.index("--arms") + 1 if "--arms" in argv else len(argv)
+    labels = list(takewhile(lambda word: not word.startswith("--"), argv[at:]))
+    kinds = {label: config_for(label.partition(":")[0]) for label in labels}
+    if len(set(kinds.values())) > 1:
+        some = ", ".join(label for label, kind in kinds.items() if kind is not HAPOConfig)
+        raise UsageError(f"{some} train masked-diffusion models, and the other arms do not: compare them apart")
+    return next(iter(kinds.values()), None) or config_of(argv)
 
 
 def _compare_finished(folder: Path, options: CompareOptions, given: set[str], console: Console) -> int:
@@ -153,10 +165,10 @@ def _compare_finished(folder: Path, options: CompareOptions, given: set[str], co
     if trained := sorted(given - {"runs", "reference", "target", "output_dir", "replace"}):
         raise UsageError(f"--runs trains nothing: drop {', '.join(f'--{name}' for name in trained)}")
     runs = finished_runs(options.runs)
-    _check_folder(folder)
+    check_no_run(folder)
     if any(folder.glob(f"runs/*/*/{PLAN}")):
         raise UsageError(f"{folder} holds a comparison that trains its runs: choose another --output_dir")
-    with _alone(folder):
+    with alone(folder, "compare"):
         _conclude(runs, folder, options, None, None, "replace" in given, console)
     return 0
 
@@ -316,13 +328,7 @@ def _check(
                 f"arm {arm.label}: TRL's trainer leaves the entropy of the gates out of its loss; set "
                 "entropy_weight to 0 in gatera, or drop the arm"
             )
-    _check_folder(folder)
-
-
-def _check_folder(folder: Path) -> None:
-    if (folder / "manifest.json").exists():
-        raise UsageError(f"{folder} is the folder of a run: choose another --output_dir for the comparison")
-    check_writable(folder)
+    check_no_run(folder)
 
 
 def _settle(
@@ -349,30 +355,3 @@ def _settle(
         if not arm.of_trl:
             parse_flags(recipe, {**arm.flags, "method": arm.name, "method_options": arm.options})
     return content_of(recipe, task, task_config, args, model_config)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One comparison at a time in a folder."""
-    try:
-        with FileLock(folder / LOCK, timeout=0):
-            yield
-    except Timeout as error:
-        raise UsageError(f"another `hapo compare` is at work in {folder}") from error
-
-
-def _without(argv: list[str], options: CompareOptions) -> tuple[str | None, list[str]]:
-    """The recipe's file, and the flags of the recipe alone."""
-    own = {*vars(options), "no_ablation", "output_dir", "config", "replace"}
-    kept: list[str] = []
-    config, drop = None, False
-    for at, word in enumerate(argv):
-        if word.startswith("--"):
-            name, equals, value = word[2:].partition("=")
-            name = name.replace("-", "_")
-            drop = name in own
-            if name == "config":
-                config = value if equals else argv[at + 1]
-        if not drop:
-            kept.append(word)
-    return config, kept

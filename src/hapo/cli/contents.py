@@ -7,10 +7,10 @@ from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..assets import tiny_model_path
+from ..assets import MODELS
 from ..outputs import content_hash, file_hash
 
-MODEL = (
+FILES = (
     *(
         "config.json",
         "generation_config.json",
@@ -25,8 +25,8 @@ MODEL = (
 
 def model_files(name: str | None) -> list[Path]:
     """Those of a local model; none of one on the Hub."""
-    folder = tiny_model_path() if name == "tiny" else Path(name or "").expanduser()
-    return sorted({file for pattern in MODEL for file in folder.glob(pattern)}) if name and folder.is_dir() else []
+    folder = MODELS.get(name or "") or Path(name or "").expanduser()
+    return sorted({file for pattern in FILES for file in folder.glob(pattern)}) if name and folder.is_dir() else []
 
 
 def model_identity(name: str, revision: str | None, trust_remote_code: bool) -> str:

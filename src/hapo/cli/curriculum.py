@@ -151,6 +151,8 @@ def main(argv: list[str]) -> int:
 def _check(task_config: TaskConfig, args: HAPOConfig) -> None:
     if task_config.curriculum is not None:
         raise UsageError("curriculum is what this command makes: leave it out of the recipe")
+    if task_config.environment is not None:
+        raise UsageError(f"environment={task_config.environment!r}: a curriculum is of problems with one answer")
     if not args.temperature > 0:
         raise UsageError("at temperature 0 all samples of a problem are the same: set it above 0")
     if args.top_p != 1 or args.top_k:

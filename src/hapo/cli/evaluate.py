@@ -180,6 +180,11 @@ def _measure_task(
     console: Console,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Greedy and sampled accuracy on the held-out problems; figures, and a row for every answer."""
+    if task_config.environment is not None:
+        raise UsageError(
+            f"environment={task_config.environment!r}: episodes are measured by hapo train, before its first step "
+            "and after its last; leave environment out for single answers"
+        )
     task = load_task(task_config.without_demonstrations(), seed=args.seed)
     draw = start(args, model_config, options, path)
     figures: dict[str, Any] = {"model": path, "task": task.name, "fingerprint": task.fingerprint}

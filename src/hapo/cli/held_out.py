@@ -122,6 +122,7 @@ class HeldOut(TrainerCallback):
         samples: sampled answers to each problem, which are averaged.
         settings: what has temperature, top_p, top_k, max_completion_length, reward_weights and
             chat_template_kwargs; the trainer's args, unless told.
+        answer: what `draw_answers` does, or as it does.
 
     Raises:
         ValueError: DeepSpeed or FSDP, which hold no whole model on a device.
@@ -138,6 +139,7 @@ class HeldOut(TrainerCallback):
         every: int | None,
         samples: int,
         settings: Any = None,
+        answer: Callable[..., list[Answer]] = draw_answers,
     ) -> None:
         if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
             raise ValueError(
@@ -146,6 +148,7 @@ class HeldOut(TrainerCallback):
             )
         self.trainer, self.problems, self.rewards, self.console = trainer, problems, rewards, console
         self.settings = trainer.args if settings is None else settings
+        self.answer = answer
         self.course, self.every, self.samples = course, every, samples
         self.file = Path(trainer.args.output_dir) / "evaluations.jsonl"
         told = [{line["step"] for line in read_lines(self.file)}]
@@ -210,7 +213,7 @@ class HeldOut(TrainerCallback):
             **sampling,
         )
         with counting(self.console, what, len(mine) * decoding.samples) as advance:
-            answers = draw_answers(
+            answers = self.answer(
                 trainer.accelerator.unwrap_model(trainer.model),
                 trainer.processing_class,
                 mine,

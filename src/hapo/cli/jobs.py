@@ -5,19 +5,48 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from ..engines.records import check_writable
 from ..insight.finding import counted
 from . import UsageError
 from .arms import ASIDE, Job, run_job, set_aside
+
+
+@contextmanager
+def alone(folder: Path, command: str) -> Iterator[None]:
+    """One process of a command at a time in a folder.
+
+    Raises:
+        UsageError: there is another.
+    """
+    try:
+        with FileLock(folder / f".hapo-{command}.lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise UsageError(f"another `hapo {command}` is at work in {folder}") from error
+
+
+def check_no_run(folder: Path) -> None:
+    """Make the folder of several runs.
+
+    Raises:
+        UsageError: it is the folder of one run.
+        OSError: it cannot be written to.
+    """
+    if (folder / "manifest.json").exists():
+        raise UsageError(f"{folder} is the folder of a run: choose another --output_dir for several")
+    check_writable(folder)
 
 
 def check_jobs(jobs: Iterable[Job], folder: Path, why: str, ignoring: Collection[str] = ()) -> None:
@@ -111,14 +140,14 @@ def run_all(jobs: list[Job], at_once: int, what: str, console: Console) -> bool:
                     if not job.done:
                         failed.append(job)
                         console.print(
-                            f"failed: {job.arm.label}, seed {job.seed}: see {job.folder / 'log.txt'}",
+                            f"failed: {job.name}: see {job.folder / 'log.txt'}",
                             soft_wrap=True,
                         )
                     finished = len(jobs) - len(waiting) - len(slots)
                     left = (time.monotonic() - began) / (finished - done_before) * (len(waiting) + len(slots))
                     bar.update(task, completed=finished, left=f"{_duration(left)} left")
                     if not console.is_terminal and job.done:
-                        line = f"{what}: {finished} of {len(jobs)}, {job.arm.label}, seed {job.seed}"
+                        line = f"{what}: {finished} of {len(jobs)}, {job.name}"
                         rest = f"; {_duration(left)} left" if finished < len(jobs) else ""
                         console.print(line + rest, soft_wrap=True)
         except KeyboardInterrupt:

@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from ..engines.estimate import Estimate
 from ..samplers.transformers import only_what_is_asked
 from ..scoring import attach_scoring, score_tokens
+from ..tasks.per_token import outcome_of
 from ..tasks.rewards import RewardFunction
 
 logger = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ def draw_answers(
             "of diffusion models"
         )
     asked = [(i, k) for i in range(len(problems)) for k in range(decoding.samples)]
-    config = _generation_config(model, tokenizer, decoding)
+    config = generation_config(model, tokenizer, decoding)
     training, answers = model.training, []
     model.eval()
     try:
@@ -102,7 +103,7 @@ def draw_answers(
                     output = draw(inputs["input_ids"], inputs["attention_mask"], decoding.temperature)
                 else:
                     output = model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1] :]
-                ids = [_until_end(row, config.eos_token_id) for row in output.tolist()]
+                ids = [until_end(row, config.eos_token_id) for row in output.tolist()]
                 judged = judge(tokenizer, problems, part, ids, config.eos_token_id, reward_funcs, weights)
                 if likelihood:
                     judged = likely(judged, _logps(model, inputs, output, ids, decoding.temperature))
@@ -182,9 +183,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompts: list[Any], chat_template
     )
 
 
-def _generation_config(
+def generation_config(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoding: Decoding
 ) -> GenerationConfig:
+    """What `generate` is told."""
     sampling: dict[str, Any] = {"do_sample": False}
     if decoding.temperature > 0:
         sampling = {"do_sample": True, **{k: getattr(decoding, k) for k in ("temperature", "top_p", "top_k")}}
@@ -199,7 +201,7 @@ def _generation_config(
     )
 
 
-def _until_end(ids: list[int], ends: list[int]) -> list[int]:
+def until_end(ids: list[int], ends: list[int]) -> list[int]:
     """The ids up to and with the first end-of-sequence token."""
     return ids[: next((t + 1 for t, token in enumerate(ids) if token in ends), len(ids))]
 
@@ -219,7 +221,7 @@ def _score(
         reward(prompts=batch["prompt"], completions=completions, completion_ids=ids, **columns)
         for reward in reward_funcs
     ]
-    by_answer = torch.tensor([[math.nan if r is None else r for r in column] for column in rewards]).T
+    by_answer = torch.tensor([[math.nan if r is None else outcome_of(r) for r in column] for column in rewards]).T
     unscored = int(by_answer.isnan().all(1).sum())
     if unscored:
         logger.warning(

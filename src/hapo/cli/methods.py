@@ -17,7 +17,7 @@ from .cards import REFERENCE, Card, cards, make_card
 
 def main(argv: list[str]) -> int:
     """Print the table of methods, or the card of the one that is named."""
-    parser = argparse.ArgumentParser(prog="hapo methods", description="Methods, adapters and optimisers.")
+    parser = argparse.ArgumentParser(prog="hapo methods", description="Methods, adapters, optimisers and agents.")
     parser.add_argument("name", nargs="?", help="show its stages, options and paper")
     name = parser.parse_args(argv).name
     console = Console(highlight=False, markup=False)
@@ -54,7 +54,7 @@ def _print_list(console: Console, methods: Iterable[Card]) -> None:
     console.print(
         "kind: policy methods learn from rollouts and rewards, supervised ones from demonstrations; any of"
     )
-    console.print("them trains with an adapter or an optimiser")
+    console.print("them trains with an adapter or an optimiser; an agent has a loop of its own")
     console.print("stages: where it differs from GRPO, or SFT; below them, its own options at their defaults")
     console.print("hapo methods NAME: stages, all options and their meaning, paper")
 

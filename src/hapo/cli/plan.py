@@ -12,11 +12,13 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from ..insight.doctor import Finding, examine_config
+from ..loops.options import ETPOConfig
 from ..tasks import TaskConfig, load_task
+from . import UsageError
 from .model import AdaptedModelConfig
 from .recipe import RecipeParser
 from .run_folder import model_path, prepare_process
-from .train import TrainOptions, config_of
+from .train import TrainOptions, config_of, embedded_for, method_of
 
 DESCRIPTION = """hapo doctor RECIPE [flags]: what is wrong with a training run before it starts; takes a recipe and
 flags as `hapo train` does, reads data, tokeniser and the model's config.json, and never its weights.
@@ -28,10 +30,12 @@ def examine_recipe(argv: list[str]) -> list[Finding]:
     """What is wrong with the training run that these arguments of `hapo doctor` describe.
 
     Raises:
-        UsageError: see `RecipeParser.read`; no model is named.
+        UsageError: see `RecipeParser.read`; no model is named; the method is an agent's.
     """
+    if method_of(argv) == ETPOConfig.method:
+        raise UsageError("the doctor looks at runs of etpo, not at their recipes: train, then hapo doctor RUN")
     kinds: list[type] = [TaskConfig, config_of(argv), AdaptedModelConfig, TrainOptions]
-    parser = RecipeParser("hapo doctor", DESCRIPTION, kinds)
+    parser = RecipeParser("hapo doctor", DESCRIPTION, kinds, embedded_for(kinds[1]))
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "One optimiser step a rollout batch")  # a finding says it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -10,7 +11,7 @@ from typing import Any, NoReturn
 import yaml
 from trl import TrlParser
 
-from ..assets import ASSETS, embedded
+from ..assets import ASSETS, MODELS, embedded
 from . import UsageError, nearest
 
 DEFAULT = "demo"
@@ -32,7 +33,10 @@ class RecipeParser(TrlParser):
             f"{default} where neither --config nor --model is given",
         )
         self.add_argument(
-            "--model", dest="model_name_or_path", default=None, help="model_name_or_path; tiny is embedded"
+            "--model",
+            dest="model_name_or_path",
+            default=None,
+            help=f"model_name_or_path; embedded: {', '.join(MODELS)}",
         )
 
     def read(self, argv: list[str], recipe: dict[str, Any] | None = None) -> tuple[Any, ...]:
@@ -80,6 +84,22 @@ class RecipeParser(TrlParser):
             return f"unexpected argument {word!r}"
         flags = [flag for action in self._actions for flag in action.option_strings]
         return f"unknown flag {word}{nearest(word.partition('=')[0], flags)}"
+
+
+def without(argv: list[str], own: Collection[str]) -> tuple[str | None, list[str]]:
+    """The recipe's file that these arguments name, and the arguments without the flags `own`."""
+    kept: list[str] = []
+    config, drop = None, False
+    for at, word in enumerate(argv):
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            name = name.replace("-", "_")
+            drop = name in own
+            if name == "config":
+                config = value if equals else argv[at + 1]
+        if not drop:
+            kept.append(word)
+    return config, kept
 
 
 def recipe_of(config: str | None, model: str | None, default: str = DEFAULT) -> dict[str, Any]:

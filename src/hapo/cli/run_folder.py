@@ -19,7 +19,7 @@ from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import ModelConfig
 
-from ..assets import tiny_model_path
+from ..assets import MODELS
 from ..engines.records import check_writable, files_of_run
 from ..engines.trl.checkpoint import complete_checkpoints, state_of
 from ..engines.trl.recorded import Recorded
@@ -71,11 +71,11 @@ def prepare_process(threads: int | None) -> None:
 
 
 def model_path(model_config: ModelConfig) -> str:
-    """Path or Hub id of the model; "tiny" is the embedded one."""
+    """Path or Hub id of the model; "tiny" and "diffusion_tiny" are embedded."""
     name = model_config.model_name_or_path
     if name is None:
         raise UsageError("no model is named: set model_name_or_path to a folder, a Hub id, or tiny")
-    return str(tiny_model_path()) if name == "tiny" else name
+    return str(MODELS.get(name, name))
 
 
 def model_options(model_config: ModelConfig, given: dict[str, Any] | None) -> dict[str, Any]:
@@ -241,8 +241,11 @@ def take_up_last(trainer: Recorded, course: Course, checkpoint: bool | str) -> b
     return True
 
 
-def save_model(trainer: Recorded, folder: Path) -> None:
-    """The model as a whole folder: a kill leaves the one of before, if there is one, or none."""
+def save_model(trainer: Any, folder: Path) -> None:
+    """The model as a whole folder: a kill leaves the one of before, if there is one, or none.
+
+    Of the trainer `args.process_index`, `accelerator` and `save_model(folder)` are used.
+    """
     partial, old = folder.with_name("model.partial"), folder.with_name("model.old")
     first = trainer.args.process_index == 0
     if first:

@@ -132,6 +132,7 @@ def main(argv: list[str]) -> int:
         if held_out is not None:
             held_out.measure(trainer.state.global_step)
             held_out.print()
+        trainer.create_model_card(weights="model")
         if args.process_index == 0:
             course.finish(trainer.state)
         _print_loss(folder, console)

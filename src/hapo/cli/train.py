@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils import gather_object
 from rich.console import Console
@@ -11,14 +13,19 @@ from trl import get_quantization_config
 
 import hapo
 
+from ..engines.trl.config import resolve_method
 from ..insight.run import Run
+from ..loops.options import ETPOConfig
 from ..tasks import Task, TaskConfig, load_task
 from ..tasks.curriculum import STAGE
-from ..trl import DiffusionConfig, DiffusionTrainer, HAPOConfig, HAPOTrainer
-from . import INTERRUPTED
+from ..tasks.environments.episodes import turn_reward
+from ..trl import DiffusionConfig, DiffusionTrainer, EnvironmentRollout, HAPOConfig, HAPOTrainer
+from . import INTERRUPTED, UsageError
+from .agent import train_agent
+from .episodes import answering
 from .held_out import Course, HeldOut
 from .model import AdaptedModelConfig
-from .recipe import RecipeParser, recipe_of, told
+from .recipe import DEFAULT, RecipeParser, recipe_of, told
 from .run_folder import (
     add_resume,
     check_folder,
@@ -36,7 +43,7 @@ from .run_folder import (
 )
 
 DESCRIPTION = """Train a model with verifiable rewards. Flags: those of the task, of TRL's GRPOConfig with a
-method, and of TRL's ModelConfig. Without --config or --model: the embedded demo."""
+method, and of TRL's ModelConfig. Without --config or --model: the embedded demo, or that of diffusion models."""
 
 
 @dataclass
@@ -77,9 +84,11 @@ def main(argv: list[str]) -> int:
     argv, checkpoint = resumed(argv)
     if checkpoint is True and is_finished("train", argv):
         return 0
-    parser = RecipeParser(
-        "hapo train", DESCRIPTION, [TaskConfig, config_of(argv), AdaptedModelConfig, TrainOptions]
-    )
+    if method_of(argv) == ETPOConfig.method:
+        return train_agent(argv, checkpoint)
+    kind = config_of(argv)
+    kinds: list[type] = [TaskConfig, kind, AdaptedModelConfig, TrainOptions]
+    parser = RecipeParser("hapo train", DESCRIPTION, kinds, embedded_for(kind))
     add_resume(parser)
     parser.set_defaults(run_records=True)
     task_config, args, model_config, options, _ = parser.read(argv)
@@ -112,6 +121,7 @@ def main(argv: list[str]) -> int:
             console,
             every=options.evaluate_every,
             samples=options.evaluate_samples,
+            answer=answering(task),
         )
         if checkpoint is None:
             held_out.measure(0)
@@ -141,25 +151,64 @@ def build_trainer(task: Task, args: HAPOConfig, model_config: AdaptedModelConfig
     """The trainer of a task, its model loaded as the options say."""
     if task.staged and args.stage_column is None:
         args.stage_column = STAGE
+    check_token_reward(task, args)
+    if task.token_reward is not None and task.token_reward.options.weights is None:
+        raise UsageError(
+            f"token_reward has no weights for its channels {', '.join(task.token_reward.options.channels)}: give "
+            "shares that add up to 1, or let hapo shape find them"
+        )
     given = args.model_init_kwargs
     args.model_init_kwargs = model_options(model_config, given)
     kind = DiffusionTrainer if isinstance(args, DiffusionConfig) else HAPOTrainer
+    rewards: list[Any] = task.reward_funcs if task.token_reward is None else [task.token_reward]
+    episodes: dict[str, Any] = {}
+    if task.environment is not None:
+        os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # TRL says of rollout_func that it may change
+        episodes = {"rollout_func": EnvironmentRollout(task.environment.make)}
+        if resolve_method(None, args).credit is not None:
+            rewards = [turn_reward]
     trainer: HAPOTrainer = kind(
         model_path(model_config),
-        task.reward_funcs,
+        rewards,
         args,
         train_dataset=task.train,
         eval_dataset=task.eval if args.eval_strategy != "no" else None,
         quantization_config=get_quantization_config(model_config),
         peft_config=model_config.adapter(),
         demonstrations=task.demonstrations,
+        **episodes,
     )
+    if task.token_reward is not None:
+        task.token_reward.prepare(trainer.processing_class, trainer.accelerator.device)
     trainer.args.model_init_kwargs = given  # the run's config.yaml has them under the names that the user gave
     return trainer
 
 
+def check_token_reward(task: Task, args: HAPOConfig) -> None:
+    """Raise a UsageError where options do not go with a reward per token."""
+    if task.token_reward is None:
+        return
+    assert not isinstance(args.method_options, str)
+    if (args.method_options or {}).get("advantage") != "token_reward":
+        raise UsageError(
+            "token_reward gives a reward for each token, and the method compares whole answers: set "
+            "method_options to {advantage: token_reward}, or leave token_reward out"
+        )
+    if args.reward_weights is not None:
+        raise UsageError("reward_weights weighs several rewards, and token_reward is the only one: leave it out")
+
+
 def config_of(argv: list[str]) -> type[HAPOConfig]:
     """The class of the trainer's options: that of the method which flags or recipe name.
+
+    Raises:
+        UsageError: there is no such recipe, or it is malformed.
+    """
+    return config_for(method_of(argv))
+
+
+def method_of(argv: list[str]) -> str:
+    """The method that flags or recipe name.
 
     Raises:
         UsageError: there is no such recipe, or it is malformed.
@@ -170,9 +219,18 @@ def config_of(argv: list[str]) -> type[HAPOConfig]:
         found = [i for i, word in enumerate(words[:-1]) if word == name]
         return words[found[-1] + 1] if found else None
 
-    named = flag("--method") or recipe_of(flag("--config"), flag("--model")).get("method", HAPOConfig.method)
-    known = str(named) in hapo.methods("policy") and hapo.method(str(named)).likelihood is not None
+    return str(flag("--method") or recipe_of(flag("--config"), flag("--model")).get("method", HAPOConfig.method))
+
+
+def config_for(method: str) -> type[HAPOConfig]:
+    """The class of the trainer's options for a method; that of most methods where there is no such method."""
+    known = method in hapo.methods("policy") and hapo.method(method).likelihood is not None
     return DiffusionConfig if known else HAPOConfig
+
+
+def embedded_for(kind: type[HAPOConfig]) -> str:
+    """Name of the embedded recipe of a class of options."""
+    return "diffusion" if issubclass(kind, DiffusionConfig) else DEFAULT
 
 
 def _binary(trainer: HAPOTrainer) -> bool:

@@ -141,7 +141,8 @@ class RunRecords:
             step: optimiser step, from 1.
             rollout: first optimiser step of the rollout batch that the rows are of.
             batch: the prepared rows, with the current policy's log-probs.
-            made: `LossOutput.tokens` of them, and "gate", the mean of a token's gates, where the model has some.
+            made: `LossOutput.tokens` of them; "gate", the mean of a token's gates, where the model has some; and
+                "unmasked" and "confidence", when and how surely a masked-diffusion model drew each.
             mask: valid response tokens, those of dropped groups included.
             response: row of each response in the rollout batch.
             responses: rows of that whole batch whose rewards count.
@@ -170,9 +171,12 @@ class RunRecords:
             "logp_sampler": batch.sampler_logp,
             "logp_ref": batch.ref_logp,
             "weight": batch.weight,
+            "token_reward": batch.token_reward,
             "advantage": batch.advantage,
             "advantage_used": made["advantage"],
             "gate": made.get("gate"),
+            "unmasked": made.get("unmasked"),
+            "confidence": made.get("confidence"),
             **{
                 k: None if x is None else x.float().masked_fill(~batch.mask, torch.nan)
                 for k, x in meaningful.items()
@@ -244,6 +248,19 @@ class RunRecords:
                 x = x.detach().cpu()[batch.mask.cpu()]
                 columns[name] = (x.float() if x.is_floating_point() else x).numpy()
         n = len(row)
+        self._tokens.append(pa.table({"rollout": np.full(n, step), "step": np.full(n, step), **columns}))
+
+    def add_columns(self, step: int, columns: dict[str, Any]) -> None:
+        """Hold tokens of a loop of hapo's own until `write_tokens`: a column of numbers or texts each.
+
+        Every optimiser step has a rollout batch of its own there.
+
+        Args:
+            step: optimiser step, from 1.
+            columns: position, prompt, response, group, reward, verdict, text, id, and what the loop knows.
+        """
+        self._told = {"rollout": str(step)}
+        n = len(columns["position"])
         self._tokens.append(pa.table({"rollout": np.full(n, step), "step": np.full(n, step), **columns}))
 
     def add_rewards(

@@ -149,15 +149,21 @@ def small_groups(plan: Plan) -> Finding | None:
 
 def learning_rate(plan: Plan) -> Finding | None:
     """A learning rate a hundred times away from what is usual."""
-    rate, adapter = plan.args.learning_rate, plan.model_config.use_peft
-    usual = 1e-5 if adapter else 1e-6
-    small_model = not adapter and (plan.architecture is None or _parameters(plan.architecture) < 100e6)
+    rate, model = plan.args.learning_rate, plan.model_config
+    gatera = getattr(model, "gatera", None)  # of the command line's config, which TRL's has not
+    if gatera is not None and gatera.get("branch", "hira") == "hira":
+        kind, usual = "GateRA on HiRA", 1e-4  # the update is multiplied by the weights
+    elif model.use_peft:
+        kind, usual = "an adapter", 1e-5
+    else:
+        kind, usual = "full fine-tuning", 1e-6
+    small_model = not model.use_peft and (plan.architecture is None or _parameters(plan.architecture) < 100e6)
     if usual / 100 <= rate and (small_model or rate <= 100 * usual):
         return None
     return Finding(
         "learning_rate",
         "warning",
-        f"learning_rate {rate:g} with {'an adapter' if adapter else 'full fine-tuning'}",
+        f"learning_rate {rate:g} with {kind}",
         "the policy stays where it is, and so does the reward"
         if rate < usual
         else "one optimiser step moves the policy so far that answers fall apart before the reward can tell",

@@ -119,8 +119,11 @@ def short_completions(plan: Plan) -> Finding | None:
 
 
 def _worked_answers(plan: Plan) -> list[str]:
-    """The worked solutions where the data have them, otherwise the gold answers."""
-    if plan.task_config.dataset == "addition":
+    """The worked solutions where the data have them, otherwise the gold answers.
+
+    Those of addition are what the autoregressive model in the package writes; the masked-diffusion one does not.
+    """
+    if plan.task_config.dataset == "addition" and not plan.args.trains_diffusion:
         pairs = [question.split("+") for question in plan.problems["question"]]
         return [solution(int(a), int(b)) for a, b in pairs]
     return [str(text) for text in plan.problems.get("solution", plan.problems["answer"])]

@@ -65,6 +65,15 @@ SUPERVISED_CHECKS: tuple[Callable[[Run], Finding | None], ...] = (
 )
 """Those of a run that learnt from demonstrations."""
 
+AGENT_CHECKS: tuple[Callable[[Run], Finding | None], ...] = (
+    checks_policy.non_finite,
+    checks_policy.entropy_collapse,
+    checks_policy.entropy_explosion,
+    checks_policy.unfinished,
+    checks_reward.no_improvement,
+)
+"""Those of a run that trained an agent with a critic."""
+
 CAUSES = {
     "nothing_learnt": ("no_improvement",),
     "constant_reward": (
@@ -117,7 +126,8 @@ def examine_run(run: Run) -> list[Finding]:
     Raises:
         ValueError: a file of the run is broken.
     """
-    findings = _worst_first(check(run) for check in (SUPERVISED_CHECKS if run.supervised else RUN_CHECKS))
+    checks = SUPERVISED_CHECKS if run.supervised else AGENT_CHECKS if run.agent else RUN_CHECKS
+    findings = _worst_first(check(run) for check in checks)
     symptoms = {symptom for finding in findings for symptom in CAUSES.get(finding.name, ())}
     kept = [finding for finding in findings if finding.name not in symptoms]
     return [in_verl(finding) for finding in kept] if run.config.get("engine") == "verl" else kept

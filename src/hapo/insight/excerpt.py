@@ -12,7 +12,7 @@ from .token_figures import visible
 
 WIDTH = 80
 """Characters of an answer that are shown."""
-DIVERGING = {"push", "advantage", "advantage_used", "signal"}
+DIVERGING = {"push", "token_reward", "advantage", "advantage_used", "signal"}
 """Numbers of either sign: 0 has no colour."""
 
 

@@ -31,9 +31,12 @@ BUDGET = 8 * 2**20
 """Characters of encoded data that a page may hold."""
 SHARED = (
     *("entropy", "entropy_new", "temperature", "logp_old", "logp_new", "logp_sampler", "logp_ref", "gate"),
-    *("logp", "rank", "expected_rank"),
+    *("token_reward", "logp", "rank", "expected_rank", "unmasked", "confidence"),
+    *("q", "value", "target", "q_other", "other", "kl"),
 )
 """Columns that are the same under every method."""
+ATTRIBUTION = "attribution_"
+"""How the names of further such columns begin: channels of `hapo.tasks.attribution`, or their mixture."""
 TREATMENT = (
     "signal",
     "weight",
@@ -101,6 +104,8 @@ def microscope(
         if any(isinstance(method, Supervised) != run.supervised for _, method in others):
             kind = "supervised" if run.supervised else "policy"
             raise ValueError(f"against: {run.folder} was trained with a {kind} method; name methods of that kind")
+        if run.agent and others:
+            raise ValueError(f"against: {run.folder} trained an agent with a critic, which no other method has")
         if unknown := sorted(set(rollouts or ()) - set(run.rollouts)):
             raise ValueError(f"{run.folder} recorded no rollout batch {unknown[0]}, only {run.rollouts}")
         wanted = run.rollouts if rollouts is None else sorted(set(rollouts))
@@ -133,6 +138,8 @@ def encode(run: Run, first: int, others: Sequence[Method | Supervised], most: in
         methods = [method_of_targets(run), *(method for method in others if isinstance(method, Supervised))]
         tables = [reweigh(tokens, method) for method in methods]
         complete = True
+    elif run.agent:  # its records hold all that the update made of a token
+        tables, complete = [tokens], True
     else:
         rollout = run.rollout(first)
         policies = [run.method(), *(method for method in others if isinstance(method, Method))]
@@ -196,13 +203,15 @@ def _pack(tokens: pd.DataFrame, treatments: Sequence[pd.DataFrame]) -> str:
                 "end": int(end),
             }
         )
+    others = tokens.drop_duplicates("other") if "other" in tokens else tokens[:0]
     header: dict[str, Any] = {
         "prompts": tokens.drop_duplicates(["group", "prompt"])["prompt"].tolist(),
         "responses": responses,
         "words": list(zip(words["id"].tolist(), words["text"].tolist(), strict=True)),
+        "others": {int(row.other): row.other_text for row in others.itertuples()},
         "word": arrays.add(word),
         "position": arrays.add(tokens["position"]),
-        "shared": {name: arrays.add(tokens[name]) for name in SHARED if name in tokens},
+        "shared": {name: arrays.add(tokens[name]) for name in _shared(tokens)},
         "methods": [
             {name: arrays.add(table[name]) for name in TREATMENT if name in table} for table in treatments
         ],
@@ -210,6 +219,11 @@ def _pack(tokens: pd.DataFrame, treatments: Sequence[pd.DataFrame]) -> str:
     text = json.dumps(header).encode()
     stream = len(text).to_bytes(4, "little") + text + b"".join(arrays.parts)
     return base64.b64encode(gzip.compress(stream, compresslevel=6, mtime=0)).decode()
+
+
+def _shared(tokens: pd.DataFrame) -> list[str]:
+    """Columns that no method makes."""
+    return [name for name in SHARED if name in tokens] + [x for x in tokens if str(x).startswith(ATTRIBUTION)]
 
 
 class _Arrays:

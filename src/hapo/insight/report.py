@@ -14,6 +14,7 @@ import hapo
 
 from ..outputs import check_made, check_page, write_made, write_page
 from ..tasks import TaskConfig
+from .agents import LOOP_OPTIONS, agent_figures
 from .curves import POINTS, SPAN, curves, others
 from .doctor import SEVERITIES, examine_run
 from .figures import Figure, labels, printable
@@ -22,6 +23,7 @@ from .page import new_nonce, render
 from .run import Run, of_runs, recompute
 from .targets import extremes, method_of_targets, reweigh, target_figures
 from .token_figures import ROLLOUTS, analysed, token_figures, visible
+from .unmasking import unmasking
 
 PARTIAL = (
     "Rollout batches were recorded in part (record_tokens_rows), so that what a method takes over a whole batch, "
@@ -128,7 +130,11 @@ def _shown(run: Run, name: str) -> dict[str, Any]:
 def _token_figures(run: Run, tokens: pd.DataFrame | None = None) -> list[Figure]:
     """Of the recorded tokens of a run, which are read unless given."""
     tokens = analysed(run) if tokens is None else tokens
-    return target_figures(tokens) if run.supervised else token_figures(tokens)
+    if run.agent:
+        return agent_figures(tokens)
+    if run.supervised:
+        return target_figures(tokens)
+    return token_figures(tokens) + ([unmasking(tokens)] if "unmasked" in tokens else [])
 
 
 def _findings(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -218,6 +224,8 @@ def _config(run: Run) -> dict[str, Any]:
 
 def _task(run: Run) -> str:
     """The data set; the default of `hapo train` where the run was told other options of a task."""
+    if run.agent:
+        return str(run.config.get("environment", ""))
     told = {f.name for f in fields(TaskConfig)} & set(run.config)
     return str(run.config.get("dataset") or (TaskConfig.dataset if told else ""))
 
@@ -227,6 +235,8 @@ def _method(run: Run) -> str:
     name = run.config.get("method")
     if name is None:
         return f"TRL's own ({_pairs(run.config.get('trl') or {})})" if "trl" in run.config else "none of hapo's"
+    if run.agent:
+        return f"{name} ({_pairs({k: run.config.get(k) for k in LOOP_OPTIONS})})"
     given = run.config.get("method_options") or {}
     try:
         default = hapo.method(name).options
@@ -240,6 +250,8 @@ def _pushes(run: Run, tokens: pd.DataFrame, name: str) -> tuple[dict[str, dict[s
     """The tokens with the greatest push each way: {among: {side: rows}}; or none; and what to know of it."""
     if tokens.empty:
         return {}, "It is made of token records (`record_tokens_every`), and none were found."
+    if run.agent:
+        return _most_pushed(_with_before(tokens.reset_index(drop=True)), name), ""
     try:
         method = run.method()
     except ValueError as error:
@@ -247,6 +259,11 @@ def _pushes(run: Run, tokens: pd.DataFrame, name: str) -> tuple[dict[str, dict[s
     rollouts = [run.rollout(first) for first in tokens["rollout"].unique()]
     push = [recompute(rollout, method)["push"] for rollout in rollouts]
     table = _with_before(tokens).assign(push=pd.concat(push).to_numpy())
+    return _most_pushed(table, name), "" if all(rollout.complete for rollout in rollouts) else PARTIAL
+
+
+def _most_pushed(table: pd.DataFrame, name: str) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Of all answers, of the wrong and of the right ones."""
     right = table["verdict"] > 0
     found = {}
     for among, some in (("all", table), ("wrong", table[~right]), ("right", table[right])):
@@ -254,7 +271,7 @@ def _pushes(run: Run, tokens: pd.DataFrame, name: str) -> tuple[dict[str, dict[s
             "Most amplified": [_push(row, name) for row in _most(some[some["push"] > 0], ascending=False)],
             "Most suppressed": [_push(row, name) for row in _most(some[some["push"] < 0], ascending=True)],
         }
-    return found, "" if all(rollout.complete for rollout in rollouts) else PARTIAL
+    return found
 
 
 def _extremes(run: Run, tokens: pd.DataFrame, name: str) -> tuple[dict[str, dict[str, list[dict[str, Any]]]], str]:

@@ -35,6 +35,7 @@ TOKEN_COLUMNS = {
     "logp_sampler": "sampler_logp",
     "entropy": "old_entropy",
     "entropy_new": "entropy",
+    "token_reward": "token_reward",
 }
 """Column of the token records -> field of `TokenBatch`."""
 
@@ -122,6 +123,11 @@ class Run:
     def supervised(self) -> bool:
         """Whether it learnt from demonstrations: its records are of targets, see `hapo.insight.targets`."""
         return self.manifest.get("kind") == "supervised"
+
+    @property
+    def agent(self) -> bool:
+        """Whether it trained an agent with a critic: its records hold Q values, see `hapo.insight.agents`."""
+        return self.manifest.get("kind") == "agent"
 
     def held_out_loss(self) -> pd.DataFrame:
         """One row a measurement of the loss on held-out demonstrations, with step, eval_loss and others."""

@@ -15,10 +15,12 @@ from torch import Tensor
 from ..batch import EntropyStats
 from ..method import Method
 from ..parts.advantage import Scale, decoupled_advantage, group_advantage
+from ..parts.credit import Finished, position_returns
 from ..parts.entropy import entropy_stats
 from ..parts.penalty import kl_penalty, unbiased_kl_penalty
 from ..parts.select import on_policy
 from ..parts.temperature import bounded_factor, zscore_factor
+from ..parts.turns import turn_advantage, turn_returns
 from ..stage import Stage, When
 from ..supervised import Supervised
 
@@ -132,6 +134,17 @@ class Options(MethodOptions, ABC):
 
     kind: ClassVar[Kind] = "policy"
 
+    advantages: ClassVar[tuple[str, ...]] = ("outcome", "token_reward")  # what `advantage` may be
+
+    advantage: Literal["outcome", "token_reward", "turn_reward"] = "outcome"
+    """What the advantage compares: rewards of responses, or, at each position, the returns of `token_reward` from
+    there on (`parts.credit.position_returns`), or at each turn those of the turns (`parts.turns`; methods that
+    take a reward relative to its group). Rewards on the last tokens alone give the same in all."""
+    gamma: float = 1.0
+    """Discount of rewards per token, or per turn, for token rewards."""
+    finished: Finished = "last"
+    """Where a response that has ended stands at later positions, or turns, of its group, for token rewards: with
+    the return of its last one, or out of their statistics."""
     filter_groups: bool = False
     """Drop groups whose verdicts are all equal (DAPO's dynamic sampling)."""
     singleton: Literal["zero", "reward"] = "zero"
@@ -156,6 +169,13 @@ class Options(MethodOptions, ABC):
         require(self.kl_coef >= 0, "kl_coef", self.kl_coef, ">= 0")
         require(self.sampler_cap is None or self.sampler_cap > 0, "sampler_cap", self.sampler_cap, "> 0, or None")
         one_of("singleton", self.singleton, ("zero", "reward"))
+        one_of("advantage", self.advantage, self.advantages)
+        one_of("finished", self.finished, ("last", "out"))
+        require(0 <= self.gamma <= 1, "gamma", self.gamma, "in [0, 1]")
+        if self.advantage == "outcome":
+            unread = "at its default where the advantage is of outcomes: advantage='token_reward' reads it"
+            for name in ("gamma", "finished"):
+                require(getattr(self, name) == getattr(Options, name), name, getattr(self, name), unread)
         threshold = self.off_policy_mask_threshold
         require(threshold is None or threshold >= 0, "off_policy_mask_threshold", threshold, ">= 0, or None")
         if self.temperature is not None:
@@ -165,14 +185,24 @@ class Options(MethodOptions, ABC):
     def build(self) -> Method:
         """The method with these options."""
 
+    @property
+    def earned(self) -> Literal["reward", "returns"]:
+        """The field of the record that the advantage compares."""
+        return "reward" if self.advantage == "outcome" else "returns"
+
     def shared(self, **own: Any) -> dict[str, Any]:
-        """What every `build` hands to `Method`: name, filter, sampler's weight, off-policy mask, temperature."""
+        """What every `build` hands to `Method`: name, filter, credit, sampler's weight, off-policy mask, rule."""
         rule = self.temperature
         shared: dict[str, Any] = {
             "name": self.name,
             "filter_groups": self.filter_groups,
             "sampler_cap": self.sampler_cap,
         }
+        if self.advantage != "outcome":
+            returns = {"gamma": self.gamma, "finished": self.finished}
+            by_turn = self.advantage == "turn_reward"
+            part, more = (turn_returns, ("turn",)) if by_turn else (position_returns, ())
+            shared["credit"] = Stage(part, "token_reward", "reward", "mask", *more, **returns)
         if self.off_policy_mask_threshold is not None:
             limit = self.off_policy_mask_threshold
             reads = ("logp", "drawn_logp", "advantage", "mask")
@@ -214,6 +244,8 @@ class ClippedOptions(Options, ABC):
 class GroupOptions(Options, ABC):
     """Options of the methods whose advantage is the reward relative to its group."""
 
+    advantages: ClassVar[tuple[str, ...]] = (*Options.advantages, "turn_reward")
+
     scale_rewards: Scale = "group"
     """What the distance from the group's mean is divided by: the deviation of the group, of the whole rollout
     batch, or nothing (TRL's option of this name)."""
@@ -230,6 +262,8 @@ class GroupOptions(Options, ABC):
         ways = ("sum_then_normalize", "normalize_then_sum")
         one_of("multi_objective_aggregation", self.multi_objective_aggregation, ways)
         if self.multi_objective_aggregation == "normalize_then_sum":
+            one = "'outcome': normalize_then_sum compares each function's rewards, token_reward holds their sum"
+            require(self.advantage == "outcome", "advantage", self.advantage, one)
             fixed = "at its default: normalize_then_sum divides by both deviations, and a group of one gets 0"
             for name in ("scale_rewards", "singleton"):
                 value = getattr(self, name)
@@ -246,8 +280,10 @@ class GroupOptions(Options, ABC):
         """The stage `advantage` of these options."""
         if self.multi_objective_aggregation == "normalize_then_sum":
             return Stage(decoupled_advantage, "rewards", "group", "mask", weights=self.reward_weights)
-        rows = ("reward", "group", "mask")
-        return Stage(group_advantage, *rows, singleton=self.singleton, scale=self.scale_rewards)
+        rows, options = (self.earned, "group", "mask"), {"singleton": self.singleton, "scale": self.scale_rewards}
+        if self.advantage == "turn_reward":
+            return Stage(turn_advantage, *rows, "turn", **options)
+        return Stage(group_advantage, *rows, **options)
 
 
 EntropySource = Literal["current", "old"]

@@ -56,7 +56,7 @@ class DiffuGRPO(DiffusionOptions):
         return Method(
             **self.shared(),
             likelihood=MaskedPass(self.prompt_rate),
-            advantage=Stage(group_advantage, *("reward", "group", "mask"), singleton=self.singleton, scale="none"),
+            advantage=Stage(group_advantage, self.earned, "group", "mask", singleton=self.singleton, scale="none"),
             ratio=Stage(token_ratio, "logp", "old_logp"),
             bounds=Stage(constant_bounds, "ratio", low=self.eps_low, high=self.eps_high),
             surrogate=Stage(clipped_surrogate, "ratio", "advantage", "bounds"),

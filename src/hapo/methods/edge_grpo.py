@@ -59,7 +59,7 @@ class EDGEGRPO(ClippedOptions):
         options = {"variant": self.variant, "clamp": self.clamp, "singleton": self.singleton}
         return Method(
             **self.shared(),
-            advantage=Stage(entropy_driven_advantage, "reward", "old_entropy", "group", "mask", **options),
+            advantage=Stage(entropy_driven_advantage, self.earned, "old_entropy", "group", "mask", **options),
             bounds=Stage(constant_bounds, "ratio", low=self.eps_low, high=self.eps_high),
             surrogate=Stage(clipped_surrogate, "ratio", "advantage", "bounds", dual_clip=self.dual_clip),
             penalty=self.kl(),
@@ -68,7 +68,7 @@ class EDGEGRPO(ClippedOptions):
 
 
 def entropy_driven_advantage(
-    reward: Float[Tensor, " B"],
+    reward: Float[Tensor, "B *t"],
     entropy: Float[Tensor, "B T"],
     group: Int[Tensor, " B"],
     mask: Bool[Tensor, "B T"],

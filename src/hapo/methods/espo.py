@@ -84,7 +84,7 @@ class ESPO(DiffusionOptions):
             likelihood=Elbo(self.draws, self.coupled),
             advantage=Stage(
                 baseline,
-                *("reward", "group", "mask"),
+                *(self.earned, "group", "mask"),
                 singleton=self.singleton,
                 scale=self.scale_rewards,
                 std_eps=STD_EPS,

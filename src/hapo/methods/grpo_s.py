@@ -54,7 +54,7 @@ class GRPOS(EntropyShaped):
             "threshold": self.threshold,
             "singleton": self.singleton,
         }
-        reads = ("old_entropy", "reward", "verdict", "group", "mask")
+        reads = ("old_entropy", self.earned, self.judged, "group", "mask")
         return Method(
             **self.shared(),
             advantage=Stage(share_advantage, *reads, level="response", normalisation=self.variant, **shares),

@@ -14,7 +14,7 @@ from ..method import Method
 from ..parts.advantage import STD_EPS, Singleton, signed_advantage
 from ..parts.bounds import constant_bounds
 from ..parts.entropy import mean_entropy
-from ..parts.groups import alone
+from ..parts.groups import alone, columns, group_index
 from ..parts.reduce import token_mean
 from ..parts.shaping import entropy_shaped_reward
 from ..parts.surrogate import clipped_surrogate
@@ -32,7 +32,12 @@ class EntropyShaped(ClippedOptions, ABC):
     eps_high: float = 0.28
     """Upper clip range; the paper's numbers 0.2 and 0.28, read as DAPO's ratio clip."""
     threshold: float = 0.5
-    """A response is right where its verdict is above this."""
+    """A response is right where its verdict is above this; with token rewards, a token is where its return is."""
+
+    @property
+    def judged(self) -> str:
+        """The field of the record that says what is right."""
+        return "verdict" if self.advantage == "outcome" else self.earned
 
 
 @register("gtpo")
@@ -75,7 +80,7 @@ class GTPO(EntropyShaped):
             "threshold": self.threshold,
             "singleton": self.singleton,
         }
-        reads = ("old_entropy", "reward", "verdict", "group", "mask")
+        reads = ("old_entropy", self.earned, self.judged, "group", "mask")
         return Method(
             **self.shared(),
             advantage=Stage(share_advantage, *reads, normalisation=self.variant, **shares),
@@ -88,8 +93,8 @@ class GTPO(EntropyShaped):
 
 def share_advantage(
     entropy: Float[Tensor, "B T"],
-    reward: Float[Tensor, " B"],
-    verdict: Float[Tensor, " B"],
+    reward: Float[Tensor, "B *t"],
+    verdict: Float[Tensor, "B *t"],
     group: Int[Tensor, " B"],
     mask: Bool[Tensor, "B T"],
     base: float = 1.0,
@@ -102,15 +107,23 @@ def share_advantage(
     """Advantages from rewards shaped by shares of entropy, apart for verdicts above and below the threshold.
 
     `level="response"` (GRPO-S): of the responses' mean entropies, the same number on every token of a response. A
-    response without tokens has no entropy, and is not part of its group.
+    response without tokens has no entropy, and is not part of its group. Reward and verdict may be (B,T), returns
+    at each position: tokens are then right or wrong by themselves; with `level="response"` each column is compared
+    by itself, and a NaN is not part of it.
     """
     dtype, shape = entropy.dtype, mask.shape
     if level == "response":
         entropy, mask = mean_entropy(entropy, mask).unsqueeze(1).to(dtype), mask.any(-1, keepdim=True)
+        if verdict.ndim == 2:  # a response at a position as a row, in a group of that position
+            (b, t), (index, _) = verdict.shape, group_index(group)
+            group = (index.unsqueeze(1) * t + torch.arange(t, device=index.device)).flatten()
+            entropy, mask = entropy.expand(b, t).reshape(-1, 1), (mask & ~verdict.isnan()).view(-1, 1)
+            reward, verdict = reward.flatten(), verdict.flatten()
     correct = verdict > threshold
     shaped = entropy_shaped_reward(entropy, correct, group, mask, base, bonus)
     advantage = signed_advantage(shaped, correct, group, mask, normalisation)
-    if singleton == "reward":
-        single = alone(group, mask.any(-1)).unsqueeze(1)
-        advantage = torch.where(single & mask, reward.unsqueeze(1).double() / (1 + STD_EPS), advantage)
-    return advantage.to(dtype).expand(shape)
+    single = alone(group, mask.any(-1)).unsqueeze(1)
+    lone = columns(reward).double() / (1 + STD_EPS) if singleton == "reward" else 0.0
+    advantage = torch.where(single & mask, lone, advantage)
+    advantage = advantage.to(dtype)
+    return advantage.expand(shape) if len(advantage) == shape[0] else advantage.view(shape)

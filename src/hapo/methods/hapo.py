@@ -19,7 +19,7 @@ from ..parts.reduce import token_mean
 from ..parts.shaping import redistribute
 from ..parts.surrogate import clipped_surrogate
 from ..stage import Stage
-from ._options import EntropySource, Paper, TemperatureOptions, entropy_from, one_of, require
+from ._options import EntropySource, Options, Paper, TemperatureOptions, entropy_from, one_of, require
 from ._registry import register
 from .dapo import DAPO
 
@@ -47,6 +47,7 @@ class HAPO(DAPO):
 
     paper: ClassVar = Paper("Heterogeneous Adaptive Policy Optimization", "2509.16591", 2025)
     summary: ClassVar = "token entropy drives temperature, advantage, redistribution and clip bounds"
+    advantages: ClassVar = Options.advantages  # its own advantage compares tokens
 
     components: str = "ABCD"
     """Which of the four parts are on, e.g. "AB"; "" is DAPO."""
@@ -116,7 +117,7 @@ class HAPO(DAPO):
         """The method with these options."""
         on = set(self.components)
         entropy, at = entropy_from(self.entropy_source, "loss")
-        rows, clip = ("reward", "group", "mask"), {"low": self.eps_low, "high": self.eps_high}
+        rows, clip = (self.earned, "group", "mask"), {"low": self.eps_low, "high": self.eps_high}
         group = Stage(group_advantage, *rows, singleton=self.singleton)
         over_tokens = {"singleton": self.singleton, "fallback_threshold": self.fallback_threshold}
         zone = Stage(redistribute, "advantage", "ratio", "signal", **clip, beta=self.beta)

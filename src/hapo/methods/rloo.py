@@ -13,6 +13,7 @@ from torch import Tensor
 from ..method import Method
 from ..parts.advantage import Singleton, leave_one_out_advantage
 from ..parts.bounds import constant_bounds, no_bounds
+from ..parts.credit import Finished, kl_in_reward, position_returns
 from ..parts.reduce import sequence_sum
 from ..parts.surrogate import clipped_surrogate, unclipped_surrogate
 from ..stage import Stage
@@ -26,7 +27,8 @@ class RLOO(Options):
     """RLOO: a response's reward minus the mean reward of the others of its group; whole responses are the actions.
 
     L = -(1/S) sum_i sum_t r A_i, A_i = R_i - mean_{j != i} R_j; with r = 1 its gradient is REINFORCE's. A KL
-    penalty goes into the reward before the baseline: R_i - beta sum_t (old_logp - ref_logp), beta = `kl_coef`.
+    penalty goes into the reward before the baseline: R_i - beta sum_t (old_logp - ref_logp), beta = `kl_coef`;
+    with token rewards into each token's, r_t - beta (old_logp - ref_logp), before the returns.
     Constant for autograd: advantages.
     """
 
@@ -54,21 +56,19 @@ class RLOO(Options):
 
     def build(self) -> Method:
         """The method with these options."""
-        baseline = ("reward", "group", "mask")
+        by_token = self.advantage == "token_reward"
+        reads, options = (self.earned, "group", "mask"), {"singleton": self.singleton}
+        advantage = Stage(leave_one_out_advantage, *reads, **options)
+        credit = {}
+        if self.kl_coef and by_token:
+            returns = {"coef": self.kl_coef, "gamma": self.gamma, "finished": self.finished}
+            logps = ("old_logp", "ref_logp")
+            credit["credit"] = Stage(penalised_returns, "token_reward", "reward", "mask", *logps, **returns)
+        elif self.kl_coef:
+            advantage = Stage(penalised_advantage, *reads, "old_logp", "ref_logp", coef=self.kl_coef, **options)
         return Method(
-            **self.shared(),
-            advantage=(
-                Stage(
-                    penalised_advantage,
-                    *baseline,
-                    "old_logp",
-                    "ref_logp",
-                    coef=self.kl_coef,
-                    singleton=self.singleton,
-                )
-                if self.kl_coef
-                else Stage(leave_one_out_advantage, *baseline, singleton=self.singleton)
-            ),
+            **self.shared(**credit),
+            advantage=advantage,
             bounds=Stage(constant_bounds, "ratio", low=self.clip[0], high=self.clip[1])
             if self.clip
             else Stage(no_bounds, "ratio"),
@@ -93,3 +93,18 @@ def penalised_advantage(
     """`leave_one_out_advantage` of R_i - coef sum_t (old_logp - ref_logp), the KL at rollout in the reward."""
     penalised = reward - coef * torch.where(mask, old_logp - ref_logp, 0.0).sum(-1)
     return leave_one_out_advantage(penalised, group, mask, singleton=singleton)
+
+
+def penalised_returns(
+    token_reward: Float[Tensor, "B T"],
+    reward: Float[Tensor, " B"],
+    mask: Bool[Tensor, "B T"],
+    old_logp: Float[Tensor, "B T"],
+    ref_logp: Float[Tensor, "B T"],
+    coef: float,
+    gamma: float = 1.0,
+    finished: Finished = "last",
+) -> Float[Tensor, "B T"]:
+    """`position_returns` of r_t - coef (old_logp - ref_logp), the KL at rollout in the reward of each token."""
+    penalised = kl_in_reward(token_reward, old_logp, ref_logp, mask, coef)
+    return position_returns(penalised, reward, mask, gamma, finished)

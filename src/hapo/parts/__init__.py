@@ -3,6 +3,7 @@
 from . import (  # noqa: F401 - each is there after `import hapo`, as hapo.parts.NAME
     advantage,
     bounds,
+    credit,
     elbo,
     entropy,
     groups,
@@ -12,6 +13,8 @@ from . import (  # noqa: F401 - each is there after `import hapo`, as hapo.parts
     reduce,
     select,
     shaping,
+    soft_q,
     surrogate,
     temperature,
+    turns,
 )

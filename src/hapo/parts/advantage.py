@@ -5,6 +5,10 @@ counts in its group whether or not the row has valid tokens, as in TRL and verl:
 length is still a failure of its group. A row whose reward is NaN could not be scored, is in no count and has
 advantage 0. `singleton` says what a group of one gets: 0, or its reward, over 1 + 1e-6 where a deviation divides
 (verl's convention).
+
+Where `reward` is (B,) it is the response's. It may be (B,T) too, a number for each position, such as the returns
+of `parts.credit`: each column is then compared by itself, as if it were the rewards, and the advantage at a
+position is of its column. A NaN is in no count of its column.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..batch import masked, working_dtype
-from .groups import alone, equal_rewards, group_index, group_sum
+from .groups import alone, columns, equal_rewards, group_index, group_sum
 
 STD_EPS = 1e-6
 """Added to every standard deviation (verl's convention; TRL adds 1e-4, the papers nothing)."""
@@ -30,7 +34,7 @@ Scale = Literal["group", "batch", "none"]
 
 
 def group_advantage(
-    reward: Float[Tensor, " B"],
+    reward: Float[Tensor, "B *t"],
     group: Int[Tensor, " B"],
     mask: Bool[Tensor, "B T"],
     *,
@@ -84,7 +88,7 @@ def decoupled_advantage(
 
 
 def leave_one_out_advantage(
-    reward: Float[Tensor, " B"],
+    reward: Float[Tensor, "B *t"],
     group: Int[Tensor, " B"],
     mask: Bool[Tensor, "B T"],
     *,
@@ -105,7 +109,7 @@ def leave_one_out_advantage(
 
 
 def token_group_advantage(
-    reward: Float[Tensor, " B"],
+    reward: Float[Tensor, "B *t"],
     group: Int[Tensor, " B"],
     mask: Bool[Tensor, "B T"],
     *,
@@ -120,7 +124,8 @@ def token_group_advantage(
     With `fallback_threshold`, a group in which any |A| reaches it takes `group_advantage` instead (5 in the
     authors' release; not in the paper).
     """
-    length = torch.where(reward.isnan(), 0, mask.sum(-1)).double()
+    tokens = mask.sum(-1)
+    length = torch.where(reward.isnan(), 0, tokens if reward.ndim == 1 else columns(tokens)).double()
     rows = length > 0
     r = torch.where(rows, reward.double(), 0.0)
     index, k = group_index(group)
@@ -134,20 +139,20 @@ def token_group_advantage(
     if fallback_threshold is not None:
         by_group = group_advantage(reward, group, mask, singleton=singleton, std_eps=std_eps)
         extreme = group_sum((advantage.abs() >= fallback_threshold).double(), index, k)
-        out = torch.where((extreme > 0)[index].unsqueeze(1), by_group, out)
+        out = torch.where(columns((extreme > 0)[index]), by_group, out)
     return out
 
 
 def signed_advantage(
     shaped: Float[Tensor, "B T"],
-    correct: Bool[Tensor, " B"],
+    correct: Bool[Tensor, "B *t"],
     group: Int[Tensor, " B"],
     mask: Bool[Tensor, "B T"],
     normalisation: Literal["padded", "own", "joint"] = "padded",
     *,
     std_eps: float = STD_EPS,
 ) -> Float[Tensor, "B T"]:
-    """A = (r - mean R) / (std R + 1e-6), apart for right and wrong responses (GTPO, arXiv 2508.04349).
+    """A = (r - mean R) / (std R + 1e-6), apart for right and wrong responses (GTPO, arXiv 2508.04349), or tokens.
 
     R, per group, for the tokens of right responses: their shaped rewards, with 0 in the place of every token of
     a wrong response ("padded"), or without these ("own"); likewise for wrong ones. "joint": one R for both,
@@ -158,7 +163,7 @@ def signed_advantage(
     out = torch.zeros_like(shaped, dtype=torch.float64)
     signs = [torch.ones_like(correct)] if normalisation == "joint" else [correct, ~correct]
     for sign in signs:
-        own = mask & sign.unsqueeze(1)
+        own = mask & columns(sign)
         values = torch.where(own, shaped.double(), 0.0)
         members = own if normalisation == "own" else mask
         n = group_sum(members.sum(-1).double(), index, k)[index].unsqueeze(1)
@@ -170,7 +175,7 @@ def signed_advantage(
     return out
 
 
-def _normalised(reward: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> tuple[Tensor, Tensor]:
+def _normalised(reward: Float[Tensor, "B *t"], group: Int[Tensor, " B"]) -> tuple[Tensor, Tensor]:
     """Distance from the group's mean, NaN where the reward is, and the group's deviation (divisor n - 1)."""
     counted = ~reward.isnan()
     centred, n = _centred(reward, group)
@@ -179,7 +184,7 @@ def _normalised(reward: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> tuple[
     return centred.masked_fill(~counted, torch.nan), std
 
 
-def _centred(reward: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> tuple[Tensor, Tensor]:
+def _centred(reward: Float[Tensor, "B *t"], group: Int[Tensor, " B"]) -> tuple[Tensor, Tensor]:
     """Distance of each row's reward from the group's mean, and the group's size; 0 where there is no reward."""
     counted = ~reward.isnan()
     r = torch.where(counted, reward.double(), 0.0)
@@ -202,4 +207,4 @@ def _on_tokens(
     advantage = torch.where(equal_rewards(reward.double(), group, counted) | ~counted, 0.0, advantage)
     if singleton == "reward":
         advantage = torch.where(alone(group, counted) & counted, reward.double() / divisor, advantage)
-    return masked(advantage.to(working_dtype(reward)).unsqueeze(1), mask)
+    return masked(columns(advantage.to(working_dtype(reward))), mask)

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .entropy import mean_entropy
-from .groups import group_index, group_sum
+from .groups import columns, group_index, group_sum
 
 SHARE_FLOOR = 1e-8
 """Floor of entropies and of their sums where they are divided by (ours; the paper says "a small constant")."""
@@ -61,7 +61,7 @@ def redistribute(
 
 def entropy_shaped_reward(
     entropy: Float[Tensor, "B T"],
-    correct: Bool[Tensor, " B"],
+    correct: Bool[Tensor, "B *t"],
     group: Int[Tensor, " B"],
     mask: Bool[Tensor, "B T"],
     base: float = 1.0,
@@ -72,17 +72,17 @@ def entropy_shaped_reward(
     Right responses: base + bonus d_t H_it / sum_k H_kt over the d_t right responses of the group that are alive
     at t. Wrong ones: -base - bonus h_t u_jt / sum_k u_kt with u = 1 / H. Entropies and sums are floored at
     1e-8 where they are divided by. 0 at masked positions, float64. T = 1, with mean entropies, makes it GRPO-S.
+    With `correct` (B,T) tokens are right or wrong, each among those of its own kind at its position.
     """
     index, k = group_index(group)
-    key = 2 * index + correct.long()
-    h = entropy.detach().double()
-    share = torch.where(correct.unsqueeze(1), h, 1.0 / h.clamp_min(SHARE_FLOOR))
-    share = torch.where(mask, share, 0.0)
-    alive = group_sum(mask.double(), key, 2 * k)[key]
-    total = group_sum(share, key, 2 * k)[key].clamp_min(SHARE_FLOOR)
-    magnitude = base + bonus * alive * share / total
-    signed = torch.where(correct.unsqueeze(1), magnitude, -magnitude)
-    return torch.where(mask, signed, 0.0)
+    h, right = entropy.detach().double(), columns(correct)
+    signed = torch.zeros_like(h)
+    for own, share, sign in ((mask & right, h, 1.0), (mask & ~right, 1.0 / h.clamp_min(SHARE_FLOOR), -1.0)):
+        share = torch.where(own, share, 0.0)
+        alive = group_sum(own.double(), index, k)[index]
+        total = group_sum(share, index, k)[index].clamp_min(SHARE_FLOOR)
+        signed = torch.where(own, sign * (base + bonus * alive * share / total), signed)
+    return signed
 
 
 def entropy_bonus(

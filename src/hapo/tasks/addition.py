@@ -113,3 +113,23 @@ def addition_reward(prompts: list[str], completions: list[str], answer: list[str
         1.0 if completion.rpartition(";")[2] == gold else 0.0
         for completion, gold in zip(completions, answer, strict=True)
     ]
+
+
+def parts_right(a: int, b: int, completion: str) -> float:
+    """Share of the parts of an answer that are right: its columns, each in its place, and the sum.
+
+    Parts end at semicolons. The right answer has n columns and the sum, and an answer of more parts is divided by
+    their number: in [0, 1], and 1 for `solution(a, b)` alone. The embedded reward model learns it.
+    """
+    right, given = solution(a, b).split(";"), completion.split(";")
+    found = sum(one == other for one, other in zip(right, given, strict=False))
+    return found / max(len(right), len(given))
+
+
+def wrong_places(a: int, b: int, completion: str) -> list[int]:
+    """The characters that make `parts_right` less than 1, where each can be named: those that differ from the
+    right answer in an answer as long as it, or [] where it is shorter or longer."""
+    right = solution(a, b)
+    if len(completion) != len(right):
+        return []
+    return [i for i, (one, other) in enumerate(zip(right, completion, strict=True)) if one != other]

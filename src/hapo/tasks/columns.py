@@ -36,8 +36,13 @@ def columns_of(tables: dict[str, list[Row]], config: TaskConfig) -> list[Row]:
             handed_on = {name: value_of(row, name) for name in extras}
             for name, value in ((question, value_of(row, question)), *handed_on.items()):
                 same_kind(name, value, place)
-            rows.append(problem | {"answer": value_of(row, answer)} | handed_on)
+            rows.append(problem | {"answer": _answer(value_of(row, answer), config)} | handed_on)
     return rows
+
+
+def _answer(value: Any, config: TaskConfig) -> Any:
+    """Where no reward reads it, no answer is the empty one."""
+    return "" if value is None and not config.needs_answers else value
 
 
 def value_of(row: Row, name: str) -> Any:
@@ -74,7 +79,8 @@ def _names(source: str, rows: list[Row], config: TaskConfig) -> tuple[str, str, 
         raise ValueError(f"{source}: no rows")
     question = question_name(rows, config)
     answer, extras = answer_column(rows, config), list(config.extra_columns)
-    missing = sorted(name for name in {question, answer, *extras} if not _has(rows, name))
+    needed = {question, *extras, *([answer] if config.needs_answers else [])}
+    missing = sorted(name for name in needed if not _has(rows, name))
     if missing:
         found = dict.fromkeys(name for row in rows for name in row)
         raise ValueError(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
+
+from .reward_options import TokenRewardOptions
 
 REASONING_GYM = "reasoning_gym:"
 
@@ -79,7 +81,16 @@ class TaskConfig:
         default_factory=lambda: ["auto"],
         metadata={
             "help": "one or more of auto (the task's own; for files and the Hub math_verify), math_verify, exact, "
-            "package.module:function, path/to/file.py:function; weighted by reward_weights"
+            "package.module:function, path/to/file.py:function, reward_model (of token_reward); weighted by "
+            "reward_weights"
+        },
+    )
+    token_reward: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "train with the score of a reward model, spread over the tokens of an answer: a mapping with "
+            "model, channels, weights and others, on the command line as JSON; none takes back what a recipe "
+            "says. rewards are then what held-out answers are measured by"
         },
     )
     reward_timeout: float = field(default=5.0, metadata={"help": "seconds allowed for scoring one sample"})
@@ -103,6 +114,18 @@ class TaskConfig:
     )
     task_options: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "options of a reasoning-gym task: a mapping, on the command line as JSON"}
+    )
+
+    environment: str | None = field(
+        default=None,
+        metadata={
+            "help": "episodes of several turns in the place of single answers: addition, code, or "
+            "MODULE:FUNCTION, which is called with seed, train_size and eval_size and returns the environment's "
+            "class and two data sets; none takes back what a recipe says. max_completion_length is of one turn"
+        },
+    )
+    environment_options: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": 'of the environment\'s class, as {"max_turns": 2}'}
     )
 
     curriculum: str | None = field(
@@ -144,7 +167,7 @@ class TaskConfig:
     def __post_init__(self) -> None:
         self._check_demonstrations()
         # a flag over a recipe that sets them
-        for name in ("dataset_config", "test_split", "eval_file", "curriculum"):
+        for name in ("dataset_config", "test_split", "eval_file", "curriculum", "environment", "token_reward"):
             if getattr(self, name) == "none":
                 setattr(self, name, None)
         if isinstance(self.rewards, str):  # a YAML scalar
@@ -156,6 +179,7 @@ class TaskConfig:
                 self.task_options = json.loads(self.task_options)
             except ValueError as error:
                 raise ValueError(f"task_options is no JSON: {self.task_options!r} ({error})") from error
+        self._check_environment()
         if not isinstance(self.task_options, dict | None):
             raise ValueError(f"task_options must be a mapping, not {self.task_options!r}")
         if self.task_options and not self.dataset.startswith(REASONING_GYM):
@@ -180,6 +204,7 @@ class TaskConfig:
             if size is not None and size < 1:
                 raise ValueError(f"{name} must be at least 1, not {size}")
         self.reward_fallback()
+        self._check_token_reward()
 
     def without_demonstrations(self) -> TaskConfig:
         """The same problems, for what learns nothing."""
@@ -189,6 +214,29 @@ class TaskConfig:
                 setattr(without, f.name, f.default)
         return without
 
+    def _check_environment(self) -> None:
+        if isinstance(self.environment_options, str):
+            try:
+                self.environment_options = json.loads(self.environment_options)
+            except ValueError as error:
+                raise ValueError(
+                    f"environment_options is no JSON: {self.environment_options!r} ({error})"
+                ) from error
+        if not isinstance(self.environment_options, dict | None):
+            raise ValueError(f"environment_options must be a mapping, not {self.environment_options!r}")
+        if self.environment is None:
+            if self.environment_options is not None:
+                raise ValueError(f"environment_options={self.environment_options!r} needs environment: name one")
+            return
+        read = ("environment", "environment_options", "train_size", "eval_size", "task_seed")
+        for f in fields(self):
+            default = f.default if f.default_factory is MISSING else f.default_factory()
+            if f.name not in read and getattr(self, f.name) != default:
+                raise ValueError(
+                    f"{f.name}={getattr(self, f.name)!r} does not go with environment={self.environment!r}, which "
+                    "brings its problems and rewards: leave one of them out"
+                )
+
     def _check_demonstrations(self) -> None:
         if self.demonstrations == "none":
             vars(self).update(vars(self.without_demonstrations()))
@@ -197,6 +245,17 @@ class TaskConfig:
         for f in fields(self):
             if f.name.startswith(OF_DEMONSTRATIONS) and getattr(self, f.name) != f.default:
                 raise ValueError(f"{f.name}={getattr(self, f.name)!r} needs demonstrations: name their source")
+
+    def _check_token_reward(self) -> None:
+        if self.token_reward is not None:
+            TokenRewardOptions.read(self.token_reward)
+        elif "reward_model" in self.rewards:
+            raise ValueError("rewards: reward_model is the model of token_reward, which is not given")
+
+    @property
+    def needs_answers(self) -> bool:
+        """Whether a reward may ask for gold answers."""
+        return self.rewards != ["reward_model"]
 
     def options(self) -> dict[str, Any]:
         """The options of a reasoning-gym task."""

@@ -19,6 +19,7 @@ from .curriculum import in_stages
 from .demonstrations import load_demonstrations
 from .files import Row, data_files, is_local, read_hub, read_local
 from .reading import gold_text
+from .reward_options import TokenRewardOptions
 from .rewards import RewardFunction, exact_reward, load_rewards, math_verify_reward
 from .stated import extract_answer
 from .table import dataset_of
@@ -26,6 +27,9 @@ from .verifier import VerifiedReward
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from .environments import EnvironmentTask
+    from .token_reward import ModelReward, TokenReward
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +60,12 @@ class Task:
     """To learn from beside rollouts; columns prompt, completion and question."""
     majority_share: float
     """Share of the most common gold answer in `eval`: what a constant answer would score."""
+    token_reward: TokenReward | None = field(default=None, kw_only=True)
+    """What trains, where the recipe says so; `reward_funcs` then measure alone."""
     staged: bool = False
     """Whether `train` has the column `stage`, from a curriculum."""
+    environment: EnvironmentTask | None = field(default=None, kw_only=True)
+    """Where episodes of several turns are played; None: an answer is one turn."""
 
 
 def load_task(config: TaskConfig, *, seed: int) -> Task:
@@ -72,8 +80,11 @@ def load_task(config: TaskConfig, *, seed: int) -> Task:
     cannot use (see TaskConfig.on_bad_gold).
     """
     seed = seed if config.task_seed is None else config.task_seed
+    if config.environment is not None:
+        return _episodes(config, seed)
     train, evaluation, own = _rows(config, seed)
-    rewards = load_rewards(config.rewards, own, config.reward_timeout, config.reward_fallback())
+    token_reward, of_model = _token_reward(config)
+    rewards = load_rewards(config.rewards, own, config.reward_timeout, config.reward_fallback(), of_model)
 
     train = _with_usable_gold(train, rewards, config, "training data")
     if evaluation is None:
@@ -99,8 +110,34 @@ def load_task(config: TaskConfig, *, seed: int) -> Task:
         reward_funcs=rewards,
         fingerprint=_fingerprint(train, evaluation),
         majority_share=share,
+        token_reward=token_reward,
         staged=config.curriculum is not None,
         demonstrations=load_demonstrations(config, (row["question"] for row in evaluation), seed=seed),
+    )
+
+
+def _episodes(config: TaskConfig, seed: int) -> Task:
+    """The task of an environment: its rows, and as reward that of the last turn of an episode."""
+    from .environments import load_environment
+    from .environments.episodes import episode_reward
+
+    assert config.environment is not None
+    assert not isinstance(config.environment_options, str)
+    environment = load_environment(
+        config.environment,
+        seed=seed,
+        train_size=config.train_size or GENERATED_TRAIN,
+        eval_size=config.eval_size or HELD_OUT,
+        options=config.environment_options,
+    )
+    return Task(
+        name=f"environment {environment.name}",
+        train=environment.train,
+        eval=environment.eval,
+        reward_funcs=[episode_reward],
+        fingerprint=_fingerprint(environment.train.to_list(), environment.eval.to_list()),
+        majority_share=0.0,
+        environment=environment,
     )
 
 
@@ -140,6 +177,16 @@ def _rows(config: TaskConfig, seed: int) -> tuple[list[Row], list[Row] | None, R
         None if given.evaluation is None else columns_of(given.evaluation, config),
         math_verify_reward(config.reward_timeout),
     )
+
+
+def _token_reward(config: TaskConfig) -> tuple[TokenReward | None, ModelReward | None]:
+    """The reward per token, and that of whole answers by the same model, which is loaded once."""
+    if config.token_reward is None:
+        return None, None
+    from .token_reward import ModelReward, TokenReward  # with torch, which who reads a run does without
+
+    options = TokenRewardOptions.read(config.token_reward)
+    return TokenReward(options), ModelReward(options)
 
 
 @dataclass(frozen=True)
@@ -192,7 +239,7 @@ def _with_usable_gold(
 
     verifiers = [r for r in rewards if isinstance(r, VerifiedReward) and r.column == "answer"]
     compared = bool(verifiers) or exact_reward in rewards
-    needed = compared or not config.dataset.startswith(REASONING_GYM)
+    needed = config.needs_answers and (compared or not config.dataset.startswith(REASONING_GYM))
 
     @functools.cache
     def fault_of(text: str) -> str | None:

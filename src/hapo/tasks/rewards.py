@@ -1,8 +1,9 @@
 """Rewards: exact match, math-verify, or a function of one's own behind a guard.
 
 All have TRL's signature, ``fn(prompts, completions, completion_ids, **columns) -> list[float | None]``;
-completions are texts or lists of messages. Several rewards are weighted by TRL's `reward_weights`; None says that
-a reward does not apply to a sample, whose other rewards then count alone.
+completions are texts or lists of messages. A function of one's own may give a completion a list in the place of a
+number, a reward for each of its `completion_ids`; its outcome is the sum. Several rewards are weighted by TRL's
+`reward_weights`; None says that a reward does not apply to a sample, whose other rewards then count alone.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import importlib
 import importlib.util
 import inspect
 import logging
-import math
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -22,15 +22,17 @@ from typing import Any
 
 from .answers import Completion, normalise, text_of
 from .maths import MathReward
+from .per_token import fault, is_number, tokens_of
 from .reading import canonical_number, gold_text
 from .stated import extract_answer, unwrap
 from .verifier import Judge
 
 logger = logging.getLogger(__name__)
 
-RewardFunction = Callable[..., Sequence[float | None]]
+Reward = float | list[float] | None
+RewardFunction = Callable[..., Sequence[Reward]]
 
-BUILT_IN = ("auto", "exact", "math_verify")
+BUILT_IN = ("auto", "exact", "math_verify", "reward_model")
 
 
 class RewardError(RuntimeError):
@@ -67,17 +69,17 @@ def math_verify_reward(timeout: float) -> MathReward:
     return MathReward(Judge("math_verify", timeout))
 
 
-Result = float | RewardError | None
+Result = float | list[float] | RewardError | None
 
 
 class GuardedReward:
     """A user's reward function, behind checks that turn every failure into an error or into a chosen score.
 
     A failure is an exception, a call that lasts longer than `timeout` seconds times the number of samples, a
-    result that is no list of one finite number, or None, a sample. With `fallback` None it raises RewardError
-    naming the sample; with a number, the failing samples get that score and a warning counts them. After a failure
-    of the call as a whole the samples are scored one at a time to find those at fault, so a function that compares
-    samples of a batch should go without `fallback`.
+    result that is no list of one finite number, or None, a sample, or of one for each of its tokens. With
+    `fallback` None it raises RewardError naming the sample; with a number, the failing samples get that score and
+    a warning counts them. After a failure of the call as a whole the samples are scored one at a time to find
+    those at fault, so a function that compares samples of a batch should go without `fallback`.
 
     The function runs in a daemon thread, because a hanging one cannot be stopped from outside and must not
     keep a failed training alive. Devices are a matter of the thread: on several GPUs name the device. An async
@@ -93,7 +95,7 @@ class GuardedReward:
         self._fallback = fallback
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def __call__(self, prompts: list[Any], completions: list[Completion], **columns: Any) -> list[float | None]:
+    def __call__(self, prompts: list[Any], completions: list[Completion], **columns: Any) -> list[Reward]:
         """Score a batch; raises RewardError for the first sample that fails, unless there is a fallback."""
         batch = {"prompts": prompts, "completions": completions, **columns}
         size = len(completions)
@@ -160,7 +162,8 @@ class GuardedReward:
             return RewardError(f"returned {_excerpt(values)}, not a list of numbers,")
         if len(values) != size:
             return RewardError(f"returned {len(values)} values for {size} samples")
-        return [_number(value) for value in values]
+        ids = batch.get("completion_ids")
+        return [_result(value, None if ids is None else len(ids[i])) for i, value in enumerate(values)]
 
     def _await(self, result: Awaitable[Any]) -> Any:
         if self._loop is None:
@@ -180,15 +183,18 @@ async def _outcome(result: Awaitable[Any]) -> tuple[Any, BaseException | None]:
         return None, error
 
 
-def _number(value: Any) -> Result:
+def _result(value: Any, length: int | None) -> Result:
     if value is None:
         return None
-    try:
-        if not isinstance(value, (str, bytes)) and math.isfinite(value):
-            return float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # no scalar, or one that is too large
-        pass
-    return RewardError(f"returned {_excerpt(value)}, not a finite number or None,")
+    if is_number(value):
+        return float(value)
+    tokens = tokens_of(value)
+    if tokens is None:
+        return RewardError(f"returned {_excerpt(value)}, not a finite number or None,")
+    if length is None:
+        return RewardError("returned a list of rewards per token, and the call has no completion_ids to count,")
+    wrong = fault(tokens, length)
+    return [float(x) for x in tokens] if wrong is None else RewardError(wrong)
 
 
 def _row(batch: dict[str, Any], index: int, size: int) -> dict[str, Any]:
@@ -234,11 +240,16 @@ def load_function(path: str) -> Callable[..., Any]:
 
 
 def load_rewards(
-    names: list[str], own: RewardFunction, timeout: float, fallback: float | None
+    names: list[str],
+    own: RewardFunction,
+    timeout: float,
+    fallback: float | None,
+    of_model: RewardFunction | None = None,
 ) -> list[RewardFunction]:
     """The reward functions that `names` stand for.
 
-    A name is "auto" (`own`, the task's reward), "exact", "math_verify" or an import path (see `load_function`;
+    A name is "auto" (`own`, the task's reward), "exact", "math_verify", "reward_model" (`of_model`) or an import
+    path (see `load_function`;
     guarded by GuardedReward with `timeout` and `fallback`). Raises ValueError for any other.
     """
     rewards: list[RewardFunction] = []
@@ -249,6 +260,8 @@ def load_rewards(
             rewards.append(exact_reward)
         elif name == "math_verify":
             rewards.append(math_verify_reward(timeout))
+        elif name == "reward_model" and of_model is not None:
+            rewards.append(of_model)
         elif ":" in name:
             rewards.append(GuardedReward(load_function(name), name.rpartition(":")[2], timeout, fallback))
         else:

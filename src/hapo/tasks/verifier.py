@@ -2,24 +2,20 @@
 
 Model output is hostile without meaning to be: ``10**10**10``, ten thousand nested fractions. math-verify guards
 itself by signals, which work in the main thread only and do not interrupt arithmetic on huge integers, and
-reasoning-gym's scorers have no guard at all. So the judging process is started as a plain script (no guard
-around `__main__` is needed in a user's training script), reused over calls, and replaced when it dies.
+reasoning-gym's scorers have no guard at all. So the judging process is a script of its own, reused over calls, and
+replaced when it dies.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import os
-import subprocess
-import sys
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .answers import Completion, text_of
+from .process import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -28,17 +24,21 @@ class Unchecked(Exception):
     """An answer could not be judged; the message says why."""
 
 
-class Judge:
-    """Handle of a judging process, started at the first question and restarted after a time-out or a crash.
+class Judge(Worker):
+    """The judging process, replaced after a time-out or a crash.
 
     `kind` is "math_verify" or "reasoning_gym", `timeout` the seconds allowed for one answer, `setup` what the
-    kind needs besides. The process ends with `close`, with this object, or with the interpreter.
+    kind needs besides.
     """
 
     def __init__(self, kind: str, timeout: float, **setup: Any) -> None:
-        self._setup = {"kind": kind, "timeout": timeout, **setup}
-        self._process: subprocess.Popen[str] | None = None
-        self._end: Callable[[], object] = lambda: None
+        super().__init__(
+            f"the verifier {kind!r}",
+            Path(__file__).with_name("_worker.py"),
+            {"kind": kind, "timeout": timeout, **setup},
+            os.environ | {"PYTHONHASHSEED": "0"},  # generators that draw from sets repeat themselves
+        )
+        self._timeout = timeout
 
     def ask(self, key: str, text: str) -> bool:
         """Whether `text` is a right answer to the problem that `key` names; raises as `call` does."""
@@ -50,59 +50,12 @@ class Judge:
         Raises Unchecked if it takes longer than the time-out, crashes or raises; RuntimeError if the process
         cannot be started.
         """
-        if self._process is None or self._process.poll() is not None:
-            self.close()
-            self._process = self._start()
-        message = _exchange(self._process, {"method": method, "arguments": arguments})
+        message = self.answer({"method": method, "arguments": arguments})
         if message is None:
-            self.close()
-            raise Unchecked(f"no verdict within {self._setup['timeout']:g} s, or the verifier crashed")
+            raise Unchecked(f"no verdict within {self._timeout:g} s, or the verifier crashed")
         if "error" in message:
             raise Unchecked(message["error"])
         return message["result"]
-
-    def close(self) -> None:
-        """End the process, if there is one; a later question starts another."""
-        self._end()
-        self._process = None
-
-    def _start(self) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("_worker.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONHASHSEED": "0"},  # generators that draw from sets repeat themselves
-            text=True,
-            encoding="utf-8",
-        )
-        self._end = weakref.finalize(self, _end_process, process)
-        message = _exchange(process, self._setup)
-        if message is None or "error" in message:
-            self.close()
-            reason = message["error"] if message else "it ended at once"
-            raise RuntimeError(f"the verifier {self._setup['kind']!r} cannot start: {reason}")
-        return process
-
-
-def _exchange(process: subprocess.Popen[str], message: dict[str, Any]) -> dict[str, Any] | None:
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        print(json.dumps(message), file=process.stdin, flush=True)
-    except BrokenPipeError:
-        return None
-    line = process.stdout.readline()
-    return json.loads(line) if line.endswith("\n") else None
-
-
-def _end_process(process: subprocess.Popen[str]) -> None:
-    process.kill()
-    process.wait()
-    for pipe in (process.stdin, process.stdout):
-        assert pipe is not None
-        with contextlib.suppress(BrokenPipeError):  # a question that nobody read
-            pipe.close()
 
 
 class VerifiedReward:

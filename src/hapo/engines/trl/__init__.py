@@ -7,6 +7,7 @@ require("trl", "1.16")
 from .auxiliary import AuxiliaryLoss  # noqa: E402
 from .config import HAPOConfig  # noqa: E402
 from .diffusion import DiffusionConfig, DiffusionTrainer  # noqa: E402
+from .episodes import EnvironmentRollout  # noqa: E402
 from .sampler import Sampler  # noqa: E402
 from .scorer import Scorer  # noqa: E402
 from .supervised import SupervisedConfig, SupervisedTrainer  # noqa: E402
@@ -16,6 +17,7 @@ __all__ = [
     "AuxiliaryLoss",
     "DiffusionConfig",
     "DiffusionTrainer",
+    "EnvironmentRollout",
     "HAPOConfig",
     "HAPOTrainer",
     "Sampler",

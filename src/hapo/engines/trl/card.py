@@ -3,36 +3,36 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import SchedulerType
+from transformers import SchedulerType, TrainingArguments
 
 import hapo
 
 from ...method import Method
 from ...methods import options_of
+from ...supervised import Supervised
 from ..estimate import Estimate
 from ..records import PACKAGES
-from .config import HAPOConfig
 from .recorder import options_told
 
-BUNDLED = Path(hapo.__file__).parent / "assets" / "tiny"
+BUNDLED = Path(hapo.__file__).parent / "assets"
 
 
 def model_card(
-    args: HAPOConfig,
-    method: Method,
+    args: TrainingArguments,
+    method: Method | Supervised,
     *,
     recipe: dict[str, Any],
     base: str,
     adapter: str | None,
-    rewards: Sequence[str],
-    prompts: int | None,
+    data: Mapping[str, Any],
+    settings: Mapping[str, Any],
     step: int,
     tags: Sequence[str],
     hub_id: str | None,
@@ -43,10 +43,10 @@ def model_card(
     Args:
         args: what the run was told. Accuracies are those in the evaluations.jsonl of its output folder.
         method: it was trained with.
-        recipe: what the run was told beside. The task is the recipe's; where that names none, the number of
-            `prompts` (None for a stream) and the names of the `rewards` stand for it.
+        recipe: what the run was told beside. The task is the recipe's.
         base: name or path of the model it was made from; empty where there is none.
         adapter: type of the PEFT adapter that the weights are; None of a whole model.
+        data, settings: further facts by name, of what it learnt from and of the training; None is none.
         step: optimiser steps so far.
         tags: beside that of the method.
         hub_id: repository on the Hub, if the model goes to one.
@@ -56,23 +56,22 @@ def model_card(
     facts = {
         "base model": named,
         "task": _task(recipe),
-        "training prompts": prompts,
-        "rewards": ", ".join(f"`{reward}`" for reward in rewards),
+        **data,
         **_accuracies(Path(args.output_dir) / "evaluations.jsonl"),
         "method": f"`{method.name}`",
         "optimiser steps": step,
         "learning rate": f"{args.learning_rate:g}, {SchedulerType(args.lr_scheduler_type).value}",
-        "weight of the KL penalty": f"{args.beta:g}" if args.beta else None,
+        **settings,
         "seed": args.seed,
         "versions": ", ".join(f"{package} {version}" for package, version in _versions().items()),
     }
-    data = ModelCardData(
+    header = ModelCardData(
         library_name="peft" if adapter else "transformers",
         base_model=base_id,
         tags=["generated_from_trainer", *tags, method.name],
     )
     return ModelCard.from_template(
-        data,
+        header,
         template_str=resources.files(__package__).joinpath("card.md").read_text(encoding="utf-8"),
         title=hub_id or Path(args.output_dir).resolve().name,
         facts={fact: value for fact, value in facts.items() if value is not None},
@@ -87,8 +86,8 @@ def model_card(
 def _base(name: str) -> tuple[str, str | None]:
     """The base model in words, and its id on the Hub if it has one."""
     path = Path(name)
-    if name == "tiny" or path == BUNDLED:
-        return "`tiny`, the small model that hapo brings", None
+    if name in ("tiny", "diffusion_tiny") or path.parent == BUNDLED:
+        return f"`{path.name}`, the small model that hapo brings", None
     if not name:
         return "made in the training script", None
     if path.is_absolute() or path.exists():

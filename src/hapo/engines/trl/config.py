@@ -352,7 +352,9 @@ def check_arguments(method: Method, args: HAPOConfig, model: Any, others: dict[s
             )
     if args.use_vllm:
         check_rule(method)
-    if others.get("rollout_func") is not None and method.temperature_rule is not None:
+    rollout = others.get("rollout_func")
+    own = rollout is not None and not getattr(rollout, "draws_with_trainer", False)
+    if own and method.temperature_rule is not None:
         raise ValueError(
             f"method {method.name!r} adapts the sampling temperature, and a rollout_func samples by itself: "
             f"let the trainer generate, or {NO_TEMPERATURE}"

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
+from trl import GRPOTrainer
 
 from ...masked import mask_token, predicts_next
 from ...samplers.diffusion import Unmasking
 from . import passes
-from .config import HAPOConfig
+from .config import HAPOConfig, resolve_method
+from .masked_models import adapter_for, give_generation_config, load, loaded_by_us
+from .scorer import Scored
 from .trainer import HAPOTrainer
-from .views import NOISE, NOW, OLD, REF, DiffusionSampler, DiffusionScorer
+from .views import CONFIDENCE, NOISE, NOW, OLD, REF, UNMASKED, DiffusionSampler, DiffusionScorer
 
 LOG = logging.getLogger(__name__)
 
@@ -107,6 +112,8 @@ class DiffusionTrainer(HAPOTrainer):
     def __init__(
         self, model: Any, reward_funcs: Any = None, args: DiffusionConfig | None = None, *more: Any, **others: Any
     ) -> None:
+        names = list(inspect.signature(GRPOTrainer.__init__).parameters)[4:]  # after those above
+        others |= dict(zip(names, more, strict=False))
         if not isinstance(args, DiffusionConfig):
             raise TypeError(
                 f"args must be a DiffusionConfig, got {type(args).__name__}; from hapo.trl import DiffusionConfig"
@@ -122,7 +129,16 @@ class DiffusionTrainer(HAPOTrainer):
                 "model; leave them out"
             )
         self._rounds = (-1, 0)
-        super().__init__(model, reward_funcs, args, *more, **others)
+        by_us = isinstance(model, str)
+        if by_us:
+            resolve_method(others.get("method"), args.filled_in())  # what it refuses, before a model is loaded
+            given = (others.pop("quantization_config", None), others.get("processing_class"))
+            model, others["processing_class"] = load(model, args, *given)
+        give_generation_config(model)
+        if "peft_config" in others:
+            others["peft_config"] = adapter_for(model, others["peft_config"])
+        with loaded_by_us() if by_us else nullcontext():
+            super().__init__(model, reward_funcs, args, **others)
         net = self.accelerator.unwrap_model(self.model)
         if self._sharded or self.aux_loss_enabled or any(hasattr(m, "gatera_gate") for m in net.modules()):
             raise ValueError(
@@ -164,7 +180,7 @@ class DiffusionTrainer(HAPOTrainer):
         """Responses of the model as it is, decoded as in training but for the temperature."""
         assert isinstance(self.sampler, DiffusionSampler)
         how = self.args.unmasking(temperature)
-        return self.sampler.decoded(self.accelerator.unwrap_model(self.model), prompt_ids, prompt_mask, how)
+        return self.sampler.decoded(self.accelerator.unwrap_model(self.model), prompt_ids, prompt_mask, how).ids
 
     @property
     def _mask_id(self) -> int:
@@ -186,9 +202,10 @@ class DiffusionTrainer(HAPOTrainer):
         return super()._calculate_rewards(inputs, prompts, texts, ids)
 
     def _rollout(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """As in `HAPOTrainer`, with the noise of each use and the log-probs under it."""
-        train, scorer = self.model.training, self.scorer
-        assert isinstance(scorer, DiffusionScorer) and self.method.likelihood is not None
+        """As in `HAPOTrainer`, with the noise of each use, the log-probs under it, and how it was decoded."""
+        train, scorer, sampler = self.model.training, self.scorer, self.sampler
+        assert isinstance(scorer, DiffusionScorer) and isinstance(sampler, DiffusionSampler)
+        assert self.method.likelihood is not None
         at = self._step if train else -1
         self._rounds = at, self._rounds[1] + 1 if train and self._rounds[0] == at else 0
         words = f"{self.args.seed}:{at}:{self._rounds[1]}"
@@ -196,6 +213,10 @@ class DiffusionTrainer(HAPOTrainer):
         scorer.begin(seed, self.num_iterations if train else 1)
         rollout = super()._rollout(inputs)
         rollout |= {NOISE: scorer.noise, **scorer.of_uses}
+        assert sampler.drawn is not None
+        ended = sampler.drawn.step < 0
+        rollout[UNMASKED] = sampler.drawn.step.float().masked_fill(ended, torch.nan)
+        rollout[CONFIDENCE] = sampler.drawn.confidence.masked_fill(ended, torch.nan)
         if not self.method.likelihood.whole:
             rollout["completion_mask"] = rollout["completion_mask"] * self._up_to_end(rollout["completion_ids"])
         return rollout
@@ -218,6 +239,9 @@ class DiffusionTrainer(HAPOTrainer):
         super()._begin_step(micro_batches)
 
     # -- loss -----------------------------------------------------------------------------------------------
+
+    def _recorded_beside(self, inputs: dict[str, Any], scored: Scored) -> dict[str, Tensor]:
+        return {"unmasked": inputs[UNMASKED], "confidence": inputs[CONFIDENCE]}
 
     def _passes(self, inputs: dict[str, Any], mask: Tensor) -> list[tuple[dict[str, Any], Tensor]]:
         assert self.method.likelihood is not None

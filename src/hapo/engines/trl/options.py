@@ -11,6 +11,7 @@ from ...method import Method
 from ...methods._options import check_names
 from ...parts.advantage import group_advantage
 from ...parts.ratio import sequence_ratio, token_ratio
+from ...parts.turns import turn_advantage
 from ...stage import part_of
 
 DECIDED_BY_METHOD = {
@@ -96,7 +97,7 @@ def done_by(method: Method) -> dict[str, Any]:
         "vllm_importance_sampling_clip_max": method.sampler_cap,
         "vllm_importance_sampling_cap": method.sampler_cap,
     }
-    if part_of(method.advantage) is group_advantage:
+    if part_of(method.advantage) in (group_advantage, turn_advantage):
         done["scale_rewards"] = getattr(method.advantage, "options", {}).get("scale", "group")
     names = {"epsilon": "eps_low", "epsilon_high": "eps_high", "delta": "dual_clip"}
     names |= {"sapo_temperature_neg": "tau_neg", "sapo_temperature_pos": "tau_pos"}

@@ -27,7 +27,7 @@ from .stages import Stages, StageSampler
 
 
 class Recorded(NamedOptimizer, Trainer):
-    """A trainer with run records, and with checkpoints that a resumed run continues bit for bit.
+    """A trainer with run records, a model card, and checkpoints that a resumed run continues bit for bit.
 
     Put it before a trainer of TRL. A subclass sets `method` and `recipe`, and says what of it a checkpoint holds.
     """
@@ -43,6 +43,10 @@ class Recorded(NamedOptimizer, Trainer):
 
     def _layout(self) -> dict[str, Any]:
         """How an optimiser step is cut, which a resumed run must share."""
+        raise NotImplementedError
+
+    def _card(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Facts of the model card: of the data, and of the training."""
         raise NotImplementedError
 
     def _run_state(self) -> RunState:
@@ -93,6 +97,38 @@ class Recorded(NamedOptimizer, Trainer):
             check("gradient norm", norm, self.state.global_step + 1)
         return norm
 
+    def create_model_card(
+        self, model_name: Any = None, dataset_name: Any = None, tags: Any = None, weights: str | None = None
+    ) -> None:
+        """Write the card of the model as it is now to README.md of the output folder; each checkpoint does.
+
+        Args:
+            model_name, dataset_name, tags: TRL's, not read: the card knows them from the run.
+            weights: folder of the weights, seen from the output folder; the repository on the Hub, if the model
+                goes to one, or else the checkpoint of this step.
+        """
+        if not self.is_world_process_zero():
+            return
+        folder, checkpoints = Path(self.args.output_dir), Path(self._get_output_dir(None))
+        last = checkpoints.relative_to(folder) / f"checkpoint-{self.state.global_step}"
+        net = self.accelerator.unwrap_model(self.model)
+        adapter = str(net.active_peft_config.peft_type.value) if is_peft_model(net) else None
+        data, settings = self._card()
+        card = model_card(
+            self.args,
+            self.method,
+            recipe=self.recipe,
+            base=str(self.recipe.get("model_name_or_path") or self.model.config._name_or_path or ""),
+            adapter=adapter,
+            data=data,
+            settings=settings,
+            step=self.state.global_step,
+            tags=self._tag_names,
+            hub_id=self.hub_model_id,
+            weights=self.hub_model_id or weights or last.as_posix(),
+        )
+        write_whole(folder / "README.md", str(card))
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in TRL; weights that are not finite are refused (`hapo.engines.trl.finite`)."""
         check_weights(self.accelerator.unwrap_model(self.model), self.state.global_step)
@@ -132,7 +168,7 @@ class Recorded(NamedOptimizer, Trainer):
 
 
 class RecordedTrainer(Recorded, GRPOTrainer):
-    """TRL's trainer of policies with run records, and with a model card of ours."""
+    """TRL's trainer of policies with run records."""
 
     args: HAPOConfig
     method: Method
@@ -152,36 +188,16 @@ class RecordedTrainer(Recorded, GRPOTrainer):
         self._run_folder = records
         self._records = Recorder(records, self.args, self.method, self._tokenizer.batch_decode)
 
-    def create_model_card(
-        self, model_name: Any = None, dataset_name: Any = None, tags: Any = None, weights: str | None = None
-    ) -> None:
-        """Write the card of the model as it is now to README.md of the output folder; each checkpoint does.
-
-        Args:
-            model_name, dataset_name, tags: TRL's, not read: the card knows them from the run.
-            weights: folder of the weights, seen from the output folder; the repository on the Hub, if the model
-                goes to one, or else the checkpoint of this step.
-        """
-        if not self.is_world_process_zero():
-            return
-        folder, checkpoints = Path(self.args.output_dir), Path(self._get_output_dir(None))
-        last = checkpoints.relative_to(folder) / f"checkpoint-{self.state.global_step}"
-        net = self.accelerator.unwrap_model(self.model)
-        adapter = str(net.active_peft_config.peft_type.value) if is_peft_model(net) else None
-        card = model_card(
-            self.args,
-            self.method,
-            recipe=self.recipe,
-            base=str(self.recipe.get("model_name_or_path") or self.model.config._name_or_path or ""),
-            adapter=adapter,
-            rewards=self.reward_func_names,
-            prompts=len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None,
-            step=self.state.global_step,
-            tags=self._tag_names,
-            hub_id=self.hub_model_id,
-            weights=self.hub_model_id or weights or last.as_posix(),
-        )
-        write_whole(folder / "README.md", str(card))
+    def _card(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        rewards = ", ".join(f"`{reward}`" for reward in self.reward_func_names)
+        penalty = f"{self.args.beta:g}" if self.args.beta else None
+        data = {"training prompts": length(self.train_dataset), "rewards": rewards}
+        return data, {"weight of the KL penalty": penalty}
 
     def _layout(self) -> dict[str, Any]:
         return layout_of(self.args, self.accelerator.num_processes)
+
+
+def length(dataset: Any) -> int | None:
+    """None of a stream."""
+    return len(dataset) if hasattr(dataset, "__len__") else None

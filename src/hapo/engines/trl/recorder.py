@@ -92,7 +92,7 @@ class Recorder:
         batch: TokenBatch,
         out: LossOutput,
         sampled_with: EntropyStats | None,
-        gate: Tensor | None,
+        beside: dict[str, Tensor],
     ) -> None:
         """Tokens of one pass.
 
@@ -102,7 +102,8 @@ class Recorder:
             batch: its rows, with the current policy's scores.
             out: the loss of `batch`.
             sampled_with: the statistics that the rows were drawn with; None: at T_base.
-            gate: mean gate of each token (B,T), of a model that has gates.
+            beside: further columns (B,T): "gate" of a model that has gates, "unmasked" and "confidence" of a
+                masked-diffusion model.
         """
         rows = self._recorded(batch)
         if not rows.any():
@@ -119,7 +120,7 @@ class Recorder:
             step,
             self._rollout(step),
             batch,
-            {name: x[rows] for name, x in {**out.tokens, "gate": gate}.items() if x is not None},
+            {name: x[rows] for name, x in {**out.tokens, **beside}.items()},
             mask=scored_tokens(inputs)[rows],
             response=of_rollout.response[rows],
             responses=int(of_rollout.responses),

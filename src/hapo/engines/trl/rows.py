@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...batch import EntropyStats, StepTotals, TokenBatch
 from ...method import Method
+from ...parts.credit import last_token
 from .gather import concat_rows, gather_rows
 
 TRLS = {
@@ -25,6 +26,8 @@ TRLS = {
     "sampler_logp": "sampling_per_token_logps",
     "verdict": "verdict",
     "rewards": "rewards_per_func",
+    "token_reward": "token_reward",
+    "turn": "turn",
 }
 """Fields that a rollout has before it is prepared, and their keys in it."""
 
@@ -73,11 +76,15 @@ def without_step(inputs: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in inputs.items() if key not in {f"hapo_{name}" for name in STEP}}
 
 
+def valid_tokens(rollout: dict[str, Any]) -> Bool[Tensor, "B T"]:
+    """Response tokens that the policy wrote."""
+    mask = rollout["completion_mask"]
+    return (mask if "tool_mask" not in rollout else mask * rollout["tool_mask"]).bool()
+
+
 def scored_tokens(rollout: dict[str, Any]) -> Bool[Tensor, "B T"]:
     """Valid response tokens of what a reward function could score; other responses are in no count."""
-    mask = rollout["completion_mask"]
-    mask = (mask if "tool_mask" not in rollout else mask * rollout["tool_mask"]).bool()
-    return mask & ~rollout["verdict"].isnan().unsqueeze(1)
+    return valid_tokens(rollout) & ~rollout["verdict"].isnan().unsqueeze(1)
 
 
 class Prepared(NamedTuple):
@@ -107,7 +114,8 @@ def prepare_rows(
         rollout: this rank's rows, whole groups of `group_size` over all ranks together.
         accelerator: gathers the rows.
         group_size: responses of a prompt.
-        punish: tokens of each response -> what its reward is changed by; its verdict stays.
+        punish: tokens of each response -> what its reward is changed by, and that of its last token; its verdict
+            stays.
         one_step: take the whole batch as one optimiser step of the policy that drew it, as an evaluation does.
     """
     mask = scored_tokens(rollout)
@@ -120,12 +128,18 @@ def prepare_rows(
     everyone = gather_rows(accelerator, local)
     reward, scored = everyone["verdict"], everyone["mask"]
     if punish is not None:
-        reward = reward + punish(scored.sum(1))
+        added = punish(scored.sum(1))
+        reward = reward + added
+        if "token_reward" in everyone:
+            on_last = torch.where(last_token(scored), added.unsqueeze(1), 0.0)
+            everyone["token_reward"] = everyone["token_reward"] + on_last
     group = torch.arange(len(reward), device=reward.device) // group_size
     batch = method.prepare(TokenBatch(reward=reward, group=group, **everyone))  # type: ignore[arg-type]
     first = accelerator.process_index * len(mask)
     rows, width = slice(first, first + len(mask)), mask.shape[1]
     mine: dict[str, Any] = {**before, "reward": reward[rows], "group": group[rows]}
+    if "token_reward" in before:
+        mine["token_reward"] = everyone["token_reward"][rows, :width]
     made = batch
     if one_step:
         made = method.step(batch.replace(logp=batch.old_logp, entropy=batch.old_entropy))

@@ -26,7 +26,7 @@ from ..records import check_writable
 from . import finite, optimizer
 from .checkpoint import OnceAtBegin, RunState
 from .gates import GateLogits, gate_losses, has_gates, recorded
-from .recorded import Recorded
+from .recorded import Recorded, length
 from .recorder import open_records
 from .targets import TargetRecorder
 
@@ -256,6 +256,13 @@ class SupervisedTrainer(Recorded, SFTTrainer):
             args.world_size,
             tokenizer.batch_decode,
         )
+
+    def _card(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        data = self._given or self.train_dataset
+        measured = [line for line in self.state.log_history if "eval_loss" in line][-1:]
+        losses = [f"{line['eval_loss']:.4f} nats per target, after step {line['step']}" for line in measured]
+        facts = {"training demonstrations": length(data), "held-out loss": losses[0] if losses else None}
+        return facts, {}
 
     def _layout(self) -> dict[str, Any]:
         names = ("per_device_train_batch_size", "gradient_accumulation_steps", "packing", "padding_free")

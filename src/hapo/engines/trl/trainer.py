@@ -38,15 +38,17 @@ from .config import HAPOConfig, check_arguments, resolve_method
 from .demonstrations import Demonstrations, Encoder, check_given, demonstrations_of
 from .drawn import DrawnScores
 from .entropy_term import EntropyTerm
+from .episodes import EPISODE_TURNS, turn_numbers
 from .gates import gate_losses
 from .metrics import MetricLog, PhaseClock, times
 from .recorded import RecordedTrainer
 from .recorder import Recorder
 from .rollout import DynamicSampling, check_prompts
-from .rows import RolloutRows, prepare_rows, scored_tokens, step_rows
+from .rows import RolloutRows, prepare_rows, scored_tokens, step_rows, valid_tokens
 from .sampler import Request, Sampler, VLLMSampler
 from .scorer import Scored, Scorer, Sequences, is_reference
 from .stages import Stages
+from .token_rewards import TokenRewards
 
 LOG = logging.getLogger(__name__)
 
@@ -75,7 +77,8 @@ class HAPOTrainer(RecordedTrainer):
             transformers' `Trainer` that `GRPOTrainer` does not hand on.
         demonstrations: a data set with `prompt` and `completion`, or `messages`, that is learnt from beside the
             rollouts: L = (1 - mu) L_RL + mu L_E, as the options `demonstration_*` of `args` say.
-        model, reward_funcs, args, ...: as in `GRPOTrainer`; `args` is a `HAPOConfig`.
+        model, reward_funcs, args, ...: as in `GRPOTrainer`; `args` is a `HAPOConfig`. A reward function may return
+            a list for a completion, a number for each of its tokens.
 
     Raises:
         ValueError: the method cannot honour an option (HAPOConfig), or `resume_from_checkpoint` names a
@@ -114,11 +117,16 @@ class HAPOTrainer(RecordedTrainer):
         self._sampled_with: hapo.EntropyStats | None = None
         self._rewards_per_func: Tensor | None = None
         self._turns: list[Draws | None] = []
+        self.rollout_rows: list[dict[str, Any]] = []
+        """Rows of the data set that the rollout at work is of, one for each response of this process."""
         self._old: Scored | None = None
         self.clock = PhaseClock()
         """Seconds by phase; pause it around what is no training."""
         self.recipe = {}
         super().__init__(model, reward_funcs, args, *trl_args, **trl_kwargs)
+        self._token_rewards = TokenRewards(self.accelerator)
+        given_rewards: list[Any] = self.reward_funcs  # type: ignore[has-type]
+        self.reward_funcs = self._token_rewards.watched(given_rewards, self.reward_func_names)
         if optimizer_cls_and_kwargs is not None:
             if self.optimizer is not None:
                 raise ValueError("optimizers and optimizer_cls_and_kwargs are both given: leave one out")
@@ -217,6 +225,7 @@ class HAPOTrainer(RecordedTrainer):
         return self._old[:3]
 
     def _calculate_rewards(self, *args: Any) -> Tensor:
+        self._token_rewards.begin()
         with self.clock.phase("reward"):
             self._rewards_per_func = super()._calculate_rewards(*args)
         return self._rewards_per_func
@@ -236,7 +245,7 @@ class HAPOTrainer(RecordedTrainer):
 
     def _rollout(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's rollout of these prompts, with rollout entropies and the verdict of each response."""
-        self._turns, self._old = [], None
+        self._turns, self._old, self.rollout_rows = [], None, inputs
         output = super()._generate_and_score_completions(inputs)
         if self._old is None:  # TRL takes every ratio for 1, and has not asked
             train, args = self.model.training, self.args
@@ -251,6 +260,12 @@ class HAPOTrainer(RecordedTrainer):
         rows = len(inputs)
         mine = slice(self.accelerator.process_index * rows, (self.accelerator.process_index + 1) * rows)
         output["verdict"], output["rewards_per_func"] = verdict[mine], per_func[mine]
+        weights, reads = self.reward_weights.to(per_func.device), self.method.credit is not None
+        per_token = self._token_rewards.of(per_func[mine], weights, valid_tokens(output), wanted=reads)
+        if per_token is not None:
+            output["token_reward"] = per_token
+        if inputs and EPISODE_TURNS in inputs[0]:
+            output["turn"] = turn_numbers([row[EPISODE_TURNS] for row in inputs], output["completion_mask"])
         return output
 
     def _prepare(self, rollout: dict[str, Any]) -> None:
@@ -364,9 +379,13 @@ class HAPOTrainer(RecordedTrainer):
             loss = (1 - mu) * loss
         self._step_metrics.add(out, batch, auxiliary, mixed=mu > 0)
         if records is not None:
-            gate = None if scored.gates is None else scored.gates.mean
-            records.add_tokens(self.state.global_step + 1, inputs, batch, out, self._sampled_with, gate)
+            beside = self._recorded_beside(inputs, scored)
+            records.add_tokens(self.state.global_step + 1, inputs, batch, out, self._sampled_with, beside)
         return loss
+
+    def _recorded_beside(self, inputs: dict[str, Any], scored: Scored) -> dict[str, Tensor]:
+        """What records have of each token (B,T) beside its scores and what the method made of it."""
+        return {} if scored.gates is None else {"gate": scored.gates.mean}
 
     def _backward(self, loss: Tensor) -> None:
         with torch.autocast(loss.device.type, enabled=False):

@@ -18,13 +18,17 @@ from torch import Tensor, nn
 from ...masked import masked_scores
 from ...parts.elbo import Likelihood, contributions
 from ...samplers.decoding import Draws
-from ...samplers.diffusion import Unmasking, decode
+from ...samplers.diffusion import Decoded, Unmasking, decode
 from .sampler import Request, Sampler, Turn
 from .scorer import Scored, Scorer, Sequences
 
 NOISE, OLD, REF, NOW = "hapo_noise", "hapo_uses_old", "hapo_uses_ref", "hapo_noise_now"
 """Keys in a dict of TRL's: the noise of each use of the rollout batch (B,J,K), log-probs under it of the old
 policy and of the reference (B,J,L), and the noise of the use that is under way (B,K)."""
+
+UNMASKED, CONFIDENCE = "hapo_unmasked", "hapo_confidence"
+"""The same of a response's decoding (B,L): the forward pass that drew each token, from 0, and its probability
+there; NaN where the response had ended before."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,8 @@ class DiffusionSampler(Sampler):
         super().__init__(None)
         self.how, self.mask_id, self.eos_ids, self.pad_id = how, mask_id, [*eos_ids], pad_id
         self.shifted, self.autocast = shifted, autocast
+        self.drawn: Decoded | None = None
+        """How the responses of the last turn came about."""
 
     def draw(self, asked: Request) -> Turn:
         """One turn: all L positions of every response; with which log-prob they were drawn is not known.
@@ -72,11 +78,10 @@ class DiffusionSampler(Sampler):
         ids = torch.tensor([[self.pad_id] * (width - len(p)) + [*p] for p in asked.prompt_ids], device=device)
         lengths = torch.tensor([len(p) for p in asked.prompt_ids], device=device)
         mask = (torch.arange(width, device=device) >= width - lengths.unsqueeze(1)).long()
-        return Turn(self.decoded(asked.net, ids, mask, self.how).tolist(), None)
+        self.drawn = self.decoded(asked.net, ids, mask, self.how)
+        return Turn(self.drawn.ids.tolist(), None)
 
-    def decoded(
-        self, net: Any, ids: Int[Tensor, "B P"], mask: Int[Tensor, "B P"], how: Unmasking
-    ) -> Int[Tensor, "B L"]:
+    def decoded(self, net: Any, ids: Int[Tensor, "B P"], mask: Int[Tensor, "B P"], how: Unmasking) -> Decoded:
         """Responses to left-padded prompts, with the model in evaluation mode."""
         training = net.training
         net.eval()
@@ -84,7 +89,7 @@ class DiffusionSampler(Sampler):
             with self.autocast():
                 return decode(
                     net, ids, mask, how, mask_id=self.mask_id, eos_ids=self.eos_ids, shifted=self.shifted
-                ).ids
+                )
         finally:
             net.train(training)
 

@@ -36,7 +36,7 @@ DECIDED_BY_METHOD: dict[str, tuple[Any, str]] = {
     f"{ACTOR}.clip_ratio_low": (0.2, "+hapo.options.eps_low"),
     f"{ACTOR}.clip_ratio_high": (0.2, "+hapo.options.eps_high"),
     f"{ACTOR}.clip_ratio_c": (3.0, "+hapo.options.dual_clip"),
-    "algorithm.gamma": (1.0, "nothing: no method discounts"),
+    "algorithm.gamma": (1.0, "+hapo.options.advantage=token_reward and +hapo.options.gamma"),
     "algorithm.lam": (1.0, "nothing: no method has a critic"),
     "algorithm.norm_adv_by_std_in_grpo": (True, "+hapo.method=dr_grpo"),
 }

@@ -16,6 +16,7 @@ from verl.trainer.ppo.core_algos import register_adv_est
 
 from ...batch import TokenBatch
 from ...method import Method
+from ...parts.credit import onto_valid_tokens
 from .config import NAME, wrong_mode
 
 
@@ -58,6 +59,8 @@ def estimate(
 
     The reward of a response is the sum of its token rewards; rows with equal `index` are one group. A response
     that the rollout correction rejects counts there with its reward, as in verl; one whose reward is NaN does not.
+    A method with `advantage="token_reward"` reads the token rewards themselves, of which those at the output of
+    tools go to the token before it.
 
     Raises:
         RuntimeError: another trainer than hapo's called it.
@@ -67,13 +70,16 @@ def estimate(
         raise RuntimeError(wrong_mode())
     assert index is not None
     _, group = np.unique(index.astype(str), return_inverse=True)
+    mask, rewards = response_mask.bool(), token_level_rewards.float()
     batch = TokenBatch(
-        mask=response_mask.bool(),
-        reward=token_level_rewards.float().sum(1),
+        mask=mask,
+        reward=rewards.sum(1),
+        token_reward=onto_valid_tokens(rewards, mask) if current.method.credit is not None else None,
         group=torch.as_tensor(group, device=response_mask.device),
         **current.fields,  # type: ignore[arg-type]
     )
     current.scored = batch.mask & batch.scored.unsqueeze(1)
-    current.prepared = current.method.prepare(batch)
-    assert current.prepared.advantage is not None
-    return current.prepared.advantage, current.prepared.advantage
+    # Tokens of dropped groups keep their rewards, which records show.
+    prepared = current.prepared = current.method.prepare(batch).replace(token_reward=batch.token_reward)
+    assert prepared.advantage is not None
+    return prepared.advantage, prepared.advantage

@@ -28,6 +28,7 @@ FIELDS = {
     "hapo_verdict": "verdict",
     "hapo_group": "group",
     "hapo_signal": "signal",
+    "hapo_token_reward": "token_reward",
     "hapo_keep": "keep",
     "old_log_probs": "old_logp",
     "entropy": "old_entropy",

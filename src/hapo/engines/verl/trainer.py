@@ -162,7 +162,7 @@ class HAPOTrainerSync(PPOTrainerSync):
             "hapo_group": prepared.group,
             "hapo_response": torch.arange(len(prepared)),
         }
-        for field in ("signal", "keep"):
+        for field in ("signal", "keep", "token_reward"):
             x = getattr(prepared, field)
             if x is not None:
                 made[f"hapo_{field}"] = response_to_nested(x, nested)

@@ -8,23 +8,42 @@ const QUANTITIES = [
   { key: "entropy", name: "entropy", unit: "nats", scale: "sequential", zero: true, note: "of the policy at rollout" },
   { key: "signal", name: "signal", scale: "diverging", own: true, note: "the method's number per token; h of HAPO" },
   { key: "temperature", name: "temperature", scale: "sequential", note: "that the token was drawn at" },
+  { key: "unmasked", name: "unmasked in", scale: "sequential", zero: true, note: "forward pass that drew the token, from 0; none where the response had ended" },
+  { key: "confidence", name: "confidence", scale: "sequential", zero: true, note: "the model's probability of the token in that pass" },
+  { key: "contribution", name: "contribution", unit: "nats", scale: "diverging", note: "of the token to the estimate of the response's log-likelihood, now" },
   { key: "gate", name: "gate", scale: "diverging", centre: 0.5, note: "mean over the gates of a GateRA adapter" },
+  { key: "token_reward", name: "token reward", scale: "diverging", note: "what the reward side gave the token" },
   { key: "ratio", name: "ratio", scale: "diverging", centre: 1, own: true, note: "current policy to policy at rollout" },
   { key: "advantage", name: "advantage", scale: "diverging", own: true, note: "before redistribution" },
   { key: "advantage_used", name: "advantage used", scale: "diverging", own: true, note: "after redistribution" },
   { key: "moved", name: "redistributed", scale: "diverging", own: true, note: "advantage used − advantage" },
+  { key: "q", name: "Q", scale: "diverging", note: "of the taken token, by the critic that learns" },
+  { key: "value", name: "V", scale: "diverging", note: "soft value of the state, by the target critic" },
   { key: "push", name: "push", scale: "diverging", own: true, note: "how strongly the step raises (+) or lowers log p" },
   { key: "bound_low", name: "lower bound", scale: "sequential", own: true, note: "the ratio may fall to 1 − this" },
   { key: "bound_high", name: "upper bound", scale: "sequential", own: true, note: "the ratio may rise to 1 + this" },
   { key: "side", name: "clipped", scale: "marks", own: true, note: "a bound took the place of the ratio" },
+  { key: "token_reward", name: "token reward", scale: "diverging", note: "that the method was given for this token" },
   { key: "mismatch", name: "mismatch", unit: "nats", scale: "diverging", note: "log p at rollout − log p of the sampler" },
   { key: "kept", name: "kept", scale: "marks", own: true, note: "the token is in the loss" },
   { key: "target_weight", name: "weight", scale: "sequential", zero: true, own: true, note: "of a demonstration's target in the loss" },
   { key: "behind", name: "rank / expected", unit: "log2", scale: "diverging", note: "rank of the target against the rank that the model expects there" },
 ];
 
+// Channels of attribution in the records: as many as there are, a quantity each.
+const ATTRIBUTION = "attribution_";
+function addChannels(keys) {
+  for (const key of keys.filter((k) => k.startsWith(ATTRIBUTION) && !QUANTITIES.some((q) => q.key === k))) {
+    const name = key.slice(ATTRIBUTION.length);
+    QUANTITIES.push({ key, name, scale: "diverging", note: "what the token adds to the score, by this channel" });
+  }
+}
+
 // Rows of the panel beside the quantities above.
 const MORE = [
+  { key: "target", name: "target of Q", note: "the soft Bellman target y" },
+  { key: "q_other", name: "Q, best other", note: "of the best token beside the taken one" },
+  { key: "kl", name: "KL to reference", unit: "nats", note: "of the whole distribution at this place" },
   { key: "entropy_new", name: "entropy now", unit: "nats", note: "of the current policy" },
   { key: "logp_old", name: "log p, rollout", unit: "nats", note: "under the policy at rollout" },
   { key: "logp_new", name: "log p, now", unit: "nats", note: "under the current policy, before this step" },
@@ -39,6 +58,7 @@ const MORE = [
 const DERIVED = {
   target_weight: (r, m) => r.column("rank", 0) && r.column("weight", m),
   behind: (r) => combine(r.column("rank", 0), r.column("expected_rank", 0), (rank, expected) => Math.log2(rank / expected)),
+  contribution: (r) => r.column("unmasked", 0) && r.column("logp_new", 0), // of a masked-diffusion model
   mismatch: (r) => combine(r.column("logp_old", 0), r.column("logp_sampler", 0), (old, sampler) => old - sampler),
   moved: (r, m) => combine(r.column("advantage_used", m), r.column("advantage", m), (used, before) => used - before),
   side: (r, m) => combine(r.column("clipped", m), r.column("ratio", m), (clipped, ratio) => clipped * (ratio < 1 ? -1 : 1)),
@@ -63,6 +83,7 @@ class Rollout {
     this.bytes = new Uint8Array(buffer, 4 + length);
     this.head = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, length)));
     this.made = new Map();
+    addChannels(Object.keys(this.head.shared));
     this.word = this.unpack(this.head.word);
     this.position = this.unpack(this.head.position);
     this.none = new Float32Array(this.word.length).fill(NaN);
@@ -114,6 +135,12 @@ class Rollout {
     const of = key === "side" ? "clipped" : key;
     const make = () => combine(this.column(of, 0), this.column(of, view.other), (a, b) => a - b) ?? this.none;
     return this.once(`${of} difference ${view.other}`, make);
+  }
+
+  // Text of the best token beside the taken one, where a critic said so.
+  otherText(i) {
+    const other = this.column("other", 0);
+    return other && this.head.others[other[i]];
   }
 
   text(i) {

@@ -67,6 +67,11 @@ function sentence(i) {
     says.push(`Its ratio ${short(at("ratio"))} is ${bound}: clipped, ${push ? "with a bounded push" : "no push"}.`);
   }
   if (push) says.push(`The step ${push > 0 ? "raises" : "lowers"} its log-probability: push ${short(push)}.`);
+  const instead = state.rollout.otherText(i);
+  if (instead !== undefined) {
+    const name = visible(instead, at("other")).map(([text]) => text).join("");
+    says.push(`Best other token: ${name}, Q ${short(at("q_other"))} against ${short(at("q"))}.`);
+  }
   if (moved) {
     says.push(`Redistribution moved its advantage from ${short(at("advantage"))} to ${short(at("advantage_used"))}.`);
   }

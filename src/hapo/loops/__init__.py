@@ -1,0 +1,1 @@
+"""Complete, readable loops for what no engine runs: agents with a soft-Q critic (`hapo.loops.etpo`)."""
