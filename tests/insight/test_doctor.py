@@ -24,7 +24,8 @@ from hapo.tasks import TaskConfig, load_task
 from hapo.trl import HAPOConfig
 
 ROOT = Path(__file__).parents[2]
-RECIPES = ["demo", *sorted(map(str, (ROOT / "recipes").glob("*.yaml")))]
+RECIPES = ["demo", *sorted(str(p) for p in (ROOT / "recipes").glob("*.yaml") if p.stem != "etpo_code")]
+"""The other one is of another loop, which the doctor refuses."""
 BIG = LlamaConfig(hidden_size=2048, num_hidden_layers=16, vocab_size=128256, max_position_embeddings=16384)
 CAP_OFF = {"sampler_cap": None}
 
@@ -230,8 +231,9 @@ def test_the_recipes_are_healthy(recipe, stand_in):
         task_config.train_size, task_config.eval_size = 64, 8
     elif task_config.dataset != "addition":
         task_config.dataset, task_config.test_split, task_config.eval_size = str(stand_in), None, 8
+        task_config.train_size = None
         task_config.rewards = ["exact"]
-    addition = task_config.dataset == "addition"
+    addition = task_config.dataset == "addition" and task_config.environment is None
     findings = examine_config(
         task_config,
         args,

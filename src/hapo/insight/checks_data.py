@@ -123,7 +123,8 @@ def _worked_answers(plan: Plan) -> list[str]:
 
     Those of addition are what the autoregressive model in the package writes; the masked-diffusion one does not.
     """
-    if plan.task_config.dataset == "addition" and not plan.args.trains_diffusion:
+    task = plan.task_config
+    if task.dataset == "addition" and task.environment is None and not plan.args.trains_diffusion:
         pairs = [question.split("+") for question in plan.problems["question"]]
         return [solution(int(a), int(b)) for a, b in pairs]
     return [str(text) for text in plan.problems.get("solution", plan.problems["answer"])]
