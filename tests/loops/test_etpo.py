@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from hapo.loops.packed import pack
 from hapo.loops.turns import AgentTurn, Sampling, Segment, sample
 from hapo.parts import soft_q
 from hapo.tasks.environments import load_environment
+from hapo.tasks.environments.speech import Speech
 from tests.engines import tiny
 from tests.loops import small
 
@@ -369,6 +371,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run():
         ({"polyak": 1.0}, r"polyak must be in \[0, 1\), got 1"),
         ({"gamma": 1.1}, r"gamma must be in \[0, 1\], got 1.1"),
         ({"environments": 0}, "environments must be >= 1, got 0"),
+        ({"seed": -1}, "seed must be >= 0, got -1"),
         ({"context_length": 1}, "context_length must be >= 2, got 1"),
         ({"learning_rate": 0.0}, "learning_rate must be > 0, got 0"),
         ({"target": "best"}, "target must be one of kl_ref, entropy, released, got 'best'"),
@@ -397,11 +400,26 @@ def test_defaults_are_those_of_the_authors_code():
         ("chess", {}, "no environment 'chess'; known: addition, code"),
         ("tests.loops.small:nothing", {}, "cannot be loaded"),
         ("tests.loops.small:load", {"colour": 1}, "with the options"),
+        (":", {}, "must be MODULE:FUNCTION"),
+        ("json:", {}, "must be MODULE:FUNCTION"),
+        (".small:load", {}, "must be MODULE:FUNCTION"),
+        ("json:dumps", {}, "its function takes seed, train_size and eval_size"),
+        ("tests.loops.test_etpo:rows_alone", {}, "must give a class and two data sets, got a str"),
     ],
 )
 def test_environments_that_cannot_be_had_are_named(name, options, message):
     with pytest.raises(ValueError, match=message):
         load_environment(name, seed=0, train_size=4, eval_size=2, options=options)
+
+
+def rows_alone(seed: int, train_size: int, eval_size: int) -> str:
+    return "ab"
+
+
+def test_messages_without_a_chat_template_are_refused():
+    speech = Speech(SimpleNamespace(chat_template=None), ())
+    with pytest.raises(ValueError, match="no chat template: take a model"):
+        speech.prompt([{"role": "user", "content": "a"}], None)
 
 
 def test_an_environment_of_ones_own():

@@ -129,6 +129,18 @@ BROKEN = {
         "import numpy as np" + CONSTANT.replace(", 3)", ", 2)") + "build_model = lambda x, y: Model()",
         "gave 150 numbers for 75 rows of 3 classes",
     ),
+    "columns for rows": (
+        "import numpy as np"
+        + CONSTANT.replace("(len(x), 3)", "(3, len(x))")
+        + "build_model = lambda x, y: Model()",
+        "of shape (3, 75) for 75 rows",
+    ),
+    "one long row": (
+        "import numpy as np"
+        + CONSTANT.replace("(len(x), 3)", "len(x) * 3")
+        + "build_model = lambda x, y: Model()",
+        "of shape (225,) for 75 rows",
+    ),
     "no numbers": (
         CONSTANT.replace("np.full((len(x), 3), 1 / 3)", "['a']") + "build_model = lambda x, y: Model()",
         "ValueError",
@@ -340,6 +352,8 @@ def test_where_nothing_confines_a_program_none_is_run(monkeypatch):
         ({"max_turns": 0}, "max_turns must be at least 1, got 0"),
         ({"seconds": 0}, "seconds must be at least 1, got 0"),
         ({"memory": 1000}, "memory must be at least 1073741824, got 1000"),
+        ({"seconds": 2.5}, "seconds must be a whole number, got 2.5"),
+        ({"max_turns": "2"}, "max_turns must be a whole number, got '2'"),
         ({"isolation": "none"}, "isolation must be 'kernel' or 'container', got 'none'"),
     ],
 )

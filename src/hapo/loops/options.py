@@ -110,6 +110,7 @@ class ETPOConfig:
             "max_grad_norm": self.max_grad_norm > 0,
             "temperature": self.temperature >= 0,
             "top_k": self.top_k >= 0,
+            "seed": self.seed >= 0,
             "record_tokens_every": self.record_tokens_every >= 0,
         }
         at_least_one = (
@@ -128,7 +129,7 @@ class ETPOConfig:
         if wrong:
             allowed = {"gamma": "in [0, 1]", "lam": "in [0, 1]", "polyak": "in [0, 1)"}
             allowed |= dict.fromkeys(
-                ("beta", "weight_decay", "temperature", "top_k", "record_tokens_every"), ">= 0"
+                ("beta", "weight_decay", "temperature", "top_k", "seed", "record_tokens_every"), ">= 0"
             )
             allowed |= dict.fromkeys(
                 ("huber_delta", "learning_rate", "critic_learning_rate", "max_grad_norm"), "> 0"

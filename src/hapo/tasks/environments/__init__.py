@@ -96,12 +96,20 @@ def load_environment(
     module, colon, function = name.partition(":")
     if not colon and name not in KNOWN:
         raise ValueError(f"there is no environment {name!r}; known: {', '.join(KNOWN)}, or name MODULE:FUNCTION")
+    if colon and (not module or not function or module.startswith(".")):
+        raise ValueError(f"environment {name!r} must be MODULE:FUNCTION, with the module's whole name")
     try:
         home = importlib.import_module(module) if colon else importlib.import_module(f".{KNOWN[name]}", __name__)
         load = getattr(home, function or "load")
-    except (ModuleNotFoundError, AttributeError) as error:
-        raise ValueError(f"environment {name!r} cannot be loaded: {error}") from error
-    environment, train, held_out = load(seed, train_size, eval_size)
+        inspect.signature(load).bind(seed, train_size, eval_size)
+    except (ModuleNotFoundError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"environment {name!r} cannot be loaded: {error}; its function takes seed, train_size and eval_size"
+        ) from error
+    made = load(seed, train_size, eval_size)
+    if not isinstance(made, tuple | list) or len(made) != 3:
+        raise ValueError(f"environment {name!r} must give a class and two data sets, got a {type(made).__name__}")
+    environment, train, held_out = made
     task = EnvironmentTask(name, environment, train, held_out, dict(options or {}))
     try:
         tool_of(task.make())

@@ -123,7 +123,10 @@ def _be_program(code: str, data: str, limits: Limits, places: list[str] | None, 
         model = names["build_model"](x_train, y_train)
         if not hasattr(model, "predict_proba"):
             raise TypeError(f"build_model returned a {type(model).__name__}, which has no predict_proba")
+        rows = len(x_test)
         answer = np.ascontiguousarray(model.predict_proba(x_test), dtype="<f8")
+        if answer.ndim != 2 or len(answer) != rows:
+            raise ValueError(f"predict_proba gave an array of shape {answer.shape} for {rows} rows")
         os.write(3, answer.tobytes())
         sys.stdout.flush()
         os._exit(0)

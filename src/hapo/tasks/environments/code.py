@@ -89,6 +89,8 @@ class CodeEnvironment:
             ("seconds", seconds, 1),
             ("memory", memory, 1 << 30),
         ):
+            if not isinstance(value, int):
+                raise ValueError(f"{name} must be a whole number, got {value!r}")
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if isolation not in ("kernel", "container"):

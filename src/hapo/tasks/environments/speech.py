@@ -32,9 +32,18 @@ class Speech:
         self._around: dict[str, list[str]] = {}
 
     def prompt(self, prompt: Any, more: str | None) -> list[int]:
-        """The context that an episode begins with; `more` is what `reset` said."""
+        """The context that an episode begins with; `more` is what `reset` said.
+
+        Raises:
+            ValueError: messages, and the tokenizer has no chat template.
+        """
         if isinstance(prompt, str):
             return self._plain(prompt + (more or ""), special=True)
+        if not self.tokenizer.chat_template:
+            raise ValueError(
+                "the prompts of the environment are messages, and the tokenizer has no chat template: take a "
+                "model that has one, or prompts that are text (hapo.tasks.environments.code:load_text for code)"
+            )
         messages = [*prompt[:-1], {**prompt[-1], "content": prompt[-1]["content"] + (more or "")}]
         rendered = self.tokenizer.apply_chat_template(messages, **self.template)
         return self._plain(str(rendered), special=False, trusted=True)
