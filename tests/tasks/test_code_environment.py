@@ -96,6 +96,14 @@ def test_the_same_program_earns_the_same(environment):
     assert rewards.pop() > 0.6
 
 
+def test_an_error_is_told_alike_by_another_worker(environment):
+    text = "raise ValueError(object())"
+    told = tried(environment, text)
+    environment._runner.worker.close()
+    assert tried(environment, text) == told
+    assert "ValueError: <object object at 0x...>" in told
+
+
 def test_it_has_what_an_environment_has(environment):
     assert isinstance(environment, Environment)
     assert tool_of(environment).__name__ == "run"

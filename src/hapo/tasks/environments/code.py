@@ -56,6 +56,9 @@ ONE = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "LOKY_MAX_C
 
 FENCED = re.compile(r"```[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
 
+ADDRESS = re.compile(r"\b0x[0-9a-f]{8,}\b")
+"""Of an object in memory, as error messages have it: another one in each worker."""
+
 
 class CodeEnvironment:
     """A table in at most `max_turns` programs; the episode ends with the first that does not fail.
@@ -197,6 +200,7 @@ class _Runner:
         return float(np.mean([roc_auc_score(split.labels == k, scores[:, k]) for k in columns]))
 
     def _fault(self, status: int, text: str) -> str:
+        text = ADDRESS.sub("0x...", text)  # a resumed run must be told the same
         ends = {-9: f"the program was ended: it took more than {self.seconds} s, or too much memory"}
         how = f"by signal {-status}" if status < 0 else f"with status {status}"
         end = "" if status == 1 and text.strip() else ends.get(status, f"the program ended {how}")
