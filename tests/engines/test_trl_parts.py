@@ -322,7 +322,7 @@ def test_the_recorder_takes_some_rollouts_and_some_groups(alone, args, tmp_path)
     inputs = prepared(GRPO, alone, one_step=True)
     batch = RolloutRows.of(inputs).batch
     batch = batch.replace(logp=batch.old_logp, entropy=batch.old_entropy)
-    recorder.add_tokens(10, inputs, batch, GRPO.loss(batch), None, None)
+    recorder.add_tokens(10, inputs, batch, GRPO.loss(batch), None, {})
     recorder.write_tokens(10)
     table = pd.read_parquet(tmp_path / "tokens" / "step-000010-0.parquet")
     assert set(table.response) == {0, 1, 3} and set(table.group) == {0}  # the first group; one row was not judged

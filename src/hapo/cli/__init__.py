@@ -94,7 +94,7 @@ def _run(command: str, argv: list[str]) -> int:
 
 
 def _help() -> str:
-    lines = [f"  {name:<10} {line}" for name, (_, line) in COMMANDS.items()]
+    lines = [f"  {name:<11} {line}" for name, (_, line) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: hapo COMMAND [options]   (hapo COMMAND --help; hapo --version)",
