@@ -412,6 +412,14 @@ def test_environments_that_cannot_be_had_are_named(name, options, message):
         load_environment(name, seed=0, train_size=4, eval_size=2, options=options)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_whole_networks_in_half_precision_are_refused(dtype):
+    model = torch.nn.Linear(1, 1)
+    model.dtype = dtype
+    with pytest.raises(ValueError, match="16 cannot be honoured: a target critic in half precision never moves"):
+        WholeNetworks(model)
+
+
 def rows_alone(seed: int, train_size: int, eval_size: int) -> str:
     return "ab"
 

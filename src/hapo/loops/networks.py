@@ -53,9 +53,18 @@ class Networks(Protocol):
 
 
 class WholeNetworks:
-    """Four whole models: three copies of the one that is given, which is the policy."""
+    """Four whole models: three copies of the one that is given, which is the policy.
+
+    Raises:
+        ValueError: half precision, in which the steps of the target critic are rounded away.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        if model.dtype in (torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"dtype={str(model.dtype).removeprefix('torch.')} cannot be honoured: a target critic in half "
+                "precision never moves; load the model in float32, or train adapters with use_peft"
+            )
         self._models: dict[Name, Any] = {"policy": model}
         others: tuple[Name, ...] = ("critic", "target", "reference")
         for name in others:
