@@ -62,6 +62,16 @@ def test_a_row_has_one_score_whatever_stands_beside_it(make):
     assert not model.model.training and all(isinstance(score, float) for score in together)
 
 
+@pytest.mark.parametrize("make", [llama, bert])
+def test_a_row_beyond_the_context_is_refused(make):
+    model = RewardModel(make(), tokens())
+    model.model.config.max_position_embeddings = 7
+    assert len(model([[5] * 7])) == 1
+    for score in (model, model.attention):
+        with pytest.raises(ValueError, match=r"a row of 8 tokens .* context of 7"):
+            score([[5] * 8])
+
+
 def test_a_masked_last_token_does_not_move_the_place_that_is_read():
     """transformers reads a classifier at the last token that is not the padding: with a mask of that id, earlier."""
     model = RewardModel(llama(), tokens())

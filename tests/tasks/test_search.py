@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hapo.tasks import search
-from hapo.tasks.search import APART, GaussianProcess, Trial, design, on_simplex, propose
+from hapo.tasks.search import APART, GaussianProcess, Trial, design, log_expected_improvement, on_simplex, propose
 
 CENTRE = (0.5, 0.3, 0.2)
 
@@ -186,8 +186,20 @@ def log_ei(mean: float, deviation: float, best: float) -> float:
 )
 def test_log_expected_improvement_of_the_spec(mean, deviation, best, expected):
     assert log_ei(mean, deviation, best) == pytest.approx(expected, abs=1e-6)
+    ours = log_expected_improvement(torch.tensor([mean]).double(), torch.tensor([deviation]).double(), best)
+    assert ours.item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_log_expected_improvement_is_finite_and_grows_with_the_mean():
     values = [log_ei(float(u), 1.0, 0.0) for u in range(-40, 6)]
     assert all(map(math.isfinite, values)) and values == sorted(values)
+    u = torch.arange(-40, 6).double()
+    assert log_expected_improvement(u, torch.ones_like(u), 0.0).tolist() == pytest.approx(values, abs=1e-9)
+
+
+def test_the_closed_form_has_no_step_where_its_branches_meet():
+    u = torch.cat([torch.linspace(-1e4, 6, 5001), torch.linspace(-101, -99, 201), torch.linspace(-1.1, -0.9, 201)])
+    found = log_expected_improvement(u.sort().values.double(), torch.ones(len(u)), 0.0)
+    assert bool(found.isfinite().all()) and bool((found.diff() >= 0).all())
+    with pytest.raises(ValueError, match="deviation must be above 0"):
+        log_expected_improvement(torch.zeros(1), torch.zeros(1), 0.0)

@@ -101,6 +101,25 @@ def test_what_is_no_mapping_of_the_option_is_refused(told):
         TaskConfig(token_reward=told)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("weights", 0.5),
+        ("weights", "abc"),
+        ("channels", "shap"),
+        ("channels", None),
+        ("normalisation", "sum"),
+        ("cache", 3),
+        ("seed", -1),
+        ("seed", "x"),
+        ("batch_size", True),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_by_its_name(name, value):
+    with pytest.raises(ValueError, match=f"token_reward: {name} must .*got {value!r}"):
+        TokenRewardOptions.read({"model": "reward_tiny", name: value})
+
+
 def test_prompts_as_messages_need_a_chat_template():
     model = WorkedModel()
     model.tokenizer = SimpleNamespace(chat_template=None)

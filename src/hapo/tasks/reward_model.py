@@ -97,7 +97,11 @@ class RewardModel:
 
     @torch.inference_mode()
     def __call__(self, rows: Sequence[Sequence[int]]) -> list[float]:
-        """The score of each row."""
+        """The score of each row.
+
+        Raises:
+            ValueError: a row is longer than the model's context.
+        """
         ids, there = self._padded(rows)
         if hasattr(self.model, "score"):
             hidden = self.model.base_model(input_ids=ids, attention_mask=there).last_hidden_state
@@ -133,6 +137,12 @@ class RewardModel:
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "N L"], Int[Tensor, "N L"]]:
         width = max(map(len, rows))
+        most = getattr(self.model.config, "max_position_embeddings", None)
+        if most is not None and width > most:
+            raise ValueError(
+                f"a row of {width} tokens is longer than the reward model's context of {most} "
+                "(max_position_embeddings): shorten prompts or completions, or take another reward model"
+            )
         ids = torch.tensor([[*row, *[self._pad] * (width - len(row))] for row in rows])
         there = torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
         return ids.to(self.model.device), there.long().to(self.model.device)

@@ -53,6 +53,14 @@ class TokenRewardOptions:
     """Folder that keeps attributions across restarts and runs; None keeps none."""
 
     def __post_init__(self) -> None:
+        for name in ("channels", "weights"):
+            value = getattr(self, name)
+            if isinstance(value, str) or (not isinstance(value, Sequence) and (value, name) != (None, "weights")):
+                raise ValueError(f"token_reward: {name} must be a list, got {value!r}")
+        if not isinstance(self.normalisation, Mapping | None):
+            raise ValueError(f"token_reward: normalisation must map channels, got {self.normalisation!r}")
+        if not isinstance(self.cache, str | None):
+            raise ValueError(f"token_reward: cache must name a folder, got {self.cache!r}")
         channels = list(self.channels)
         if unknown := [name for name in channels if name not in CHANNELS]:
             raise ValueError(f"token_reward: unknown channel {unknown[0]!r}{_nearest(unknown[0], CHANNELS)}")
@@ -71,9 +79,9 @@ class TokenRewardOptions:
                     f"token_reward: normalisation has {name}: {how}; it takes sum, softmax or abs for "
                     f"{', '.join(one for one in channels if one != 'sparse')}"
                 )
-        for name, least in (("samples", 2), ("batch_size", 1)):
+        for name, least in (("samples", 2), ("batch_size", 1), ("seed", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"token_reward: {name} must be a whole number from {least} on, got {value!r}")
 
     @staticmethod
