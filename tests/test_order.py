@@ -141,3 +141,21 @@ def test_no_two_classes_have_one_name():
         if isinstance(node, ast.ClassDef)
     )
     assert {name for name, n in found.items() if n > 1} == set()
+
+
+EXTRAS = {"botorch", "captum", "gguf", "gpytorch", "peft", "sklearn"}
+"""What only an extra brings beside the trainers."""
+
+
+def test_what_only_an_extra_brings_is_imported_where_it_is_used():
+    """At the top of a file it would be demanded of everyone who imports `hapo.trl`; adapters are peft's own."""
+    files = [file for file in SOURCE.rglob("*.py") if file.relative_to(SOURCE).parts[0] != "adapters"]
+    found = {
+        f"{file.relative_to(SOURCE)}: {name}"
+        for file in files
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""])
+        if name.split(".")[0] in EXTRAS
+    }
+    assert found == set()

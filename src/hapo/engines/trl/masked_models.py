@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from peft import TaskType
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, GenerationConfig, set_seed
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from trl.trainer.utils import create_model_from_path
@@ -60,7 +59,7 @@ def know(name: str, revision: str | None, trusted: bool) -> None:
 def adapter_for(net: Any, adapter: Any) -> Any:
     """The adapter without its task, where that is generation and the model cannot: PEFT would look for it."""
     generates = hasattr(net, "prepare_inputs_for_generation")
-    if adapter is None or generates or adapter.task_type != TaskType.CAUSAL_LM:
+    if adapter is None or generates or adapter.task_type != "CAUSAL_LM":
         return adapter
     return replace(adapter, task_type=None)
 
