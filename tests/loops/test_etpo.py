@@ -414,8 +414,7 @@ def test_environments_that_cannot_be_had_are_named(name, options, message):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_whole_networks_in_half_precision_are_refused(dtype):
-    model = torch.nn.Linear(1, 1)
-    model.dtype = dtype
+    model = torch.nn.Linear(1, 1).to(dtype)
     with pytest.raises(ValueError, match="16 cannot be honoured: a target critic in half precision never moves"):
         WholeNetworks(model)
 

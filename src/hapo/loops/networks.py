@@ -60,9 +60,10 @@ class WholeNetworks:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        if model.dtype in (torch.bfloat16, torch.float16):
+        half = {p.dtype for p in model.parameters()} & {torch.bfloat16, torch.float16}
+        if half:
             raise ValueError(
-                f"dtype={str(model.dtype).removeprefix('torch.')} cannot be honoured: a target critic in half "
+                f"dtype={str(half.pop()).removeprefix('torch.')} cannot be honoured: a target critic in half "
                 "precision never moves; load the model in float32, or train adapters with use_peft"
             )
         self._models: dict[Name, Any] = {"policy": model}
