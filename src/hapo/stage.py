@@ -65,9 +65,8 @@ class Record:
     Tensors per token are float32 (float64 stays) and 0 outside the mask, whatever stood there. `logp` alone has a
     gradient, and none outside the mask. `verdict` is the reward where no verdict was given; `drawn_logp` is
     `sampler_logp` where it is known, else `old_logp`; `turn` numbers the runs of valid tokens where no numbers
-    were given. `ratio` and `bounds`
-    exist in loss(), the ratio with its gradient. `returns` is not 0 outside the mask: a response that has ended
-    still stands there for its group. `stats` is None where no token is valid.
+    were given. `ratio` and `bounds` exist in loss(), the ratio with its gradient. `returns` is not 0 outside the
+    mask: a response that has ended still stands there for its group. `stats` is None where no token is valid.
 
     Raises:
         MissingFieldError: on reading a field that nobody gave or made; it says where the field comes from.
