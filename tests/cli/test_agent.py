@@ -68,6 +68,19 @@ def test_a_run_leaves_what_others_leave(finished):
     assert policy.keys() == model.keys() and all((policy[name] == model[name]).all() for name in policy)
 
 
+def test_a_token_budget_ends_it_with_the_update_that_reaches_it(finished, tmp_path):
+    tokens = Run(finished).metrics["num_tokens"]
+    budget = int(tokens[2])
+    folder = tmp_path / "agent"
+    assert main(agent(folder, evaluate=False, report=False, token_budget=budget)) == 0
+    ended = Run(folder).finished
+    assert ended is not None and (ended["steps"], ended["num_tokens"]) == (3, budget)
+    assert ended["why"] == "token_budget" and metrics(folder)[-1]["step"] == 3
+    (folder / "finished.json").unlink()  # as if killed before it was written
+    assert main(["train", "--resume", str(folder)]) == 0
+    assert Run(folder).finished == {**ended, "seconds": Run(folder).finished["seconds"]}
+
+
 def test_the_records_hold_q_v_and_the_best_other_token(finished):
     run = Run(finished)
     assert run.rollouts == [1, 2, 4]

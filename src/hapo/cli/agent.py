@@ -61,6 +61,13 @@ class AgentOptions:
     evaluate_samples: int = field(
         default=1, metadata={"help": "sampled episodes of each held-out row, which are averaged"}
     )
+    token_budget: int | None = field(
+        default=None,
+        metadata={
+            "help": "stop after the update with which this many tokens of prompts and turns are reached, if "
+            "max_steps does not come first"
+        },
+    )
     report: bool = field(default=True, metadata={"help": "write report.html into the run folder at the end"})
     threads: int | None = field(
         default=None,
@@ -68,7 +75,7 @@ class AgentOptions:
     )
 
     def __post_init__(self) -> None:
-        for name in ("threads", "evaluate_every", "evaluate_samples"):
+        for name in ("threads", "evaluate_every", "evaluate_samples", "token_budget"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -164,8 +171,8 @@ class _Course:
         run, args = self.run, self.run.args
         if self.options.evaluate and run.step == 0:
             self.measure()
-        for metrics in run.steps(self._see):
-            last = run.step == args.max_steps
+        for metrics in () if self._why() else run.steps(self._see):
+            last = self._why() is not None
             self.recorder.write(run.step)
             if last or run.step % args.logging_steps == 0:
                 self.records.add_metrics({**metrics, "step": run.step})
@@ -176,15 +183,24 @@ class _Course:
             stop = self._asked(interrupt)
             if last or stop or run.step % args.save_steps == 0:
                 self.save()
-            if stop and not last:
+            if last:
+                break
+            if stop:
                 _say_how_to_resume(self.folder, self.first)
                 return False
         if self.options.evaluate:
             self.measure()
         if self.first:
             end = {"steps": run.step, "num_tokens": run.num_tokens, "seconds": round(run.seconds, 3)}
-            write_whole(self.folder / "finished.json", json.dumps({**end, "why": "max_steps"}, indent=2) + "\n")
+            write_whole(self.folder / "finished.json", json.dumps({**end, "why": self._why()}, indent=2) + "\n")
         return True
+
+    def _why(self) -> str | None:
+        """What ends the run where it stands, as finished.json says it."""
+        budget = self.options.token_budget
+        if self.run.step == self.run.args.max_steps:
+            return "max_steps"
+        return "token_budget" if budget is not None and self.run.num_tokens >= budget else None
 
     def measure(self) -> None:
         """Append the held-out reward, greedy and sampled; not twice at the same step."""
