@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/egspo_study"))
     parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--rates", nargs="+", default=["3e-5", "1e-4", "3e-4"])
+    parser.add_argument("--rates", nargs="+", default=["1e-5", "3e-5", "1e-4"])
     parser.add_argument("--output", type=Path, default=Path("bench/results/egspo_study.csv"))
     given = parser.parse_args()
     spent = warm_up(given.work / "warm_up")

@@ -331,7 +331,8 @@ class ETPO:
         """What the turns of all processes were like."""
         turns = [turn for one in segments for turn in one.turns]
         # as TRL counts: prompts and what the model wrote, not what the environment said
-        tokens = sum(len(turn.ids) for turn in turns) + sum(one.turns[0].start for one in segments if not one.begun)
+        tokens = sum(len(turn.ids) for turn in turns)
+        tokens += sum(one.turns[0].start for one in segments if not one.begun)
         cut = sum(not turn.ids or turn.ids[-1] not in self.sampling.ends for turn in turns)
         ended = [turn.reward for turn in turns if not turn.goes_on]
         mine = [len(turns), sum(turn.reward for turn in turns), sum(len(turn.ids) for turn in turns), cut]
