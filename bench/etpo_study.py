@@ -28,10 +28,10 @@ ETPO = ["--method", "etpo", "--eval_size", 300, "--max_steps", 1000, "--logging_
 GRPO = ["--config", Path(__file__).parent / "compare" / "agents.yaml", "--save_strategy", "no"]
 ARMS: dict[str, tuple[list[Any], list[str]]] = {
     "etpo": (ETPO, ["7.5e-6", "1.5e-5", "3e-5", "6e-5"]),
-    "grpo": (GRPO, ["3e-5", "1e-4", "3e-4"]),
+    "grpo": (GRPO, ["1e-5", "3e-5", "1e-4"]),
     "grpo, credit per turn": (
         [*GRPO, "--method_options", '{"advantage": "turn_reward", "finished": "out"}'],
-        ["3e-5", "1e-4", "3e-4"],
+        ["1e-5", "3e-5", "1e-4"],
     ),
 }
 """Flags, and the rates that are tried."""
