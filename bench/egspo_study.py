@@ -19,7 +19,8 @@ from typing import Any
 import pandas as pd
 
 from hapo.cli import main as run
-from hapo.insight.statistics import holm, mean_interval, paired_difference, verdict
+
+from .verdicts import print_verdicts
 
 RECIPE = Path(__file__).parent / "compare" / "near_policy.yaml"
 BUDGET = 87_000
@@ -80,17 +81,7 @@ def main() -> None:
         tables.append(table.assign(rate=table.arm.map(rates), start_model=start, arm=table.arm.map(labels)))
     runs = pd.concat(tables)
     runs.to_csv(given.output, index=False)
-    for measure, title in MEASURES.items():
-        print(title)
-        wide = runs.pivot(index="seed", columns="arm", values=measure)
-        others = [arm for arm in ARMS.values() if arm != REFERENCE]
-        differences = [paired_difference(wide[arm], wide[REFERENCE]) for arm in others]
-        adjusted = dict(zip(others, holm([d.p for d in differences]), strict=True))
-        for arm in ARMS.values():
-            mean = mean_interval(wide[arm])
-            print(f"  {arm:20}{100 * mean.mean:5.1f} % [{100 * mean.low:.1f}, {100 * mean.high:.1f}]")
-        for arm, difference in zip(others, differences, strict=True):
-            print("  " + verdict(difference, adjusted[arm], arm, REFERENCE, comparisons=len(others)))
+    print_verdicts(runs, list(ARMS.values()), REFERENCE, MEASURES)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ import pandas as pd
 
 from hapo.cli import main as run
 from hapo.insight.run import Run
-from hapo.insight.statistics import holm, mean_interval, paired_difference, verdict
+
+from .verdicts import print_verdicts
 
 ETPO = ["--method", "etpo", "--eval_size", 300, "--max_steps", 1000, "--logging_steps", 1,
         "--record_tokens_every", 0, "--save_steps", 1000]  # fmt: skip
@@ -36,6 +37,7 @@ ARMS: dict[str, tuple[list[Any], list[str]]] = {
 }
 """Flags, and the rates that are tried."""
 REFERENCE = "grpo"
+MEASURES = {"sampled after": "held-out success at the end, sampled", "greedy after": "the same, greedy"}
 TUNING_SEED = 1001
 
 
@@ -88,17 +90,7 @@ def main() -> None:
     ]
     runs = pd.DataFrame(lines)
     runs.to_csv(given.output, index=False)
-    others = [arm for arm in ARMS if arm != REFERENCE]
-    for measure in ("sampled after", "greedy after"):
-        print(f"held-out success, {measure}")
-        wide = runs.pivot(index="seed", columns="arm", values=measure)
-        differences = [paired_difference(wide[arm], wide[REFERENCE]) for arm in others]
-        adjusted = dict(zip(others, holm([d.p for d in differences]), strict=True))
-        for arm in ARMS:
-            mean = mean_interval(wide[arm])
-            print(f"  {arm:22}{100 * mean.mean:5.1f} % [{100 * mean.low:.1f}, {100 * mean.high:.1f}]")
-        for arm, difference in zip(others, differences, strict=True):
-            print("  " + verdict(difference, adjusted[arm], arm, REFERENCE, comparisons=len(others)))
+    print_verdicts(runs, list(ARMS), REFERENCE, MEASURES)
 
 
 if __name__ == "__main__":

@@ -308,7 +308,9 @@ def test_tokens_are_those_of_prompts_and_turns():
     loop = small.run(where=small.task(enough=99), max_steps=2)
     seen: list[Segment] = []
     list(loop.steps(lambda of, packed, states: seen.extend(of)))
-    said = sum(len(tiny.tokenizer()(f"{len(t.text)}=")["input_ids"]) for one in seen for t in one.turns if t.goes_on)
+    said = sum(
+        len(tiny.tokenizer()(f"{len(t.text)}=")["input_ids"]) for one in seen for t in one.turns if t.goes_on
+    )
     assert said and loop.num_tokens == sum(len(one.ids) - one.begun for one in seen) - said
 
 
