@@ -200,8 +200,11 @@ def test_the_recipe_for_code_runs_with_a_tiny_random_model_that_chats(tmp_path):
     run = Run(tmp_path / "run")
     assert run.finished is not None and run.finished["steps"] == 2
     assert (run.folder / "model/adapter_model.safetensors").is_file()
-    prompts = run.tokens(1)["prompt"].unique()
-    assert any(re.search(r"\d \? Answer$", text) for text in prompts), prompts  # "=" is no word of it
+    tokens = run.tokens(1)
+    said = tokens["said"].dropna()
+    assert any(re.search(r"\d \? Answer$", text) for text in said), said  # "=" is no word of it
+    assert set(said.index) <= set(tokens.groupby("response")["position"].idxmax())  # behind the last of a turn
+    assert not any(text in prompt for text in said for prompt in tokens["prompt"])  # those of its first update
 
 
 def test_the_embedded_recipe_names_no_option_twice_and_is_read():
