@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from trl import ModelConfig
 
@@ -66,6 +67,24 @@ def test_a_run_leaves_what_others_leave(finished):
         for name in ("checkpoints/checkpoint-4/policy.safetensors", "model/model.safetensors")
     )
     assert policy.keys() == model.keys() and all((policy[name] == model[name]).all() for name in policy)
+
+
+def test_the_model_card_says_where_the_agent_learnt_and_how_well_it_does(finished):
+    card = ModelCard.load(finished / "README.md")
+    for fact in (
+        "trained with `hapo`.",
+        "| base model | `tiny`, the small model that hapo brings |",
+        "| environment | `addition` |",
+        "| held out, greedy |",
+        "| method | `etpo` |",
+        "| optimiser steps | 4 |",
+        "beta: 0.05\n",
+        "eprint = {2402.06700}",
+        'from_pretrained("model")',
+    ):
+        assert fact in card.text
+    assert card.data.tags == ["generated_from_trainer", "hapo", "etpo"]
+    assert str(finished.parent) not in card.content
 
 
 def test_the_records_hold_q_v_and_the_best_other_token(finished):
