@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -116,19 +121,16 @@ def test_the_doctor_says_that_it_looks_at_runs_alone(capsys):
     assert "the doctor looks at runs of etpo, not at their recipes" in capsys.readouterr().err
 
 
-def test_a_killed_run_goes_on_with_the_same_bits(finished, tmp_path, monkeypatch, capsys):
-    folder, take, calls = tmp_path / "agent", Agent.take, []
-
-    def killed(self: Agent, ids: list[int]) -> Any:
-        calls.append(1)
-        if len(calls) > 3 * 2 * 3 + 1:  # in the fourth update; the checkpoint is of the second
-            raise KeyboardInterrupt
-        return take(self, ids)
-
-    monkeypatch.setattr(Agent, "take", killed)
-    assert main(agent(folder, evaluate=False, report=False)) == 130
-    monkeypatch.undo()
-    assert len(metrics(folder)) == 3
+def test_a_run_killed_without_warning_goes_on_with_the_same_bits(finished, tmp_path, capsys):
+    """SIGKILL as soon as its log has the third update; the last checkpoint is of the second."""
+    folder = tmp_path / "agent"
+    command = [sys.executable, "-m", "hapo.cli", *agent(folder, evaluate=False, report=False, threads=1)]
+    process, log = subprocess.Popen(command), folder / "metrics.jsonl"
+    while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < 3):
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (folder / "finished.json").exists() and (folder / "checkpoints/checkpoint-2").is_dir()
     assert main(["train", "--resume", str(folder)]) == 0
     whole, again = (load_file(run / "checkpoints/checkpoint-4/critic.safetensors") for run in (finished, folder))
     assert all((whole[name] == again[name]).all() for name in whole)
@@ -142,9 +144,6 @@ def test_a_killed_run_goes_on_with_the_same_bits(finished, tmp_path, monkeypatch
 
 
 def test_an_interrupted_run_saves_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
-    import os
-    import signal
-
     folder, take, calls = tmp_path / "agent", Agent.take, []
 
     def interrupting(self: Agent, ids: list[int]) -> Any:
