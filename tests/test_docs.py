@@ -150,6 +150,7 @@ def test_the_records_page_has_every_column(tmp_path):
         texts=texts,
         prompts=["p"] * len(batch),
         temperature=temperature,
+        said=texts,
     )
     records.write_tokens(1)
     (file,) = (tmp_path / "tokens").iterdir()

@@ -92,10 +92,14 @@ DIFFUSION = ("espo", "diffu_grpo")
 
 SUPERVISED = {
     "sft": {"method": "sft"},
-    "ranktuner": {"method": "ranktuner", "method_options": {"estimator": "exact", "base_weight": 1}},
+    "ranktuner": {
+        "method": "ranktuner",
+        "method_options": {"estimator": "exact", "base_weight": 1},
+        "run_records": True,
+    },
     "gates": {"method": "dft", "net": gated},
 }
-"""Scored by TRL's fused head, by `hapo.scoring`, and with gates beside."""
+"""Scored by TRL's fused head, by `hapo.scoring`, with records in FOLDER/supervised, and with gates beside."""
 
 LAYOUTS = {
     "padded": {},

@@ -320,6 +320,49 @@ def test_filters_and_order(file: Path, run: Run, open_page: Open) -> None:
     assert page.inner_text("#mx-count") == f"0 of {len(heads)} responses"
 
 
+def test_of_a_diffusion_model_the_order_of_its_draws_and_its_likelihood(tmp_path: Path, open_page: Open) -> None:
+    def with_draws(table: pa.Table) -> pa.Table:
+        place = table["position"].to_numpy()
+        ended = np.where(place > 5, np.nan, 5 - place).astype(np.float32)
+        confidence = pa.array((1 - place / 32).astype(np.float32))
+        return table.append_column("unmasked", pa.array(ended)).append_column("confidence", confidence)
+
+    run = Run(make_run(tmp_path / "mine", "espo", rollouts=1, rows=with_draws))
+    page = open_page(page_of(tmp_path, [run])).page
+    first = run.tokens(1).query("response == 0")
+    columns = {"unmasked": "unmasked", "confidence": "confidence", "contribution": "logp_new"}
+    for key, column in columns.items():
+        page.click(f"#mx-quantities [data-key={key}]")
+        looks = page.eval_on_selector_all("[data-place='0'] .mx-body .t", "a => a.map(x => x.className)")
+        depth = [int(look.partition(" k")[2].split()[0]) if " k" in look else 0 for look in looks]
+        value = first[column].abs().fillna(0.0).to_numpy()
+        assert depth[value.argmax()] > 0 == depth[value.argmin()] or key == "confidence"
+        assert (np.diff(np.array(depth)[value.argsort()]) >= 0).all(), key
+    follow(page, run="mine", rollout=1, response=0, position=4)
+    shown = numbers(page)
+    assert all(same(shown[key, ""], first[column].iloc[4]) for key, column in columns.items())
+    follow(page, run="mine", rollout=1, response=0, position=6)
+    assert numbers(page)["unmasked", ""] == "–"
+
+
+def test_what_an_environment_said_stands_apart(tmp_path: Path, open_page: Open) -> None:
+    """Without a colour, under its own heading, and as text alone; it can be searched."""
+    hostile = "".join(HOSTILE[:5])
+
+    def with_answers(table: pa.Table) -> pa.Table:
+        place = table["position"].to_pylist()
+        return table.append_column("said", pa.array([{1: hostile, 3: "a tool\n"}.get(p) for p in place]))
+
+    run = Run(make_run(tmp_path / "mine", "grpo", rollouts=1, rows=with_answers))
+    page = open_page(page_of(tmp_path, [run])).page
+    answers = page.locator("[data-place='0'] .mx-else")
+    assert answers.all_text_contents() == [f"not the model's{hostile}", "not the model'sa tool↵\n"]
+    assert page.locator("[data-place='0'] .t:nth-of-type(2) + .mx-else").count() == 1
+    assert answers.locator(".t").count() == 0
+    page.fill("#mx-search", "a tool")
+    assert page.locator(".mx-row").count() == run.tokens(1)["response"].nunique()
+
+
 @pytest.mark.parametrize("width", [1400, 400])
 def test_hostile_text_executes_nothing_and_breaks_nothing(tmp_path: Path, open_page: Open, width: int) -> None:
     folder = tmp_path / "<img src=x onerror=alert(4)>"

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from trl import ModelConfig
 
@@ -81,6 +87,24 @@ def test_a_token_budget_ends_it_with_the_update_that_reaches_it(finished, tmp_pa
     assert Run(folder).finished == {**ended, "seconds": Run(folder).finished["seconds"]}
 
 
+def test_the_model_card_says_where_the_agent_learnt_and_how_well_it_does(finished):
+    card = ModelCard.load(finished / "README.md")
+    for fact in (
+        "trained with `hapo`.",
+        "| base model | `tiny`, the small model that hapo brings |",
+        "| environment | `addition` |",
+        "| held out, greedy |",
+        "| method | `etpo` |",
+        "| optimiser steps | 4 |",
+        "beta: 0.05\n",
+        "eprint = {2402.06700}",
+        'from_pretrained("model")',
+    ):
+        assert fact in card.text
+    assert card.data.tags == ["generated_from_trainer", "hapo", "etpo"]
+    assert str(finished.parent) not in card.content
+
+
 def test_the_records_hold_q_v_and_the_best_other_token(finished):
     run = Run(finished)
     assert run.rollouts == [1, 2, 4]
@@ -110,19 +134,16 @@ def test_the_doctor_says_that_it_looks_at_runs_alone(capsys):
     assert "the doctor looks at runs of etpo, not at their recipes" in capsys.readouterr().err
 
 
-def test_a_killed_run_goes_on_with_the_same_bits(finished, tmp_path, monkeypatch, capsys):
-    folder, take, calls = tmp_path / "agent", Agent.take, []
-
-    def killed(self: Agent, ids: list[int]) -> Any:
-        calls.append(1)
-        if len(calls) > 3 * 2 * 3 + 1:  # in the fourth update; the checkpoint is of the second
-            raise KeyboardInterrupt
-        return take(self, ids)
-
-    monkeypatch.setattr(Agent, "take", killed)
-    assert main(agent(folder, evaluate=False, report=False)) == 130
-    monkeypatch.undo()
-    assert len(metrics(folder)) == 3
+def test_a_run_killed_without_warning_goes_on_with_the_same_bits(finished, tmp_path, capsys):
+    """SIGKILL as soon as its log has the third update; the last checkpoint is of the second."""
+    folder = tmp_path / "agent"
+    command = [sys.executable, "-m", "hapo.cli", *agent(folder, evaluate=False, report=False, threads=1)]
+    process, log = subprocess.Popen(command), folder / "metrics.jsonl"
+    while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < 3):
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (folder / "finished.json").exists() and (folder / "checkpoints/checkpoint-2").is_dir()
     assert main(["train", "--resume", str(folder)]) == 0
     whole, again = (load_file(run / "checkpoints/checkpoint-4/critic.safetensors") for run in (finished, folder))
     assert all((whole[name] == again[name]).all() for name in whole)
@@ -136,9 +157,6 @@ def test_a_killed_run_goes_on_with_the_same_bits(finished, tmp_path, monkeypatch
 
 
 def test_an_interrupted_run_saves_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
-    import os
-    import signal
-
     folder, take, calls = tmp_path / "agent", Agent.take, []
 
     def interrupting(self: Agent, ids: list[int]) -> Any:
@@ -213,8 +231,11 @@ def test_the_recipe_for_code_runs_with_a_tiny_random_model_that_chats(tmp_path):
     run = Run(tmp_path / "run")
     assert run.finished is not None and run.finished["steps"] == 2
     assert (run.folder / "model/adapter_model.safetensors").is_file()
-    prompts = run.tokens(1)["prompt"].unique()
-    assert any(re.search(r"\d \? Answer$", text) for text in prompts), prompts  # "=" is no word of it
+    tokens = run.tokens(1)
+    said = tokens["said"].dropna()
+    assert any(re.search(r"\d \? Answer$", text) for text in said), said  # "=" is no word of it
+    assert set(said.index) <= set(tokens.groupby("response")["position"].idxmax())  # behind the last of a turn
+    assert not any(text in prompt for text in said for prompt in tokens["prompt"])  # those of its first update
 
 
 def test_the_embedded_recipe_names_no_option_twice_and_is_read():

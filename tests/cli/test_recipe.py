@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from hapo.cli.recipe import RecipeParser, read_recipe, told
 from hapo.cli.train import TrainOptions, config_of
 from hapo.tasks import TaskConfig
 from hapo.trl import DiffusionConfig
+from tests.cli.small import flags
 
 KINDS = [TaskConfig, DiffusionConfig, AdaptedModelConfig, TrainOptions]
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -121,3 +123,39 @@ def test_help_renders(capsys):
     out = capsys.readouterr().out
     for flag in ("--config", "--resume", "--dataset", "--method", "--lora_r", "--evaluate"):
         assert flag in out
+
+
+@pytest.mark.parametrize("name", ["/nowhere/model", "../nowhere", "no-one/has-this"])
+@pytest.mark.parametrize(
+    ("argv", "option"),
+    [
+        (["train"], "model_name_or_path"),
+        (["train", "--method", "etpo"], "model_name_or_path"),
+        (["sft"], "model_name_or_path"),
+        (["eval"], "model_name_or_path"),
+        (["curriculum"], "model_name_or_path"),
+        (["doctor"], "model_name_or_path"),
+        (["calibrate", "--rule", "bounded"], "model"),
+        (["shape"], "token_reward.model"),
+        (["train", "--config", "shape"], "token_reward.model"),
+    ],
+)
+def test_a_model_that_is_not_there_is_named_with_its_option(argv, option, name, tmp_path, capsys):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "1+1="}\n')
+    if argv[0] == "calibrate":
+        given = {"model": name, "output": tmp_path / "out.json", "prompts": tmp_path / "prompts.jsonl"}
+    else:
+        given = {"use_cpu": True, "output_dir": tmp_path / "run"}
+        reward = {"model": name, "channels": ["shap", "sparse"]}
+        if argv[0] == "train":
+            reward["weights"] = [0.5, 0.5]
+        if option == "model_name_or_path":
+            given |= {"model": name} | ({} if "etpo" in argv else {"dataset": "addition"})
+            if argv[0] in ("train", "sft") and "etpo" not in argv:
+                given |= {"bf16": False, "activation_checkpointing": False}
+        else:
+            given["token_reward"] = json.dumps(reward)
+    assert main([*argv, *flags(**given)]) in (1, 2)
+    said = capsys.readouterr().err
+    assert f"{option} {name!r} {'cannot be read' if name == 'no-one/has-this' else 'is no folder'}" in said
+    assert "name a folder with a" in said and "Hub" in said

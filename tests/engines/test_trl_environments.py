@@ -6,6 +6,7 @@ from datasets import Dataset
 
 import hapo
 from hapo.engines.trl.rows import RolloutRows
+from hapo.insight.run import Run
 from hapo.parts.turns import turn_index
 from hapo.tasks.environments.episodes import episode_reward, turn_reward
 from hapo.trl import EnvironmentRollout
@@ -138,6 +139,20 @@ def test_an_episode_is_truncated_where_no_whole_turn_fits(tmp_path):
     _, plain, rows = rollout(trained(tmp_path, rollout={"context_length": 20}))
     assert max(len(row["episode_turns"]) for row in rows) == 2
     assert all(own[-1] == 1 and len(prompt) + len(ids) <= 20 for prompt, ids, own in plain)
+
+
+def test_records_hold_what_the_environment_said(tmp_path):
+    """Behind the last token of each turn that it answered, and nowhere else."""
+    trainer = trained(tmp_path, run_records=True, record_tokens_every=1, max_steps=1)
+    trainer.train()
+    tokens = Run(tmp_path).tokens(1)
+    answered = 0
+    for _, row in tokens.groupby("response"):
+        gaps = row["position"].diff().shift(-1).fillna(1) > 1  # tokens that are not the model's have no row
+        assert row["said"][gaps].tolist() == [f"={i + 1} " for i in range(gaps.sum())]
+        assert row["said"][~gaps].isna().all()
+        answered += gaps.sum()
+    assert answered > 2
 
 
 def test_what_does_not_fit_is_refused(tmp_path):

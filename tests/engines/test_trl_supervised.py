@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Iterator
 from functools import cache
 
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
@@ -14,6 +15,7 @@ from trl import SFTConfig, SFTTrainer
 
 import hapo
 from hapo.adapters import record_gates
+from hapo.insight.run import Run
 from hapo.parts.rank import expected_rank, target_rank
 from hapo.parts.reduce import sequence_mean
 from hapo.trl import HAPOConfig, SupervisedConfig, SupervisedTrainer
@@ -103,6 +105,31 @@ def test_the_gradient_is_the_core_s_however_the_batch_is_cut(name, options, layo
 def test_the_gradient_does_not_depend_on_the_ranks(name, two_ranks):
     options = SUPERVISED[name].get("method_options", {})
     close(load_file(two_ranks / f"{name}.safetensors"), core(name, **options)[1], 2e-6)
+
+
+@pytest.mark.xdist_group("two_ranks")
+def test_two_ranks_record_the_targets_that_one_does(two_ranks, tmp_path):
+    """Each in a file of its own, with numbers that do not meet; the figures are of all targets of both."""
+    run(tmp_path, **SUPERVISED["ranktuner"])
+    alone, both = Run(tmp_path), Run(two_ranks / "supervised")
+    files = sorted((both.folder / "tokens").iterdir())
+    assert [file.name for file in files] == ["step-000001-0.parquet", "step-000001-1.parquet"]
+    assert [set(pd.read_parquet(file)["response"]) for file in files] == [{0, 2, 4, 6}, {1, 3, 5, 7}]
+    own, tokens = alone.tokens(1), both.tokens(1)
+    assert len(tokens) == len(own) == sum(map(len, TEXTS))  # the first token is none, the end is one
+    by_text = [
+        {"".join(row["text"]): row.drop(columns=["response", "group"]) for _, row in table.groupby("response")}
+        for table in (own, tokens)
+    ]
+    assert by_text[0].keys() == by_text[1].keys() and len(by_text[0]) == len(TEXTS)
+    for text, row in by_text[0].items():
+        pd.testing.assert_frame_equal(
+            row.reset_index(drop=True), by_text[1][text].reset_index(drop=True), rtol=0, atol=1e-5
+        )
+    for line in (alone.metrics.iloc[0], both.metrics.iloc[0]):
+        assert line["weight"] == pytest.approx(own["weight"].mean(), abs=1e-5)
+        assert line["num_tokens"] == len(own) + len(TEXTS)  # with the first ones
+    assert both.manifest["processes"] == 2 and both.manifest["kind"] == "supervised"
 
 
 def test_trl_s_nll_depends_on_the_split_where_a_model_takes_no_token_counts_and_ours_does_not(tmp_path):

@@ -18,7 +18,15 @@ from hapo.assets import tiny_model_path
 from hapo.cli.model import AdaptedModelConfig
 from hapo.cli.recipe import RecipeParser
 from hapo.cli.train import TrainOptions, config_of
-from hapo.insight.doctor import CONFIG_CHECKS, RUN_CHECKS, SUPERVISED_CHECKS, Finding, examine_config, examine_run
+from hapo.insight.doctor import (
+    CONFIG_CHECKS,
+    DEMONSTRATION_CHECKS,
+    RUN_CHECKS,
+    SUPERVISED_CHECKS,
+    Finding,
+    examine_config,
+    examine_run,
+)
 from hapo.insight.run import Run
 from hapo.tasks import TaskConfig, load_task
 from hapo.trl import HAPOConfig
@@ -473,7 +481,14 @@ def test_the_page_has_every_finding():
     before, _, after = page.partition("## After training")
     after, _, supervised = after.partition("Of a run that learnt from")
     own = [check for check in SUPERVISED_CHECKS if check not in RUN_CHECKS]
-    for text, checks in ((before, CONFIG_CHECKS), (after, RUN_CHECKS), (supervised, own)):
+    before, _, demonstrations = before.partition("Of a recipe of `hapo sft`")
+    parts = (
+        (before, CONFIG_CHECKS),
+        (demonstrations, DEMONSTRATION_CHECKS),
+        (after, RUN_CHECKS),
+        (supervised, own),
+    )
+    for text, checks in parts:
         assert re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE) == [check.__name__ for check in checks]
 
 

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 
 import hapo
 from hapo.parts.elbo import MaskedPass
@@ -31,6 +32,35 @@ def test_diffu_grpo(variant, weights):
     slopes = [[0.0, -0.4], [0.0, 0.6, 0.5]]
     close(grad, [[w * s for s in row] for w, row in zip(weights, slopes, strict=True)])
     close(out.tokens["clipped"], [[1.0, 0.0], [1.0, 0.0, 0.0]], batch.mask)
+
+
+def test_reference_values():
+    """Reference values: outputs of the authors' trainer (dllm-reasoning/d1 at commit 837888f) on these inputs.
+
+    Their log-probs are float32 whatever the model's dtype is, so the figures are good to 1e-7.
+    """
+    old, ref = (-(1 + (k * torch.arange(12) + start) % 13).view(4, 3) / 8 for k, start in ((5, 0), (7, 3)))
+    steps = (torch.arange(12) * 5 % 7 - 3).view(4, 3) / 4
+    new = (old + steps).clamp(max=-1 / 16)
+    mask = torch.arange(3) < torch.tensor([3, 1, 2, 3]).unsqueeze(1)
+    batch = hapo.TokenBatch(
+        mask=mask,
+        old_logp=old,
+        ref_logp=ref,
+        logp=new.requires_grad_(),
+        reward=torch.tensor([1.0, 0, 0, 0.5]),
+        group=torch.zeros(4, dtype=torch.long),
+    )
+    loss, grad, out = loss_and_grad(hapo.method("diffu_grpo", variant="release"), batch)
+    assert out.tokens["advantage"][:, 0].tolist() == [0.625, -0.375, -0.375, 0.125]
+    assert loss == pytest.approx(-0.14649863, abs=1e-7)
+    rows = [
+        [-0.03482542, 0.00300154, -0.0744089],
+        [0.02733762, 0.0, 0.0],
+        [0.03245004, -0.02453697, 0.0],
+        [-0.01774776, -0.01464126, 0.00119282],
+    ]
+    assert grad.tolist() == [pytest.approx(row, abs=1e-7) for row in rows]
 
 
 def test_the_penalty_is_grpos():

@@ -6,6 +6,7 @@ import torch
 import hapo
 from hapo.methods.espo import elbo_penalty
 from hapo.parts.advantage import leave_one_out_advantage
+from hapo.parts.elbo import contributions, elbo, mask_views
 from hapo.stage import Stage
 from tests.examples import loss_and_grad, one_step
 
@@ -123,6 +124,49 @@ def test_differences_and_length_scaled_alike_leave_the_ratio():
     )
     ratio, twice = (method.loss(one_step(method, b)).tokens["ratio"][:, 0] for b in (batch_of(), wide))
     torch.testing.assert_close(ratio, twice)
+
+
+def eighths(step: int, start: int, numbers: int = 24) -> torch.Tensor:
+    """Log-probs -1/8 to -13/8: of 4 responses, 2 draws and 3 positions, in the view where the token is hidden."""
+    return -(1 + (step * torch.arange(numbers) + start) % 13).to(F64).view(4, -1, 3) / 8
+
+
+def test_reference_values():
+    """Reference values: outputs of the authors' trainer (ML-GSAI/ESPO at commit b5f2dac) on these inputs.
+
+    It drew the masks, from a seed of its own; advantages, ELBOs, loss and gradient are its functions' in float64.
+    """
+    hidden = [["111", "101"], ["000", "111"], ["001", "000"], ["011", "010"]]
+    masks = torch.tensor([[[c == "1" for c in draw] for draw in row] for row in hidden])
+    old, ref = eighths(5, 0), eighths(7, 3)
+    steps = (torch.arange(24) * 5 % 7 - 3).to(F64).view(4, 2, 3) / 8
+    new = (old + steps).clamp(max=-1 / 16).requires_grad_()
+
+    _, weight = mask_views(masks)
+    old_logp, ref_logp, logp = (contributions(x.repeat_interleave(2, 1), weight) for x in (old, ref, new))
+    batch = hapo.TokenBatch(
+        mask=torch.ones(4, 3, dtype=torch.bool),
+        old_logp=old_logp,
+        ref_logp=ref_logp,
+        logp=logp,
+        reward=torch.tensor(REWARD, dtype=F64),
+        group=torch.zeros(4, dtype=torch.long),
+    )
+    method = hapo.method("espo", kl_coef=0.02, eps_low=0.1, eps_high=0.1)
+    out = method.loss(one_step(method, batch))
+    (grad,) = torch.autograd.grad(out.loss, new)
+
+    numbers(elbo(new.repeat_interleave(2, 1), weight), [-2.4791667, -1.7291667, -2.6666667, -3.875])
+    numbers(out.tokens["advantage"][:, 0], [0.8333333, -0.5, -0.5, 0.1666667])
+    assert out.loss.item() == pytest.approx(-0.0379611537, abs=1e-9)
+    assert (out.metrics["clip/low"].item(), out.metrics["clip/high"].item()) == (0.25, 0.25)
+    rows = [
+        [-0.02496477, -0.02496477, -0.02496477, -0.03744716, -0.07489432, -0.03744716],
+        [0.01333633] * 6,
+        [0.00045139, 0.00045139, 0.00090278, 0.00030093, 0.00030093, 0.00030093],
+        [-0.00072917, -0.00036458, -0.00036458, -0.00036458, -0.00072917, -0.00036458],
+    ]
+    assert grad.flatten(1).tolist() == [pytest.approx(row, abs=1e-8) for row in rows]
 
 
 NO_ORDER = "temperature must be None: a diffusion model draws many tokens at once"

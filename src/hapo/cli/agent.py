@@ -18,14 +18,17 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
+from ..companions import ETPO as METHOD
 from ..engines.estimate import Estimate
 from ..engines.records import RunRecords, append_line, manifest, weights_hash
+from ..engines.trl.card import model_card
 from ..insight.run import Run
 from ..loops.etpo import ETPO, STATE, States
 from ..loops.options import ETPOConfig
 from ..loops.packed import Packed
 from ..loops.recorder import TurnRecorder
 from ..loops.turns import Segment
+from ..methods import Paper
 from ..outputs import write_whole
 from ..tasks.environments import load_environment
 from . import INTERRUPTED, UsageError
@@ -140,6 +143,8 @@ def train_agent(argv: list[str], checkpoint: bool | str | None) -> int:
         finished = course.train(interrupt)
     if finished:
         _save(run, folder)
+        if first:
+            _write_card(run, folder, model_config)
         console.print(f"model: {folder / 'model'}", soft_wrap=True)
     if options.report and first:
         write_page(folder, console)
@@ -276,6 +281,32 @@ def _say_how_to_resume(folder: Path, first: bool) -> None:
     if first:
         last = _complete(folder / "checkpoints")[-1].name
         print(f"{last} is saved; resume with: hapo train --resume {folder}", file=sys.stderr)
+
+
+def _write_card(run: ETPO, folder: Path, model_config: ModelConfig) -> None:
+    """The card of the saved model: README.md of the run folder, as those of other runs."""
+    args = run.args
+    peft = get_peft_config(model_config)
+    rate, critic = args.learning_rate, args.critic_learning_rate
+    card = model_card(
+        folder,
+        args.method,
+        {name: getattr(args, name) for name in METHOD.options},
+        Paper(METHOD.title, METHOD.arxiv, METHOD.year),
+        base=str(model_config.model_name_or_path),
+        adapter=None if peft is None else str(peft.peft_type.value),
+        data={"environment": f"`{args.environment.rsplit('/', 1)[-1]}`", "training rows": len(run.task.train)},
+        settings={
+            "learning rate": f"{rate:g}" + ("" if critic is None else f", of the critic {critic:g}"),
+            "agents": args.environments,
+            "turns before an update": args.turns_per_update,
+        },
+        step=run.step,
+        seed=args.seed,
+        tags=["hapo"],
+        weights="model",
+    )
+    write_whole(folder / "README.md", str(card))
 
 
 def _save(run: ETPO, folder: Path) -> None:

@@ -33,6 +33,7 @@ from ..outputs import file_hash, write_whole
 from ..samplers.transformers import ids_only
 from ..tasks import Task, TaskConfig, load_task
 from ..tasks.answers import normalise
+from ..tasks.reward_options import EMBEDDED
 from ..trl import HAPOConfig
 from . import UsageError, nearest
 from .contents import model_identity, reward_identity
@@ -40,7 +41,7 @@ from .episodes import answering
 from .held_out import Course, HeldOut
 from .model import AdaptedModelConfig
 from .recipe import RecipeParser, told
-from .run_folder import model_options, model_path, prepare_process
+from .run_folder import model_options, model_path, named_model, prepare_process
 from .train import TrainOptions, build_trainer, config_for
 
 TRL = "trl:"
@@ -221,7 +222,8 @@ def content_of(
         if isinstance(value, str) and Path(value).suffix and Path(value).expanduser().is_file():
             options[name] = "a file" if name == "dataset" else file_hash(Path(value).expanduser())
     if task.token_reward is not None:
-        options["reward model"] = model_identity(task.token_reward.options.path, None, False)
+        path = named_model("token_reward.model", task.token_reward.options.path, embedded=(EMBEDDED,))
+        options["reward model"] = model_identity(path, None, False)
     return {
         **options,
         "data": task.fingerprint,

@@ -12,7 +12,6 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 from rich.console import Console
 
-from ..assets import tiny_model_path
 from ..insight.finding import counted
 from ..methods import TemperatureOptions
 from ..samplers.rule import RULES, AnyRule, TemperatureRule, rule_options
@@ -82,9 +81,10 @@ def _calibrated(temperature: TemperatureOptions, options: argparse.Namespace, co
     from ..samplers.calibration import calibrate
     from .adapted import know_adapter
     from .progress import counting
+    from .run_folder import named_model
 
     utils.logging.disable_progress_bar()
-    path = str(tiny_model_path()) if options.model == "tiny" else options.model
+    path = named_model("model", options.model)
     know_adapter(path)
     tokenizer = AutoTokenizer.from_pretrained(path)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token

@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ import datasets
 import torch
 import transformers
 import yaml
+from huggingface_hub.errors import HFValidationError
 from rich.console import Console
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import PreTrainedConfig, PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.utils.peft_utils import find_adapter_config_file
 from trl import ModelConfig
 
 from ..assets import MODELS
@@ -25,6 +27,7 @@ from ..engines.trl.checkpoint import complete_checkpoints, state_of
 from ..engines.trl.recorded import Recorded
 from ..insight.run import Run
 from ..outputs import write_whole
+from ..tasks.reward_options import unread
 from . import UsageError
 from .held_out import Course
 from .progress import Interrupt, TrainingProgress
@@ -71,11 +74,33 @@ def prepare_process(threads: int | None) -> None:
 
 
 def model_path(model_config: ModelConfig) -> str:
-    """Path or Hub id of the model; "tiny" and "diffusion_tiny" are embedded."""
+    """Path or Hub id of the model; "tiny" and "diffusion_tiny" are embedded.
+
+    Raises:
+        UsageError: none is named, or there is no such model.
+    """
     name = model_config.model_name_or_path
     if name is None:
         raise UsageError("no model is named: set model_name_or_path to a folder, a Hub id, or tiny")
-    return str(MODELS.get(name, name))
+    return named_model("model_name_or_path", name, model_config.model_revision)
+
+
+def named_model(option: str, name: str, revision: str | None = None, embedded: Iterable[str] = MODELS) -> str:
+    """Path or Hub id of the model, or adapter, that an option names; its config is looked for.
+
+    Raises:
+        UsageError: there is none.
+    """
+    path = str(MODELS.get(name, name))
+    try:
+        if find_adapter_config_file(path, revision=revision) is None:
+            PreTrainedConfig.get_config_dict(path, revision=revision)
+    except (OSError, HFValidationError) as error:
+        raise UsageError(
+            f"{option} {name!r} {unread(name, error)}: name a folder with a model, one on the Hub that this "
+            f"machine can reach, or an embedded one ({', '.join(embedded)})"
+        ) from error
+    return path
 
 
 def model_options(model_config: ModelConfig, given: dict[str, Any] | None) -> dict[str, Any]:

@@ -134,6 +134,7 @@ class RunRecords:
         texts: list[list[str]],
         prompts: list[str],
         temperature: Float[Tensor, "B T"] | None,
+        said: list[list[str | None]] | None = None,
     ) -> None:
         """Hold the tokens of a micro-batch until `write_tokens`.
 
@@ -150,6 +151,8 @@ class RunRecords:
             texts: a string a token.
             prompts: a string a row.
             temperature: what each token was drawn at.
+            said: where the responses hold text that is not the model's, as an environment's answers: what of it
+                follows each token, or None.
         """
         mask = mask.cpu()
         if not mask.any():
@@ -197,6 +200,9 @@ class RunRecords:
                 [texts[i][t] for i, t in zip(row.tolist(), position.tolist(), strict=True)], pa.string()
             ),
         }
+        if said is not None:
+            after = [said[i][t] for i, t in zip(row.tolist(), position.tolist(), strict=True)]
+            columns["said"] = pa.array(after, pa.string())
         for name, x in per_token.items():
             if x is not None:
                 x = x.detach().cpu()[mask]

@@ -149,26 +149,40 @@ def small_groups(plan: Plan) -> Finding | None:
 
 def learning_rate(plan: Plan) -> Finding | None:
     """A learning rate a hundred times away from what is usual."""
-    rate, model = plan.args.learning_rate, plan.model_config
-    gatera = getattr(model, "gatera", None)  # of the command line's config, which TRL's has not
-    if gatera is not None and gatera.get("branch", "hira") == "hira":
-        kind, usual = "GateRA on HiRA", 1e-4  # the update is multiplied by the weights
-    elif model.use_peft:
-        kind, usual = "an adapter", 1e-5
-    else:
-        kind, usual = "full fine-tuning", 1e-6
-    small_model = not model.use_peft and (plan.architecture is None or _parameters(plan.architecture) < 100e6)
-    if usual / 100 <= rate and (small_model or rate <= 100 * usual):
+    rates = {"full": 1e-6, "adapter": 1e-5, "gatera": 1e-4}
+    found = judge_rate(plan.args.learning_rate, plan.model_config, plan.architecture, rates)
+    if found is None:
         return None
+    kind, usual, low = found
     return Finding(
         "learning_rate",
         "warning",
-        f"learning_rate {rate:g} with {kind}",
+        f"learning_rate {plan.args.learning_rate:g} with {kind}",
         "the policy stays where it is, and so does the reward"
-        if rate < usual
+        if low
         else "one optimiser step moves the policy so far that answers fall apart before the reward can tell",
         f"--learning_rate {usual:g}, and from there in steps of 3",
     )
+
+
+def judge_rate(
+    rate: float, model: ModelConfig, architecture: PreTrainedConfig | None, rates: dict[str, float]
+) -> tuple[str, float, bool] | None:
+    """Of a rate a hundred times away from the usual one: what is trained, that one, and whether it is too low.
+
+    `rates` are the usual ones of "full", "adapter" and "gatera", GateRA on HiRA.
+    """
+    gatera = getattr(model, "gatera", None)  # of the command line's config, which TRL's has not
+    if gatera is not None and gatera.get("branch", "hira") == "hira":
+        kind, usual = "GateRA on HiRA", rates["gatera"]  # the update is multiplied by the weights
+    elif model.use_peft:
+        kind, usual = "an adapter", rates["adapter"]
+    else:
+        kind, usual = "full fine-tuning", rates["full"]
+    small_model = not model.use_peft and (architecture is None or _parameters(architecture) < 100e6)
+    if usual / 100 <= rate and (small_model or rate <= 100 * usual):
+        return None
+    return kind, usual, rate < usual
 
 
 def _parameters(architecture: PreTrainedConfig) -> float:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from ..tasks import Task, TaskConfig
-from . import checks_config, checks_data, checks_policy, checks_reward, checks_supervised
+from . import checks_config, checks_data, checks_demonstrations, checks_policy, checks_reward, checks_supervised
 from .checks_config import Plan
+from .checks_demonstrations import DemonstrationPlan
 from .finding import Finding, in_verl
 from .run import Run
 
@@ -17,7 +18,17 @@ if TYPE_CHECKING:
 
     from ..engines.trl import HAPOConfig
 
-__all__ = ["CONFIG_CHECKS", "RUN_CHECKS", "SUPERVISED_CHECKS", "Finding", "examine_config", "examine_run"]
+__all__ = [
+    "CONFIG_CHECKS",
+    "DEMONSTRATION_CHECKS",
+    "RUN_CHECKS",
+    "SUPERVISED_CHECKS",
+    "DemonstrationPlan",
+    "Finding",
+    "examine_config",
+    "examine_demonstrations",
+    "examine_run",
+]
 
 SEVERITIES = ("error", "warning", "note")
 
@@ -34,6 +45,19 @@ CONFIG_CHECKS: tuple[Callable[[Plan], Finding | None], ...] = (
     checks_config.learning_rate,
 )
 """Each looks for one thing, and has the name of its finding."""
+
+DEMONSTRATION_CHECKS: tuple[Callable[[DemonstrationPlan], Finding | None], ...] = (
+    checks_demonstrations.targets_cut,
+    checks_demonstrations.beyond_context,
+    checks_demonstrations.packed_across,
+    checks_demonstrations.prompts_learnt,
+    checks_demonstrations.many_passes,
+    checks_demonstrations.not_measured,
+    checks_demonstrations.no_accuracy,
+    checks_demonstrations.answers_cut,
+    checks_demonstrations.supervised_rate,
+)
+"""Those of a recipe of `hapo sft`."""
 
 RUN_CHECKS: tuple[Callable[[Run], Finding | None], ...] = (
     checks_policy.non_finite,
@@ -115,6 +139,11 @@ def examine_config(
         architecture=architecture,
     )
     return _worst_first(check(plan) for check in CONFIG_CHECKS)
+
+
+def examine_demonstrations(plan: DemonstrationPlan) -> list[Finding]:
+    """What is wrong with learning from demonstrations before it starts, the worst first."""
+    return _worst_first(check(plan) for check in DEMONSTRATION_CHECKS)
 
 
 def examine_run(run: Run) -> list[Finding]:

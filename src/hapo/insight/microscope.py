@@ -203,11 +203,13 @@ def _pack(tokens: pd.DataFrame, treatments: Sequence[pd.DataFrame]) -> str:
                 "end": int(end),
             }
         )
+    said = tokens["said"].tolist() if "said" in tokens else []
     others = tokens.drop_duplicates("other") if "other" in tokens else tokens[:0]
     header: dict[str, Any] = {
         "prompts": tokens.drop_duplicates(["group", "prompt"])["prompt"].tolist(),
         "responses": responses,
         "words": list(zip(words["id"].tolist(), words["text"].tolist(), strict=True)),
+        "said": {place: text for place, text in enumerate(said) if isinstance(text, str)},
         "others": {int(row.other): row.other_text for row in others.itertuples()},
         "word": arrays.add(word),
         "position": arrays.add(tokens["position"]),

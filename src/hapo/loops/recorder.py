@@ -6,13 +6,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from ..engines.records import RunRecords
 from .turns import AgentTurn, Segment
 
 
 class TurnRecorder:
-    """Feeds a run folder with the turns of some updates; each turn is a response, and its context the prompt.
+    """Feeds a run folder with the turns of some updates.
+
+    Each turn is a response; its prompt is its episode up to the first turn that the update has of it. What the
+    environment answered stands behind the last token of each turn.
 
     Args:
         records: the open folder.
@@ -37,12 +41,14 @@ class TurnRecorder:
         """The turns of some segments; `states` are numbers of each of their tokens, in order, by name."""
         at = 0
         for segment in segments:
-            for turn in segment.turns:
+            begins = [turn.start for turn in segment.turns]
+            for turn, until in zip(segment.turns, [*begins[1:], len(segment.ids)], strict=True):
                 n, number = len(turn.ids), self._taken.get(segment.agent, 0)
                 self._taken[segment.agent] = number + 1
                 if n and segment.agent < self.agents:
                     of_turn = {name: x[at : at + n].numpy() for name, x in states.items()}
-                    self._add(step, segment, turn, segment.agent * self.turns + number, of_turn)
+                    said = segment.ids[turn.start + n : until]
+                    self._add(step, segment, turn, said, segment.agent * self.turns + number, of_turn)
                 at += n
 
     def write(self, step: int) -> None:
@@ -51,19 +57,26 @@ class TurnRecorder:
         self.records.write_tokens(step)
 
     def _add(
-        self, step: int, segment: Segment, turn: AgentTurn, response: int, numbers: dict[str, np.ndarray]
+        self,
+        step: int,
+        segment: Segment,
+        turn: AgentTurn,
+        said: list[int],
+        response: int,
+        numbers: dict[str, np.ndarray],
     ) -> None:
         n = len(turn.ids)
-        (prompt,) = self.decode([segment.ids[: turn.start]])
+        answer = self.decode([said])[0] if said else None
         texts, others = (self.decode([[int(t)] for t in ids]) for ids in (turn.ids, numbers["other"]))
         same = {"response": response, "group": segment.agent, "reward": turn.reward, "verdict": turn.reward}
         self.records.add_columns(
             step,
             {
                 "position": np.arange(n),
-                "prompt": [prompt] * n,
+                "prompt": [segment.prompt] * n,
                 **{name: np.full(n, value) for name, value in same.items()},
                 "text": texts,
+                "said": pa.array([None] * (n - 1) + [answer], pa.string()),
                 "id": np.array(turn.ids),
                 **numbers,
                 "other_text": others,

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..assets import reward_model_path
@@ -123,10 +124,32 @@ class TokenRewardOptions:
 
     @cached_property
     def loaded(self) -> RewardModel:
-        """The model; raises as `RewardModel.load`."""
+        """The model.
+
+        Raises:
+            OSError: there is no such model, or it has no safetensors.
+        """
+        from huggingface_hub.errors import HFValidationError
+
         from .reward_model import RewardModel
 
-        return RewardModel.load(self.path)
+        try:
+            return RewardModel.load(self.path)
+        except (OSError, HFValidationError) as error:
+            raise OSError(
+                f"token_reward.model {self.model!r} {unread(self.model, error)}: name a folder with a sequence "
+                "classifier in safetensors, one on the Hub that this machine can reach, or an embedded one "
+                f"({EMBEDDED})"
+            ) from error
+
+
+def unread(name: str, error: Exception) -> str:
+    """Why a model cannot be read, in a few words: that the folder is not there, or what the Hub's client says."""
+    path = Path(name).expanduser()
+    if not path.exists() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
+        return "is no folder"
+    lines = str(error).partition("\n")[0]
+    return f"cannot be read ({lines.strip().rstrip('.')})"
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:

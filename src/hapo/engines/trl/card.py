@@ -14,72 +14,70 @@ from transformers import SchedulerType, TrainingArguments
 
 import hapo
 
-from ...method import Method
-from ...methods import options_of
-from ...supervised import Supervised
+from ...methods import Paper, options_of
 from ..estimate import Estimate
 from ..records import PACKAGES
-from .recorder import options_told
 
 BUNDLED = Path(hapo.__file__).parent / "assets"
 
 
 def model_card(
-    args: TrainingArguments,
-    method: Method | Supervised,
+    folder: Path,
+    method: str,
+    options: Mapping[str, Any],
+    paper: Paper | None,
     *,
-    recipe: dict[str, Any],
     base: str,
     adapter: str | None,
     data: Mapping[str, Any],
     settings: Mapping[str, Any],
     step: int,
-    tags: Sequence[str],
-    hub_id: str | None,
+    seed: int,
+    tags: Sequence[str] = (),
+    hub_id: str | None = None,
     weights: str,
 ) -> ModelCard:
     """The card of a run's model. It names no path of the machine.
 
     Args:
-        args: what the run was told. Accuracies are those in the evaluations.jsonl of its output folder.
-        method: it was trained with.
-        recipe: what the run was told beside. The task is the recipe's.
+        folder: of the run. Accuracies are those in its evaluations.jsonl.
+        method, options, paper: it was trained with; no paper is that of a method of one's own.
         base: name or path of the model it was made from; empty where there is none.
         adapter: type of the PEFT adapter that the weights are; None of a whole model.
         data, settings: further facts by name, of what it learnt from and of the training; None is none.
         step: optimiser steps so far.
-        tags: beside that of the method.
+        seed: of the run.
+        tags: beside that of the method; "trl" of a model that TRL trained.
         hub_id: repository on the Hub, if the model goes to one.
         weights: what `from_pretrained` takes, seen from the folder of the card; or `hub_id`.
     """
     named, base_id = _base(base)
     facts = {
         "base model": named,
-        "task": _task(recipe),
         **data,
-        **_accuracies(Path(args.output_dir) / "evaluations.jsonl"),
-        "method": f"`{method.name}`",
+        **_accuracies(folder / "evaluations.jsonl"),
+        "method": f"`{method}`",
         "optimiser steps": step,
-        "learning rate": f"{args.learning_rate:g}, {SchedulerType(args.lr_scheduler_type).value}",
         **settings,
-        "seed": args.seed,
+        "seed": seed,
         "versions": ", ".join(f"{package} {version}" for package, version in _versions().items()),
     }
     header = ModelCardData(
         library_name="peft" if adapter else "transformers",
         base_model=base_id,
-        tags=["generated_from_trainer", *tags, method.name],
+        tags=["generated_from_trainer", *tags, method],
     )
     return ModelCard.from_template(
         header,
         template_str=resources.files(__package__).joinpath("card.md").read_text(encoding="utf-8"),
-        title=hub_id or Path(args.output_dir).resolve().name,
+        title=hub_id or folder.resolve().name,
+        trl="trl" in tags,
         facts={fact: value for fact, value in facts.items() if value is not None},
         weights=weights,
         local=weights != hub_id,
         adapter=adapter,
-        options=yaml.safe_dump({"method": method.name, **options_told(method)}, sort_keys=False),
-        citation=_citation(method.name),
+        options=yaml.safe_dump({"method": method, **options}, sort_keys=False),
+        citation=_citation(method, paper),
     )
 
 
@@ -93,6 +91,17 @@ def _base(name: str) -> tuple[str, str | None]:
     if path.is_absolute() or path.exists():
         return f"`{path.resolve().name}`, from a folder", None
     return f"[{name}](https://huggingface.co/{name})", name
+
+
+def told_of(args: TrainingArguments, recipe: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a run of TRL's says of its task and of its training, in the words of a card."""
+    rate = f"{args.learning_rate:g}, {SchedulerType(args.lr_scheduler_type).value}"
+    return {"task": _task(recipe)}, {"learning rate": rate}
+
+
+def paper_of(method: str) -> Paper | None:
+    """Of a method of the library; None of one's own."""
+    return options_of(method).paper if method in hapo.methods() else None
 
 
 def _task(recipe: dict[str, Any]) -> str | None:
@@ -123,11 +132,10 @@ def _versions() -> dict[str, str]:
     return installed
 
 
-def _citation(method: str) -> str:
+def _citation(method: str, paper: Paper | None) -> str:
     """BibTeX of the method's paper; for a method of one's own, what to cite in its place."""
-    if method not in hapo.methods():
+    if paper is None:
         return f"`{method}` is a method of the authors' own: ask them."
-    paper = options_of(method).paper
     fields = {
         "title": f"{{{paper.title}}}",
         "year": paper.year,

@@ -16,12 +16,12 @@ from ...method import Method
 from ...outputs import write_whole
 from ...supervised import Supervised
 from ..records import RunRecords
-from .card import model_card
+from .card import model_card, paper_of, told_of
 from .checkpoint import RunState, check_checkpoint, layout_of, load_state, save_state, state_of
 from .config import HAPOConfig
 from .finite import check, check_weights
 from .optimizer import NamedOptimizer
-from .recorder import Recorder, open_records
+from .recorder import Recorder, open_records, options_told
 from .rollout import EpochSampler
 from .stages import Stages, StageSampler
 
@@ -113,16 +113,19 @@ class Recorded(NamedOptimizer, Trainer):
         last = checkpoints.relative_to(folder) / f"checkpoint-{self.state.global_step}"
         net = self.accelerator.unwrap_model(self.model)
         adapter = str(net.active_peft_config.peft_type.value) if is_peft_model(net) else None
+        task, schedule = told_of(self.args, self.recipe)
         data, settings = self._card()
         card = model_card(
-            self.args,
-            self.method,
-            recipe=self.recipe,
+            folder,
+            self.method.name,
+            options_told(self.method),
+            paper_of(self.method.name),
             base=str(self.recipe.get("model_name_or_path") or self.model.config._name_or_path or ""),
             adapter=adapter,
-            data=data,
-            settings=settings,
+            data=task | data,
+            settings=schedule | settings,
             step=self.state.global_step,
+            seed=self.args.seed,
             tags=self._tag_names,
             hub_id=self.hub_model_id,
             weights=self.hub_model_id or weights or last.as_posix(),

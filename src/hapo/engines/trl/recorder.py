@@ -111,6 +111,7 @@ class Recorder:
         of_rollout = RolloutRows.of(inputs)
         batch = batch.rows(rows)
         ids = inputs["completion_ids"][rows]
+        mask = scored_tokens(inputs)[rows]
         prompts = zip(inputs["prompt_ids"][rows], inputs["prompt_mask"][rows].bool(), strict=True)
         assert batch.old_entropy is not None
         temperature = torch.full_like(batch.old_entropy, self.args.temperature)
@@ -121,13 +122,14 @@ class Recorder:
             self._rollout(step),
             batch,
             {name: x[rows] for name, x in {**out.tokens, **beside}.items()},
-            mask=scored_tokens(inputs)[rows],
+            mask=mask,
             response=of_rollout.response[rows],
             responses=int(of_rollout.responses),
             ids=ids,
             texts=[self.decode([[t] for t in row]) for row in ids.tolist()],
-            prompts=self.decode([row[mask] for row, mask in prompts]),
+            prompts=self.decode([row[shown] for row, shown in prompts]),
             temperature=temperature,
+            said=self._said(ids, mask, inputs["completion_mask"][rows]) if "tool_mask" in inputs else None,
         )
 
     def add_rewards(self, step: int, inputs: dict[str, Any]) -> None:
@@ -141,6 +143,16 @@ class Recorder:
             of_rollout.response[rows],
             int(of_rollout.responses),
         )
+
+    def _said(self, ids: Tensor, own: Tensor, whole: Tensor) -> list[list[str | None]]:
+        """The text between each of the model's own tokens (B,T) and the next one, or the end of the response."""
+        said: list[list[str | None]] = [[None] * ids.shape[1] for _ in ids]
+        for i, row in enumerate(own):
+            places = row.nonzero().squeeze(1).tolist()
+            for here, after in zip(places, [*places[1:], int(whole[i].sum())], strict=True):
+                if after > here + 1:
+                    (said[i][here],) = self.decode([ids[i, here + 1 : after]])
+        return said
 
     def _recorded(self, batch: TokenBatch) -> Tensor:
         """The rows (B,) of the groups that are recorded, the first ones."""

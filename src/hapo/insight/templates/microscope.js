@@ -29,6 +29,7 @@ const names = () => [run().methods[0], run().methods[state.view.other]];
 const compares = () => run().methods.length > 1;
 const method = () => (state.view.as === "other" ? state.view.other : 0);
 const quantity = () => QUANTITIES.find((q) => q.key === state.key);
+const clips = () => run().methods.some((_, m) => state.rollout.column("side", m)); // an agent's method does not
 const available = (q) => run().methods.some((_, m) => state.rollout.column(q.key, m));
 const values = () => state.rollout.shown(state.key, quantity().own ? state.view : { as: "own" });
 const responseAt = (i) => state.rollout.responses.find((r) => i >= r.start && i < r.end);
@@ -65,6 +66,7 @@ function fillBar(entry) {
   options("rollout", rollouts.map((e) => e.rollout), rollouts.indexOf(entry));
   options("other", methods.slice(1), state.view.other - 1);
   part("run").closest("label").hidden = index.length < 2;
+  part("clipped").closest("label").hidden = !clips();
   part("views").closest(".mx-field").hidden = !compares();
   part("other").hidden = methods.length < 3;
   part("before").disabled = entry === rollouts[0];

@@ -8,7 +8,7 @@ const QUANTITIES = [
   { key: "entropy", name: "entropy", unit: "nats", scale: "sequential", zero: true, note: "of the policy at rollout" },
   { key: "signal", name: "signal", scale: "diverging", own: true, note: "the method's number per token; h of HAPO" },
   { key: "temperature", name: "temperature", scale: "sequential", note: "that the token was drawn at" },
-  { key: "unmasked", name: "unmasked in", scale: "sequential", zero: true, note: "forward pass that drew the token, from 0; none where the response had ended" },
+  { key: "unmasked", name: "forward pass", scale: "sequential", zero: true, note: "that drew the token, from 0; none where the response had ended" },
   { key: "confidence", name: "confidence", scale: "sequential", zero: true, note: "the model's probability of the token in that pass" },
   { key: "contribution", name: "contribution", unit: "nats", scale: "diverging", note: "of the token to the estimate of the response's log-likelihood, now" },
   { key: "gate", name: "gate", scale: "diverging", centre: 0.5, note: "mean over the gates of a GateRA adapter" },
@@ -23,7 +23,6 @@ const QUANTITIES = [
   { key: "bound_low", name: "lower bound", scale: "sequential", own: true, note: "the ratio may fall to 1 − this" },
   { key: "bound_high", name: "upper bound", scale: "sequential", own: true, note: "the ratio may rise to 1 + this" },
   { key: "side", name: "clipped", scale: "marks", own: true, note: "a bound took the place of the ratio" },
-  { key: "token_reward", name: "token reward", scale: "diverging", note: "that the method was given for this token" },
   { key: "mismatch", name: "mismatch", unit: "nats", scale: "diverging", note: "log p at rollout − log p of the sampler" },
   { key: "kept", name: "kept", scale: "marks", own: true, note: "the token is in the loss" },
   { key: "target_weight", name: "weight", scale: "sequential", zero: true, own: true, note: "of a demonstration's target in the loss" },
@@ -143,6 +142,11 @@ class Rollout {
     return other && this.head.others[other[i]];
   }
 
+  // What an environment or a tool said after a token.
+  said(i) {
+    return this.head.said[i];
+  }
+
   text(i) {
     return this.head.words[this.word[i]][1];
   }
@@ -151,9 +155,10 @@ class Rollout {
     return this.head.words[this.word[i]][0];
   }
 
-  // Text of a response, in lower case, for the search.
+  // Text of a response, with what was said in it, in lower case, for the search.
   lower(r) {
-    r.lower ??= Array.from(this.word.subarray(r.start, r.end), (w) => this.head.words[w][1]).join("").toLowerCase();
+    const piece = (w, k) => this.head.words[w][1] + (this.said(r.start + k) ?? "");
+    r.lower ??= Array.from(this.word.subarray(r.start, r.end), piece).join("").toLowerCase();
     return r.lower;
   }
 

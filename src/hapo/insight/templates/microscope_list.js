@@ -55,7 +55,7 @@ function legend(q) {
   const swatch = (cls, text, sample = "a") =>
     el("span", { cls: "mx-swatch" }, el("i", { cls, text: sample }), text);
   const title = el("span", { cls: "mx-title", text: q.unit ? `${q.name}, ${q.unit}` : q.name, title: q.note });
-  const marks = [swatch("t hi", "clipped above"), swatch("t lo", "below")];
+  const marks = clips() ? [swatch("t hi", "clipped above"), swatch("t lo", "below")] : [];
   if (view.as === "difference") marks.push(swatch("t there", `only by ${names()[1]}`));
   if (rollout.column("kept", method()).includes(0)) marks.push(swatch("t out", "not in the loss"));
   if (scale.kind === "marks") {

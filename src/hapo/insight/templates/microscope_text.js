@@ -26,7 +26,7 @@ function card(r) {
     ...rewardOf(r),
     plural(r.length, "token"),
     `entropy ${short(r.entropy)}`,
-    ...(r.judged ? [`clipped ${short(100 * r.clipped)} %`] : []),
+    ...(clips() ? [`clipped ${short(100 * r.clipped)} %`] : []),
   ];
   if (r.dropped) facts.push("not in the loss");
   const head = [verdictMark(r), el("b", { text: r.label }), ...facts.map((text) => el("span", { text }))];
@@ -49,17 +49,23 @@ function write(node) {
   const body = document.createDocumentFragment();
   const nodes = [];
   for (let i = r.start; i < r.end; i++) {
-    if (i > r.start && rollout.position[i] > rollout.position[i - 1] + 1) {
+    if (i > r.start && !rollout.said(i - 1) && rollout.position[i] > rollout.position[i - 1] + 1) {
       body.append(el("i", { cls: "mx-gap", text: " ⋯ ", title: "not written by the model" }));
     }
     const span = el("span", { tabIndex: -1 }, ...marked(rollout.text(i), rollout.id(i)));
     span.token = i;
     nodes.push(span);
     body.append(span);
+    if (rollout.said(i)) body.append(answer(rollout.said(i)));
   }
   spans.set(place, nodes);
   paint([place]);
   node.querySelector(".mx-body").replaceChildren(body);
+}
+
+// What is not the model's: without a colour, under its own heading.
+function answer(text) {
+  return el("span", { cls: "mx-else" }, el("b", { text: "not the model's" }), ...marked(text, 0));
 }
 
 // Nodes of a text in which what is invisible is a sign.
