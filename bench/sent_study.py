@@ -1,11 +1,12 @@
-"""SENT's curriculum, ascending, shuffled and descending, and its two levels of KL: a mixture of tasks, paired seeds.
+"""SENT's curriculum, ascending, shuffled and descending, and its two levels of KL, on a mixture of tasks.
 
     python -m bench.sent_study --output bench/results/sent_study.csv
 
-Makes problems of four reasoning-gym tasks and, by a short `hapo sft`, a tiny model that is right about some of them
-more often than about others; sorts the training problems with `hapo curriculum`; and compares with `hapo compare`
-on bench/compare/sent.yaml. Each arm has a learning rate of its own. The strong level falls on one token of an
-optimiser step here, so that an arm gives it to a tenth of the certain tokens too. Stopped, the same command goes on.
+Makes problems of four reasoning-gym tasks and, by a short `hapo sft`, a tiny model that is right about some of
+them more often than about others; sorts the training problems with `hapo curriculum`; and compares with `hapo
+compare` on bench/compare/sent.yaml, with paired seeds and a learning rate of its own for each arm. The strong
+level falls on one token of an optimiser step here, so that an arm gives it to a tenth of the certain tokens too.
+Stopped, the same command goes on.
 """
 
 from __future__ import annotations
@@ -154,7 +155,8 @@ def main() -> None:
     curriculum = sort_problems(given.work, model)
     hapo("compare", "--config", RECIPE, *problems_of(given.work), "--model_name_or_path", model,
          "--curriculum", curriculum, "--arms", *ARMS, "--reference", REFERENCE, "--seeds", given.seeds,
-         "--tune", *given.rates, "--tune_seeds", 1, "--jobs", 1, "--output_dir", given.work / "compare")  # fmt: skip
+         "--tune", *given.rates, "--tune_seeds", 1, "--jobs", 1,
+         "--output_dir", given.work / "compare")  # fmt: skip
     runs = pd.read_csv(given.work / "compare" / "results.csv")
     runs["arm"] = runs.arm.map(ARMS)
     runs.to_csv(given.output, index=False)
