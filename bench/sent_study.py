@@ -142,6 +142,19 @@ def problems_of(work: Path) -> list[Any]:
             "--extra_columns", "task"]  # fmt: skip
 
 
+def by_task(work: Path) -> pd.DataFrame:
+    """Percentage of right sampled held-out answers of each task, at the start and, by arm, at the end; over seeds."""
+    tasks = [json.loads(line)["task"] for line in (work / "eval.jsonl").read_text().splitlines()]
+    means = []
+    for arm, label in ARMS.items():
+        for file in (work / "compare" / "runs" / arm.replace(":", "_")).glob("seed-*/evaluations.jsonl"):
+            lines = [json.loads(line) for line in file.read_text().splitlines()]
+            first, *_, last = [line["scores"] for line in lines if line["how"] == "sampled"]
+            for when, scores in (("at the start", first), (label, last)):
+                means += [{"when": when, "task": t, "right": 100 * r} for t, r in zip(tasks, scores, strict=True)]
+    return pd.DataFrame(means).pivot_table(index="when", columns="task", values="right", sort=False).round(1)
+
+
 def main() -> None:
     """Run what is missing, print the verdicts, and write the runs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -172,6 +185,7 @@ def main() -> None:
         for arm, difference in zip(others, differences, strict=True):
             words = verdict(difference, adjusted[arm], arm, ARMS[REFERENCE], comparisons=len(others))
             print(f"  {words}")
+    print(by_task(given.work))
 
 
 if __name__ == "__main__":
