@@ -143,7 +143,7 @@ def problems_of(work: Path) -> list[Any]:
 
 
 def by_task(work: Path) -> pd.DataFrame:
-    """Percentage of right sampled held-out answers of each task, at the start and, by arm, at the end; over seeds."""
+    """Percentage of right sampled held-out answers of each task, at the start and, by arm, at the end."""
     tasks = [json.loads(line)["task"] for line in (work / "eval.jsonl").read_text().splitlines()]
     means = []
     for arm, label in ARMS.items():
@@ -160,7 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/sent_study"))
     parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--rates", nargs="+", default=["1e-4", "3e-4", "1e-3"])
+    parser.add_argument("--rates", nargs="+", default=["3e-5", "1e-4", "3e-4", "1e-3"])
     parser.add_argument("--output", type=Path, default=Path("bench/results/sent_study.csv"))
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
