@@ -6,7 +6,7 @@ Makes problems of four reasoning-gym tasks and, by a short `hapo sft`, a tiny mo
 them more often than about others; sorts the training problems with `hapo curriculum`; and compares with `hapo
 compare` on bench/compare/sent.yaml, with paired seeds and a learning rate of its own for each arm. The strong
 level falls on one token of an optimiser step here, so that an arm gives it to a tenth of the certain tokens too.
-Stopped, the same command goes on.
+Another has the rate of the other arms where tuning chose a smaller one. Stopped, the same command goes on.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ REFERENCE = "sent"
 ARMS = {
     "sent": "ascending, two levels of KL",
     "sent:stage_column=none": "shuffled",
+    "sent:stage_column=none,learning_rate=1e-4": "shuffled, rate 1e-4",
     "sent:stage_column=-stage": "descending",
     "sent:beta=0.0": "no KL",
     "sent:high_factor=0.5": "one level of KL",
