@@ -278,7 +278,7 @@ def parse_flags(
     recipe: Recipe, flags: dict[str, Any]
 ) -> tuple[TaskConfig, HAPOConfig, AdaptedModelConfig, TrainOptions]:
     """The recipe's flags, then these, parsed as `hapo train` does."""
-    words = [word for name, value in flags.items() for word in (f"--{name}", *_words(value))]
+    words = [word for name, value in flags.items() for word in _words(name, value)]
     kind = config_for(flags.get("method", HAPOConfig.method))
     parser = RecipeParser("hapo compare", "", [TaskConfig, kind, AdaptedModelConfig, TrainOptions])
     parser.set_defaults(run_records=True)
@@ -448,7 +448,8 @@ def _default(name: str) -> Any:
     return next(f.default for f in fields(GRPOConfig) if f.name == name)
 
 
-def _words(value: Any) -> list[str]:
+def _words(name: str, value: Any) -> list[str]:
+    """A flag and its value, in one word where it is one, which may then begin with a minus."""
     if isinstance(value, list):
-        return [str(element) for element in value]
-    return [json.dumps(value) if isinstance(value, dict | bool) else str(value)]
+        return [f"--{name}", *map(str, value)]
+    return [f"--{name}={json.dumps(value) if isinstance(value, dict | bool) else value}"]
