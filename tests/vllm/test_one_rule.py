@@ -13,7 +13,7 @@ from hapo.samplers.rule import TemperatureRule, rule_options
 from hapo.samplers.transformers import TemperedLogits
 
 from .reference import STATS
-from .runners import RunnerV1, RunnerV2
+from .runners import V1_ONLY, RunnerV1, RunnerV2
 
 ROWS, VOCABULARY = 32, 1000
 
@@ -60,10 +60,13 @@ def test_one_rule(options, t_base, dtype):
     warped = TemperedLogits(rule.factor, t_base)(torch.empty(0), x.float()) / t_base
     v1 = RunnerV1(ROWS, VOCABULARY)
     v1.step([], {f"r{row}": params for row in range(ROWS)})
-    v2 = RunnerV2(ROWS, VOCABULARY)
-    for slot in range(ROWS):
-        v2.add(slot, params)
-    for after in (warped, v1.sample_from(x.clone()), v2.sample_from(x, list(range(ROWS)))):
+    found = [warped, v1.sample_from(x.clone())]
+    if not V1_ONLY:
+        v2 = RunnerV2(ROWS, VOCABULARY)
+        for slot in range(ROWS):
+            v2.add(slot, params)
+        found.append(v2.sample_from(x.clone(), list(range(ROWS))))
+    for after in found:
         torch.testing.assert_close(divided_by(after, x), core, rtol=0, atol=1e-5)
 
 
@@ -73,7 +76,7 @@ def test_an_older_vllm_starts_with_hapo_beside_it():
 import sys
 sys.modules["vllm.v1.worker.gpu.sample.logits_processor"] = None
 import vllm
-vllm.__version__ = "0.31.0"
+vllm.__version__ = "0.23.0"
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import _load_custom_logitsprocs
 (processor,) = [c for c in _load_custom_logitsprocs(None) if c.__module__ == "hapo.samplers.vllm"]
@@ -85,4 +88,4 @@ except ValueError as error:
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "this is 0.31.0" in done.stdout
+    assert "this is 0.23.0" in done.stdout
