@@ -13,7 +13,7 @@ from vllm.v1.sample.logits_processor import build_logitsprocs, cached_load_custo
 from hapo.assets import tiny_model_path
 from hapo.samplers.vllm import AdaptiveTemperature
 
-from .reference import BOUNDED, FORWARD, ZSCORE, largest_error, logps
+from .reference import BOUNDED, DRAWN, FORWARD, ZSCORE, largest_error, logps
 
 NAME = "hapo.samplers.vllm:AdaptiveTemperature"
 
@@ -63,6 +63,8 @@ def check_mixed(llm):
             found = torch.tensor([[step[v].logprob for v in range(len(step))] for step in drawn.logprobs])
             expected, t = logps(output.prompt_token_ids, list(drawn.token_ids), rule, t_base, top_p)
             assert largest_error(found, expected, t) <= FORWARD
+            taken = torch.tensor(drawn.token_ids).unsqueeze(1)
+            assert (found.double() - expected).gather(1, taken).abs().max() <= DRAWN
             if rule is not None and t_base > 0:
                 plain, _ = logps(output.prompt_token_ids, list(drawn.token_ids), None, t_base, top_p)
                 both = plain.isfinite() & expected.isfinite()
