@@ -1,6 +1,6 @@
-"""Whether released packages of vLLM have what `hapo.samplers.vllm` rests on, by their source: nothing of them is run.
+"""Whether released packages of vLLM have what `hapo.samplers.vllm` rests on, by their source: nothing is run.
 
-    python scripts/vllm_interface.py               # every release of the table in hapo.versions, from the package index
+    python scripts/vllm_interface.py               # every release of the table in hapo.versions, as pip finds it
     python scripts/vllm_interface.py 0.24.0        # one; its wheel is fetched without what it asks for
     python scripts/vllm_interface.py site-packages # an installed or unpacked one
 
@@ -29,7 +29,7 @@ GROUP = "vllm.logits_processors"
 OURS = {"apply", "is_argmax_invariant", "update_state", "validate_params", "add_request", "__init__"}
 """What `AdaptiveTemperature` defines: another abstract method would keep it from being made."""
 
-# File, what is looked up in it, and its names: the arguments that a function begins with, what a class or a module has.
+# File, what is looked up in it, and its names: the first arguments of a function, what a class or a module has.
 BOTH = [
     (f"{V1}/__init__.py", "", "LogitsProcessor BatchUpdate MoveDirectionality"),
     (f"{V1}/interface.py", "LogitsProcessor.__init__", "self vllm_config device is_pin_memory"),

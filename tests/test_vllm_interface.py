@@ -101,7 +101,9 @@ def test_a_release_with_runner_v1_only(tmp_path):
     older = replace(BOTH, runners="V1")
     (line,) = differences(tmp_path / "choice", first, older)
     assert "entry points no longer decide" in line
-    assert differences(tmp_path, first | {"vllm/config/vllm.py": FILES["vllm/config/vllm.py"] + choice}, older) == []
+    assert (
+        differences(tmp_path, first | {"vllm/config/vllm.py": FILES["vllm/config/vllm.py"] + choice}, older) == []
+    )
     found = differences(tmp_path, FILES, older)  # on top of what lies there
     assert any("the table says V1 only" in line for line in found)
 
@@ -109,15 +111,35 @@ def test_a_release_with_runner_v1_only(tmp_path):
 @pytest.mark.parametrize(
     ("file", "old", "new", "told"),
     [
-        (f"{V1}/interface.py", "device, is_pin", "states, is_pin", "__init__(self, vllm_config, states, is_pin_memory)"),
-        (f"{V1}/interface.py", "apply(self, logits)", "apply(self, logits, step)", "apply(self, logits, step), and not"),
+        (
+            f"{V1}/interface.py",
+            "device, is_pin",
+            "states, is_pin",
+            "__init__(self, vllm_config, states, is_pin_memory)",
+        ),
+        (
+            f"{V1}/interface.py",
+            "apply(self, logits)",
+            "apply(self, logits, step)",
+            "apply(self, logits, step), and not",
+        ),
         (f"{V1}/interface.py", "    moved: list\n", "", "BatchUpdate has no moved"),
         (f"{V1}/interface.py", "class BatchUpdate", "class Update", "no BatchUpdate"),
         (f"{V1}/__init__.py", "vllm.logits", "vllm.more", "reads no entry points"),
         (f"{V2}/interface.py", "    idx_mapping_np: int\n", "", "LogitsContext has no idx_mapping_np"),
-        (f"{V2}/interface.py", "def add_request", "@abstractmethod\n    def reset(self): ...\n    def add_request", "asks for reset"),
+        (
+            f"{V2}/interface.py",
+            "def add_request",
+            "@abstractmethod\n    def reset(self): ...\n    def add_request",
+            "asks for reset",
+        ),
         ("vllm/config/vllm.py", "    speculative_config: int\n", "", "VllmConfig has no speculative_config"),
-        ("vllm/v1/engine/input_processor.py", "self.vllm_config", "self.config", "InputProcessor has no vllm_config"),
+        (
+            "vllm/v1/engine/input_processor.py",
+            "self.vllm_config",
+            "self.config",
+            "InputProcessor has no vllm_config",
+        ),
         ("vllm-0.32.0.dist-info/METADATA", "5.20.0", "5.21.0", "transformers<5.21.0,>=5.16.1, and the table says"),
     ],
 )

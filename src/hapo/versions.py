@@ -100,14 +100,16 @@ class TestedSet:
 
     def holds(self, installed: Mapping[str, str]) -> bool:
         """Whether these are the releases installed; what the set does not name does not count."""
-        return all(name in installed and minor(installed[name]) == minor(v) for name, v in self.versions.items())
+        return self.shared(installed) == len(self.versions)
+
+    def shared(self, installed: Mapping[str, str]) -> int:
+        """How many of its packages are installed in its releases."""
+        return sum(name in installed and minor(installed[name]) == minor(v) for name, v in self.versions.items())
 
 
 SETS = (
     TestedSet("TRL", {"trl": "1.16", "transformers": "5.24", "torch": "2.13"}, "make test"),
-    TestedSet(
-        "TRL", {"trl": "1.16", "vllm": "0.32", "transformers": "5.19", "torch": "2.13"}, "make test-vllm"
-    ),
+    TestedSet("TRL", {"trl": "1.16", "vllm": "0.32", "transformers": "5.19", "torch": "2.13"}, "make test-vllm"),
     TestedSet(
         "TRL",
         {"trl": "1.16", "vllm": "0.31", "transformers": "5.17", "torch": "2.13"},

@@ -6,7 +6,6 @@ vLLM 0.30 there is no V2 that takes logits processors.
 """
 
 import inspect
-
 from collections.abc import Sequence
 from types import SimpleNamespace
 
@@ -38,7 +37,11 @@ class RunnerV1:
         config = SimpleNamespace(speculative_config=None, scheduler_config=SimpleNamespace(max_num_seqs=rows))
         config.parallel_config = SimpleNamespace(enable_dbo=False)
         # Asked for up to 0.31; blocks play no part here.
-        more = {"kernel_block_sizes": [16]} if "kernel_block_sizes" in inspect.signature(InputBatch).parameters else {}
+        more = (
+            {"kernel_block_sizes": [16]}
+            if "kernel_block_sizes" in inspect.signature(InputBatch).parameters
+            else {}
+        )
         self.batch = InputBatch(
             max_num_reqs=rows,
             max_model_len=16,

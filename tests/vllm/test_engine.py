@@ -14,6 +14,7 @@ from hapo.assets import tiny_model_path
 from hapo.samplers.vllm import AdaptiveTemperature
 
 from .reference import BOUNDED, DRAWN, FORWARD, ZSCORE, largest_error, logps
+from .runners import V1_ONLY
 
 NAME = "hapo.samplers.vllm:AdaptiveTemperature"
 
@@ -97,6 +98,11 @@ class TestByEntryPoint:
     def test_log_probs(self, llm):
         """Eight requests in one batch."""
         check_mixed(llm)
+
+    def test_up_to_0_30_vllm_refuses_runner_v2_because_of_it(self, llm):
+        """From 0.31 the entry point leaves the choice alone."""
+        unsupported = llm.llm_engine.vllm_config._get_v2_model_runner_unsupported_features()
+        assert ("custom logits processors" in unsupported) == V1_ONLY
 
     def test_bad_requests_are_refused_and_the_engine_goes_on(self, llm):
         """Offline: a ValueError of ours, which vLLM raises again as its own."""

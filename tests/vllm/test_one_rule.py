@@ -5,10 +5,12 @@ import sys
 
 import pytest
 import torch
+import vllm
 from vllm import SamplingParams
 
 import hapo
 from hapo.parts.entropy import entropy_from_logits
+from hapo.samplers import vllm as sampler
 from hapo.samplers.rule import TemperatureRule, rule_options
 from hapo.samplers.transformers import TemperedLogits
 
@@ -68,6 +70,23 @@ def test_one_rule(options, t_base, dtype):
         found.append(v2.sample_from(x.clone(), list(range(ROWS))))
     for after in found:
         torch.testing.assert_close(divided_by(after, x), core, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("version", "chosen", "said"),
+    [("0.28.0", None, 1), ("0.30.1", "0", 0), ("0.31.0", None, 0), ("0.32.0", None, 0)],
+)
+def test_an_engine_that_hapo_keeps_to_runner_v1_says_so_once(monkeypatch, caplog, version, chosen, said):
+    monkeypatch.setattr(vllm, "__version__", version)
+    monkeypatch.setattr(sampler, "_said", False)
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", chosen)
+    for _ in range(2):
+        sampler.AdaptiveTemperature(object(), torch.device("cpu"))
+    lines = [record.getMessage() for record in caplog.records if record.name == sampler.__name__]
+    assert len(lines) == said
+    assert all("keeps to Model Runner V1" in line and "docs/engines.md" in line for line in lines)
 
 
 def test_an_older_vllm_starts_with_hapo_beside_it():

@@ -1,8 +1,8 @@
 """Adaptive temperature inside vLLM, unmodified: one logits processor for Model Runner V1 and V2.
 
 vLLM finds it by the entry point `vllm.logits_processors` of this package; it acts on the requests whose
-`SamplingParams.extra_args` hold a rule (`TemperatureRule.to_args`), and on no other. vLLM 0.24 to 0.33: Runner V1 in all
-of them, V2 from 0.31 (docs/engines.md says which were run, and which read).
+`SamplingParams.extra_args` hold a rule (`TemperatureRule.to_args`), and on no other. vLLM 0.24 to 0.33: Runner V1
+in all of them, V2 from 0.31 (docs/engines.md says which were run, and which read).
 
 Shapes: N rows of logits, V vocabulary.
 """
