@@ -21,6 +21,7 @@ COMMANDS = {
     "eval": ("evaluate", "accuracy of a model on held-out problems or on named sets, with intervals"),
     "report": ("report", "one HTML page of a run, or of several: curves, token analyses, the token microscope"),
     "compare": ("compare", "methods against each other: paired seeds, intervals, a verdict in words"),
+    "convert": ("convert", "the token dumps of another trainer, as a run that `hapo report` opens"),
     "doctor": ("doctor", "what is wrong with a recipe, a run, or the installed engines"),
     "curriculum": ("curriculum", "training problems in stages, by how much a model's answers to them differ"),
     "shape": ("shape", "the weights of a reward per token, mixed from attributions of a reward model's score"),
