@@ -12,7 +12,7 @@ from ..insight.finding import counted
 from . import UsageError
 
 DESCRIPTION = """Write a run folder from the token exports of prime-rl, or the rollout dumps of slime and miles,
-for `hapo report`: curves, token figures, the token microscope. Name the method to be shown at work on the tokens."""
+for `hapo report`: curves, token figures, the token microscope. Name the method to show at work on the tokens."""
 
 
 def main(argv: list[str]) -> int:
