@@ -3,7 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 PARITY ?= .venv-parity
-VLLM ?= .venv-vllm
+# A release of vLLM beyond the one in CI, as in `make test-vllm VLLM=0.28.0`, has an environment of its own.
+VLLM ?=
+VLLM_NAME = vllm$(VLLM:%=-%)
+VLLM_VENV ?= .venv-$(VLLM_NAME)
 VERL ?= .venv-verl
 VERL_VLLM ?= .venv-verl-vllm
 # Tiny models are fastest on one thread per process.
@@ -11,7 +14,7 @@ ONE = OMP_NUM_THREADS=1
 # Byte code is kept, whatever the machine says: uv makes none, and each process of the tests would compile torch anew.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: setup lock demo test test-browser test-parity test-vllm test-verl test-verl-vllm test-gpu lint format docs smollm2 clean
+.PHONY: setup lock demo test test-browser test-parity test-vllm test-verl test-verl-vllm test-gpu nightly lint format docs smollm2 clean
 
 setup: $(VENV)/.ready
 
@@ -40,12 +43,17 @@ $(PARITY)/.ready: pyproject.toml scripts/environment.py environments/parity.txt
 	$(PYTHON) scripts/environment.py parity $(PARITY)
 	@touch $@
 
-test-vllm: $(VLLM)/.ready  ## The adaptive temperature in a real vLLM engine and server, on CPU (docs/vllm.md).
-	$(ONE) $(VLLM)/bin/python -m pytest tests/vllm
+test-vllm: $(VLLM_VENV)/.ready  ## The adaptive temperature in a real vLLM engine and server, on CPU (docs/vllm.md).
+	$(ONE) $(VLLM_VENV)/bin/python -m pytest tests/vllm
 
-$(VLLM)/.ready: pyproject.toml scripts/environment.py environments/vllm.txt
-	$(PYTHON) scripts/environment.py vllm $(VLLM)
+$(VLLM_VENV)/.ready: pyproject.toml scripts/environment.py environments/$(VLLM_NAME).txt
+	$(PYTHON) scripts/environment.py $(VLLM_NAME) $(VLLM_VENV)
 	@touch $@
+
+nightly:  ## What CI has no time for: the other releases of vLLM (docs/engines.md), run on CPU or compared by their source.
+	$(MAKE) test-vllm VLLM=0.28.0
+	$(MAKE) test-vllm VLLM=0.31.0
+	$(PYTHON) scripts/vllm_interface.py
 
 test-verl: $(VERL)/.ready  ## verl's own main_ppo on CPU, with any method, against a plain replay (docs/verl.md).
 	$(ONE) $(VERL)/bin/python -m pytest tests/verl --ignore tests/verl/test_vllm.py
@@ -82,4 +90,4 @@ smollm2: setup  ## A real small model, offline: SmolLM2-135M-Instruct, and its w
 	$(BIN)/python scripts/warm_up_smollm2.py
 
 clean:
-	rm -rf .uv $(VENV) $(PARITY) $(VLLM) $(VERL) $(VERL_VLLM) site .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .uv $(VENV) $(PARITY) .venv-vllm* $(VERL) $(VERL_VLLM) site .mypy_cache .pytest_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""What the documentation says of the methods, made from the code: a hook of mkdocs (mkdocs.yml).
+"""What the documentation says of methods and engines, made from the code: a hook of mkdocs (mkdocs.yml).
 
 When the documentation is built, the methods' pages get their places in the navigation, their classes and the parts
 theirs on the API page, and the index its tables. README.md's list, which GitHub shows as it is, is written anew; a
@@ -22,6 +22,7 @@ import hapo.parts
 from hapo.cli.cards import REFERENCE, differences
 from hapo.engines.trl.options import DECIDED_BY_METHOD, READ
 from hapo.methods import options_of
+from hapo.versions import ACCEPTED, SETS, VLLM
 
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "docs/methods"
@@ -136,12 +137,75 @@ def trl_options() -> str:
     return table(["option", "", "instead, or how"], rows)
 
 
+# Engine, the package whose release is accepted, methods, adaptive temperature, log-probs of the draw, page.
+ENGINES = [
+    ("TRL, `generate`", "trl", "all", "yes", "yes", "trl.md"),
+    ("TRL, continuous batching", "trl", "all", "yes", "yes", "trl.md"),
+    ("TRL, vLLM `colocate`", "trl", "all", "rules by options", "yes", "trl_reference.md#vllm-rollouts"),
+    (
+        "TRL, vLLM `server`",
+        "trl",
+        "all",
+        "rules by options; not with images",
+        "yes",
+        "trl_reference.md#vllm-rollouts",
+    ),
+    ("verl, vLLM rollout", "verl", "all policy methods", "yes", "yes", "verl.md"),
+    (
+        "verl, SGLang rollout",
+        "verl",
+        "those without a temperature",
+        "refused",
+        "as verl has them",
+        "verl_reference.md",
+    ),
+    ("vLLM alone", "vllm", "no training", "yes", "`processed_logprobs`", "vllm.md"),
+    (
+        "SGLang alone",
+        "sglang",
+        "no training",
+        "yes; not with speculative decoding",
+        "yes, before top-p",
+        "sglang.md",
+    ),
+    ("transformers alone", None, "a loop of your own", "yes", "yes", "sampling.md"),
+]
+
+
+def engines() -> str:
+    """What each engine can do, and the releases that hapo accepts of it."""
+    rows = [
+        [f"[{name}]({page})", f"{package} {ACCEPTED[package]}" if package else "any", *cells]
+        for name, package, *cells, page in ENGINES
+    ]
+    return table(["engine", "accepted", "methods", "adaptive temperature", "log-probs of the draw"], rows)
+
+
+def tested_sets() -> str:
+    """The releases that were run together."""
+    packages = ["trl", "verl", "vllm", "transformers", "torch"]
+    rows = []
+    for tested in SETS:
+        trainer = "no trainer" if tested.trainer == "none" else tested.trainer
+        rows.append([trainer, *(tested.versions.get(name, "") for name in packages), f"`{tested.command}`"])
+    return table(["training with", *packages, "run by"], rows)
+
+
+def vllm_releases() -> str:
+    """Each release of vLLM in which the adaptive temperature is accepted."""
+    rows = [[r.minor, r.runners, f"`{r.torch}`", f"`{r.transformers}`", r.tested] for r in VLLM]
+    return table(["vLLM", "model runners", "torch", "transformers", "run with hapo"], rows)
+
+
 MADE = {
     "<!-- made: the options of every method -->": api_of_methods,
     "<!-- made: every part -->": api_of_parts,
     "<!-- made: the papers -->": papers,
     "<!-- made: the stages -->": stages,
     "<!-- made: TRL's options -->": trl_options,
+    "<!-- made: the engines -->": engines,
+    "<!-- made: the tested sets -->": tested_sets,
+    "<!-- made: the releases of vLLM -->": vllm_releases,
 }
 """Comment on a page -> what takes its place."""
 

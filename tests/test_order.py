@@ -19,7 +19,7 @@ import hapo
 SOURCE = Path(hapo.__file__).parent
 
 ROWS = """
-    assets outputs companions
+    assets outputs companions versions
     batch
     parts
     stage

@@ -190,7 +190,10 @@ def test_what_cannot_be_honoured_is_said(argv, message, capsys):
 def test_vllm_is_asked_for_by_name_where_it_is_missing(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "vllm", None)
     assert main(evaluate("addition", engine="vllm")) == 1
-    assert "--engine vllm needs vLLM: pip install vllm==0.32.*, or take --engine" in capsys.readouterr().err
+    assert (
+        "--engine vllm needs vLLM: pip install vllm==0.32.* (what goes with it: docs/engines.md), or"
+        in capsys.readouterr().err
+    )
 
 
 def test_two_files_of_one_name_are_refused(tmp_path, capsys):

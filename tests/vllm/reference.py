@@ -70,6 +70,9 @@ def logps(
 FORWARD = 5e-4
 """What two float32 forward passes may differ by, nats (`largest_error`)."""
 
+DRAWN = 1e-4
+"""What the log-probs of tokens that were drawn may differ by, nats."""
+
 
 def largest_error(found: Tensor, expected: Tensor, t: Tensor) -> float:
     """Largest |found - expected| x T of two tables of log-probs, over all tokens likelier than e^-20, drawn or not.

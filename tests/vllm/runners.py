@@ -1,23 +1,33 @@
 """Both model runners' way from a request to its tempered logits, on CPU.
 
 V1 is all vLLM's: loader, InputBatch with its BatchUpdateBuilder, sampler. V2's loader and sampler are vLLM's too;
-what they keep in GPU memory (built-in sampling states, the request buffers) is replaced by what stands here.
+what they keep in GPU memory (built-in sampling states, the request buffers) is replaced by what stands here. Up to
+vLLM 0.30 there is no V2 that takes logits processors.
 """
 
+import inspect
 from collections.abc import Sequence
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
+import vllm
 from torch import Tensor
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import build_logitsprocs
 from vllm.v1.sample.sampler import Sampler as SamplerV1
-from vllm.v1.worker.gpu.sample.logits_processor import build_custom_logits_processors
-from vllm.v1.worker.gpu.sample.sampler import Sampler as SamplerV2
 from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 
+from hapo.versions import one_runner
+
+V1_ONLY = one_runner(vllm.__version__)
+if not V1_ONLY:
+    from vllm.v1.worker.gpu.sample.logits_processor import build_custom_logits_processors
+    from vllm.v1.worker.gpu.sample.sampler import Sampler as SamplerV2
+
 CPU = torch.device("cpu")
+needs_v2 = pytest.mark.skipif(V1_ONLY, reason="this vLLM keeps logits processors to Runner V1")
 
 
 class RunnerV1:
@@ -26,6 +36,12 @@ class RunnerV1:
     def __init__(self, rows: int, vocabulary: int) -> None:
         config = SimpleNamespace(speculative_config=None, scheduler_config=SimpleNamespace(max_num_seqs=rows))
         config.parallel_config = SimpleNamespace(enable_dbo=False)
+        # Asked for up to 0.31; blocks play no part here.
+        more = (
+            {"kernel_block_sizes": [16]}
+            if "kernel_block_sizes" in inspect.signature(InputBatch).parameters
+            else {}
+        )
         self.batch = InputBatch(
             max_num_reqs=rows,
             max_model_len=16,
@@ -35,6 +51,7 @@ class RunnerV1:
             block_sizes=[16],
             max_num_blocks_per_req=[1],
             logitsprocs=build_logitsprocs(config, CPU, False, False),
+            **more,
         )
 
     def step(

@@ -10,7 +10,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 from hapo.samplers.vllm import AdaptiveTemperature
 
 from .reference import BOUNDED, ZSCORE, tempered
-from .runners import CPU, RunnerV1, RunnerV2
+from .runners import CPU, RunnerV1, RunnerV2, needs_v2
 
 ROWS, VOCABULARY, UPDATES = 12, 24, 2000
 RULES = [None, BOUNDED, ZSCORE]
@@ -55,6 +55,7 @@ def test_runner_v1():
             check(runner.sample_from(logits.clone()), logits, [live[name] for name in rows])
 
 
+@needs_v2
 def test_runner_v2():
     """Slots are given again, rows reordered, and every third step is one of speculative decoding."""
     rng, generator = random.Random(1), torch.Generator().manual_seed(1)

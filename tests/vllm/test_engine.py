@@ -13,7 +13,8 @@ from vllm.v1.sample.logits_processor import build_logitsprocs, cached_load_custo
 from hapo.assets import tiny_model_path
 from hapo.samplers.vllm import AdaptiveTemperature
 
-from .reference import BOUNDED, FORWARD, ZSCORE, largest_error, logps
+from .reference import BOUNDED, DRAWN, FORWARD, ZSCORE, largest_error, logps
+from .runners import V1_ONLY
 
 NAME = "hapo.samplers.vllm:AdaptiveTemperature"
 
@@ -63,6 +64,8 @@ def check_mixed(llm):
             found = torch.tensor([[step[v].logprob for v in range(len(step))] for step in drawn.logprobs])
             expected, t = logps(output.prompt_token_ids, list(drawn.token_ids), rule, t_base, top_p)
             assert largest_error(found, expected, t) <= FORWARD
+            taken = torch.tensor(drawn.token_ids).unsqueeze(1)
+            assert (found.double() - expected).gather(1, taken).abs().max() <= DRAWN
             if rule is not None and t_base > 0:
                 plain, _ = logps(output.prompt_token_ids, list(drawn.token_ids), None, t_base, top_p)
                 both = plain.isfinite() & expected.isfinite()
@@ -95,6 +98,11 @@ class TestByEntryPoint:
     def test_log_probs(self, llm):
         """Eight requests in one batch."""
         check_mixed(llm)
+
+    def test_up_to_0_30_vllm_refuses_runner_v2_because_of_it(self, llm):
+        """From 0.31 the entry point leaves the choice alone."""
+        unsupported = llm.llm_engine.vllm_config._get_v2_model_runner_unsupported_features()
+        assert ("custom logits processors" in unsupported) == V1_ONLY
 
     def test_bad_requests_are_refused_and_the_engine_goes_on(self, llm):
         """Offline: a ValueError of ours, which vLLM raises again as its own."""

@@ -5,15 +5,17 @@ import sys
 
 import pytest
 import torch
+import vllm
 from vllm import SamplingParams
 
 import hapo
 from hapo.parts.entropy import entropy_from_logits
+from hapo.samplers import vllm as sampler
 from hapo.samplers.rule import TemperatureRule, rule_options
 from hapo.samplers.transformers import TemperedLogits
 
 from .reference import STATS
-from .runners import RunnerV1, RunnerV2
+from .runners import V1_ONLY, RunnerV1, RunnerV2
 
 ROWS, VOCABULARY = 32, 1000
 
@@ -60,11 +62,31 @@ def test_one_rule(options, t_base, dtype):
     warped = TemperedLogits(rule.factor, t_base)(torch.empty(0), x.float()) / t_base
     v1 = RunnerV1(ROWS, VOCABULARY)
     v1.step([], {f"r{row}": params for row in range(ROWS)})
-    v2 = RunnerV2(ROWS, VOCABULARY)
-    for slot in range(ROWS):
-        v2.add(slot, params)
-    for after in (warped, v1.sample_from(x.clone()), v2.sample_from(x, list(range(ROWS)))):
+    found = [warped, v1.sample_from(x.clone())]
+    if not V1_ONLY:
+        v2 = RunnerV2(ROWS, VOCABULARY)
+        for slot in range(ROWS):
+            v2.add(slot, params)
+        found.append(v2.sample_from(x.clone(), list(range(ROWS))))
+    for after in found:
         torch.testing.assert_close(divided_by(after, x), core, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("version", "chosen", "said"),
+    [("0.28.0", None, 1), ("0.30.1", "0", 0), ("0.31.0", None, 0), ("0.32.0", None, 0)],
+)
+def test_an_engine_that_hapo_keeps_to_runner_v1_says_so_once(monkeypatch, caplog, version, chosen, said):
+    monkeypatch.setattr(vllm, "__version__", version)
+    monkeypatch.setattr(sampler, "_said", False)
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", chosen)
+    for _ in range(2):
+        sampler.AdaptiveTemperature(object(), torch.device("cpu"))
+    lines = [record.getMessage() for record in caplog.records if record.name == sampler.__name__]
+    assert len(lines) == said
+    assert all("keeps to Model Runner V1" in line and "docs/engines.md" in line for line in lines)
 
 
 def test_an_older_vllm_starts_with_hapo_beside_it():
@@ -73,7 +95,7 @@ def test_an_older_vllm_starts_with_hapo_beside_it():
 import sys
 sys.modules["vllm.v1.worker.gpu.sample.logits_processor"] = None
 import vllm
-vllm.__version__ = "0.31.0"
+vllm.__version__ = "0.23.0"
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import _load_custom_logitsprocs
 (processor,) = [c for c in _load_custom_logitsprocs(None) if c.__module__ == "hapo.samplers.vllm"]
@@ -85,4 +107,4 @@ except ValueError as error:
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "this is 0.31.0" in done.stdout
+    assert "this is 0.23.0" in done.stdout

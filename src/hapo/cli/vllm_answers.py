@@ -12,6 +12,7 @@ from datasets import Dataset
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from ..tasks.rewards import RewardFunction
+from ..versions import PAGE
 from . import UsageError
 from .measure import Answer, Decoding, encode, ends_of, judge, likely
 
@@ -27,7 +28,8 @@ class VLLMAnswers:
             import vllm
         except ImportError as error:
             raise ImportError(
-                f"{error}; --engine vllm needs vLLM: pip install vllm==0.32.*, or take --engine transformers"
+                f"{error}; --engine vllm needs vLLM: pip install vllm==0.32.* (what goes with it: {PAGE}), or "
+                "take --engine transformers"
             ) from error
         if (Path(path) / "adapter_config.json").is_file():
             raise UsageError(f"{path} is an adapter: merge it into its model first, or take --engine transformers")

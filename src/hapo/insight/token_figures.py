@@ -35,7 +35,12 @@ def analysed(run: Run) -> pd.DataFrame:
 
 
 def token_figures(tokens: pd.DataFrame) -> list[Figure]:
-    """The figures of a table of token records, in the order of a page; that of the gates where there are some."""
+    """The figures of a table of token records, in the order of a page; that of the gates where there are some.
+
+    Of records without entropies, as another trainer's dumps may be, those that read none.
+    """
+    if len(tokens) and "entropy" not in tokens:
+        return [lengths(tokens), signals(tokens)]
     figures = (landscape, dual_entropy, ratios, clipping, lengths, positions, signals, temperatures)
     return [figure(tokens) for figure in (*figures, *([gates] if "gate" in tokens else []))]
 

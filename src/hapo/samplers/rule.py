@@ -27,9 +27,6 @@ from .decoding_rules import EDT, DynamicTemperature
 PREFIX = "hapo_"
 """Begins the name of every parameter of a request; all others are left to the engine."""
 
-TESTED_VLLM = "0.32."
-"""Versions of vLLM in which requests with a rule are accepted."""
-
 AnyRule = TemperatureOptions | DynamicTemperature | EDT
 RULES: dict[str, type[AnyRule]] = {
     "bounded": TemperatureOptions,

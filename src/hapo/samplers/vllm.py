@@ -1,13 +1,16 @@
 """Adaptive temperature inside vLLM, unmodified: one logits processor for Model Runner V1 and V2.
 
 vLLM finds it by the entry point `vllm.logits_processors` of this package; it acts on the requests whose
-`SamplingParams.extra_args` hold a rule (`TemperatureRule.to_args`), and on no other. Tested with vLLM 0.32.
+`SamplingParams.extra_args` hold a rule (`TemperatureRule.to_args`), and on no other. vLLM 0.24 to 0.33: Runner V1
+in all of them, V2 from 0.31 (docs/engines.md says which were run, and which read).
 
 Shapes: N rows of logits, V vocabulary.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,17 +23,24 @@ from vllm.sampling_params import SamplingParams, SamplingType
 from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 from vllm.v1.sample.logits_processor import LogitsProcessor as ProcessorV1
 
-from .rule import TESTED_VLLM, TemperatureRule, temper_
+from ..versions import PAGE, check_vllm, one_runner
+from .rule import TemperatureRule, temper_
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
 
+# The entry point must keep no vLLM from starting, so what a release has not is done without.
 try:
     from vllm.utils.torch_utils import async_tensor_h2d
+except ImportError:  # Older than any that takes a rule.
+    async_tensor_h2d = None
+try:
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as ProcessorV2
-except ImportError:  # An older vLLM: the entry point must not keep it from starting, and requests are refused.
+except ImportError:  # Up to 0.30.
     ProcessorV2 = object
+
+LOG = logging.getLogger(__name__)
 
 Group = tuple[TemperatureRule, "Int[Tensor, ' n'] | None"]
 """A rule and the rows of logits that it acts on; None: all of them."""
@@ -60,6 +70,7 @@ class AdaptiveTemperature(ProcessorV1, ProcessorV2):
         self._groups: list[Group] = []
         self._t_base: Float[Tensor, " N"] | None = None
         _acting[id(vllm_config)] = self
+        _say_which_runner()
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
@@ -70,10 +81,7 @@ class AdaptiveTemperature(ProcessorV1, ProcessorV2):
         """
         if TemperatureRule.from_args(sampling_params.extra_args) is None:
             return
-        if not vllm.__version__.startswith(TESTED_VLLM):
-            raise ValueError(
-                f"the adaptive temperature is tested with vLLM {TESTED_VLLM}x, this is {vllm.__version__}"
-            )
+        check_vllm(vllm.__version__)
         engine = _admitting_engine()
         if engine is None:
             return
@@ -150,6 +158,22 @@ class AdaptiveTemperature(ProcessorV1, ProcessorV2):
 
 _acting: WeakValueDictionary[int, AdaptiveTemperature] = WeakValueDictionary()
 """The processor of each engine, by the id of its configuration, which the processor keeps alive."""
+
+
+def _say_which_runner() -> None:
+    """Once, and only where vLLM would choose by itself: that this release takes Runner V1 because of hapo."""
+    global _said
+    if _said or not one_runner(vllm.__version__) or os.environ.get("VLLM_USE_V2_MODEL_RUNNER") is not None:
+        return
+    _said = True
+    LOG.warning(
+        f"vLLM {vllm.__version__} keeps to Model Runner V1 wherever a logits processor is named or installed, as "
+        "hapo's is, whether or not a request brings a rule. For Model Runner V2 take vLLM 0.31 or newer, or leave "
+        f"hapo out of this environment; VLLM_USE_V2_MODEL_RUNNER=0 takes this message away ({PAGE})"
+    )
+
+
+_said = False
 
 
 def _admitting_engine() -> Any | None:

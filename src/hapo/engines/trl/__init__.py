@@ -2,7 +2,7 @@
 
 from ..version import require
 
-require("trl", "1.16")
+require("trl")
 
 from .auxiliary import AuxiliaryLoss  # noqa: E402
 from .config import HAPOConfig  # noqa: E402

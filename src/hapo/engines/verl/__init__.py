@@ -8,7 +8,7 @@ import sys
 from ..version import require
 from .config import refuse_half_set
 
-require("verl", "0.9")
+require("verl")
 refuse_half_set(sys.argv[1:])
 
 from .estimator import estimate  # noqa: E402

@@ -15,8 +15,9 @@ from ...method import Method
 from ...methods import policy
 from ...methods._options import check_names
 from ...parts.penalty import kl_penalty
-from ...samplers.rule import TESTED_VLLM, temperature_of
+from ...samplers.rule import temperature_of
 from ...stage import part_of
+from ...versions import check_vllm
 
 NAME = "hapo"
 """Of the trainer mode, the advantage estimator, the policy loss, and the section of the configuration."""
@@ -277,11 +278,11 @@ def _check_vllm(tempered: bool) -> None:
             "verl looks for a distribution named vllm, and this vLLM has another name: install it as vllm, or a "
             "distribution of that name without modules beside it, as tests/verl/vllm_name is"
         ) from None
-    if tempered and not found.startswith(TESTED_VLLM):
-        raise ImportError(
-            f"the adaptive temperature was tested with vLLM {TESTED_VLLM}x and refuses {found}: install "
-            f"vllm=={TESTED_VLLM}*, or switch the temperature off"
-        )
+    if tempered:
+        try:
+            check_vllm(found)
+        except ValueError as error:
+            raise ImportError(str(error)) from None
 
 
 def _cap(config: Mapping[str, Any]) -> float | None:
