@@ -19,6 +19,7 @@ import hapo.cli.trials
 from hapo.assets import tiny_model_path
 from hapo.cli import main
 from hapo.cli.arms import PLAN, Job
+from hapo.cli.trials import trials_of
 from hapo.tasks.reward_options import TokenRewardOptions
 from tests.cli.reward_model import random_reward_model
 from tests.cli.small import flags
@@ -319,3 +320,11 @@ def test_the_recipe_of_a_public_reward_model_runs_on_tiny_random_ones(tmp_path, 
     said = capsys.readouterr().out
     assert ("nothing to confirm" in said) == (best == [0.0, 0.0, 1.0])
     assert best == [0.0, 0.0, 1.0] or "no interval: 1 pair with sparse" in said
+
+
+def test_the_error_of_a_trial_is_that_of_its_interval():
+    line = {"weights": [0.5, 0.5], "value": 0.3, "low": 0.3 - 0.0588, "high": 0.3 + 0.0588}
+    failed = {"weights": [1.0, 0.0], "value": None, "low": None, "high": None}
+    exact = {"weights": [0.0, 1.0], "value": 2.0, "low": 2.0, "high": 2.0}
+    of = trials_of([line, failed, exact])
+    assert of[0].error == pytest.approx(0.03) and of[1].error is None and of[2].error is None

@@ -120,6 +120,34 @@ def test_the_process_goes_by_the_trials_and_is_surer_there():
     assert deviation.mean() < measured.std()
 
 
+def test_a_measurement_is_taken_for_no_surer_than_its_error():
+    """One lucky trial of twelve: without its error the surface bends to it."""
+    points = design(3, 12, 0)
+    plain = [Trial(w, 0.4 if i == 7 else 0.3) for i, w in enumerate(points)]
+    known = [Trial(t.weights, t.value, 0.03) for t in plain]
+    at = torch.tensor([points[7]], dtype=torch.float64)
+    (bent,), (sure,) = GaussianProcess(plain).posterior(at)
+    (mean,), (unsure,) = GaussianProcess(known).posterior(at)
+    assert mean < 0.37 < 0.39 < bent and unsure > 2 * sure
+    some = [*known[:-1], plain[-1]]  # one error is not known: the noise is fitted as before
+    assert GaussianProcess(some).posterior(at)[0] == bent
+
+
+def test_a_failed_trial_has_the_largest_error():
+    points = design(3, 4, 0)
+    process = GaussianProcess(
+        [*(Trial(w, 0.3, 0.01 * (i + 1)) for i, w in enumerate(points[:3])), Trial(points[3], None)]
+    )
+    assert process._noise is not None
+    assert process._noise.squeeze(1).sqrt().tolist() == pytest.approx([0.01, 0.02, 0.03, 0.03])
+
+
+@pytest.mark.parametrize("error", [0.0, -0.1, math.nan, math.inf])
+def test_an_error_is_above_0(error):
+    with pytest.raises(ValueError, match="standard errors of trials must be above 0 and finite"):
+        GaussianProcess([Trial(w, 0.1, error) for w in design(2, 2, 0)])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

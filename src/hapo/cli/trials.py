@@ -184,7 +184,14 @@ class Search:
 
 def trials_of(lines: list[dict[str, Any]]) -> list[Trial]:
     """What the search knows of the trials on record."""
-    return [Trial(tuple(line["weights"]), line["value"]) for line in lines]
+    return [Trial(tuple(line["weights"]), line["value"], _error(line)) for line in lines]
+
+
+def _error(line: dict[str, Any]) -> float | None:
+    """Standard error of a trial's value over its problems, from the 95 % interval; None where it has none."""
+    if line["low"] is None or not line["high"] > line["low"]:
+        return None
+    return (line["high"] - line["low"]) / (2 * 1.96)
 
 
 def job_weights(job: Job) -> tuple[float, ...]:

@@ -8,7 +8,9 @@ them the point of a trial is
 
 where the expectation is over f at w and at all w_j together, so that a lucky measurement is not taken for the best
 value (log noisy expected improvement; Ament et al. 2023, arXiv 2310.20708). The process and the acquisition are
-botorch's, with its default kernel and priors; the constraint is an equality in its optimiser.
+botorch's, with its default kernel and priors; the constraint is an equality in its optimiser. Where the standard
+errors of the measurements are known they are the process's noise: its own guess, which expects little, would bend
+the surface to every lucky trial.
 
 A trial that failed counts with the worst value seen, and what the process proposes is never within `APART` of it.
 What is proposed is a function of the trials so far and the seed alone.
@@ -48,6 +50,8 @@ class Trial:
     weights: tuple[float, ...]
     value: float | None
     """None where the trial failed."""
+    error: float | None = None
+    """Standard error of the value; None where it is unknown."""
 
 
 def on_simplex(u: Float[Tensor, "N K"]) -> Float[Tensor, "N K"]:
@@ -122,21 +126,29 @@ class GaussianProcess:
     """The Gaussian process given some trials.
 
     Args:
-        trials: with one that did not fail at least.
+        trials: with one that did not fail at least. The noise is fitted unless each that did not has an error; a
+            failed one then has the largest of theirs.
 
     Raises:
-        ValueError: none has a value, or a value is not finite.
+        ValueError: none has a value, a value is not finite, or an error is not above 0.
     """
 
     def __init__(self, trials: Sequence[Trial]) -> None:
         values = [trial.value for trial in trials if trial.value is not None]
         if not values or not all(map(math.isfinite, values)):
             raise ValueError(f"the values of trials must be finite, one at least; got {[t.value for t in trials]}")
+        errors = [trial.error for trial in trials if trial.value is not None and trial.error is not None]
+        if not all(0 < error < math.inf for error in errors):
+            raise ValueError(f"the standard errors of trials must be above 0 and finite; got {errors}")
         self.trials = list(trials)
         self._points = torch.tensor([trial.weights for trial in trials], dtype=torch.float64)
         self._failed = torch.tensor([trial.value is None for trial in trials])
         observed = [min(values) if trial.value is None else trial.value for trial in trials]
         self._values = torch.tensor(observed, dtype=torch.float64)[:, None]
+        self._noise: Tensor | None = None
+        if len(errors) == len(values):
+            known = [max(errors) if trial.value is None else trial.error for trial in trials]
+            self._noise = torch.tensor(known, dtype=torch.float64)[:, None] ** 2
 
     def posterior(self, points: Float[Tensor, "N K"]) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
         """Mean and standard deviation of the process at points, without the noise of a measurement."""
@@ -189,7 +201,7 @@ class GaussianProcess:
         with _quiet(), torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(0)
             with botorch.settings.validate_input_scaling(False):  # equal values are no fault
-                model = botorch.models.SingleTaskGP(self._points, self._values)
+                model = botorch.models.SingleTaskGP(self._points, self._values, self._noise)
             botorch.fit.fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model))
         return model
 
