@@ -77,8 +77,7 @@ def main() -> None:
              "--output_dir", given.work / start)  # fmt: skip
         table = pd.read_csv(given.work / start / "results.csv")
         labels = {arm: label for (of, arm), label in ARMS.items() if of == start}
-        rates = {arm: max(table[table.arm == arm].get("learning_rate", pd.Series([None]))) for arm in arms}
-        tables.append(table.assign(rate=table.arm.map(rates), start_model=start, arm=table.arm.map(labels)))
+        tables.append(table.assign(start_model=start, arm=table.arm.map(labels)))
     runs = pd.concat(tables)
     runs.to_csv(given.output, index=False)
     print_verdicts(runs, list(ARMS.values()), REFERENCE, MEASURES)

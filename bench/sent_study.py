@@ -24,8 +24,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hapo.cli import main as run
-from hapo.insight.statistics import holm, mean_interval, paired_difference, verdict
 from scripts.make_tiny_model import make_model
+
+from .verdicts import print_verdicts
 
 RECIPE = Path(__file__).parent / "compare" / "sent.yaml"
 TASKS: dict[str, dict[str, int]] = {
@@ -174,18 +175,7 @@ def main() -> None:
     runs = pd.read_csv(given.work / "compare" / "results.csv")
     runs["arm"] = runs.arm.map(ARMS)
     runs.to_csv(given.output, index=False)
-    others = [arm for arm in ARMS.values() if arm != ARMS[REFERENCE]]
-    for measure, title in MEASURES.items():
-        print(title)
-        wide = runs.pivot(index="seed", columns="arm", values=measure)
-        differences = [paired_difference(wide[arm], wide[ARMS[REFERENCE]]) for arm in others]
-        adjusted = dict(zip(others, holm([d.p for d in differences]), strict=True))
-        for arm in ARMS.values():
-            mean = mean_interval(wide[arm])
-            print(f"  {arm:28}{100 * mean.mean:5.1f} % [{100 * mean.low:.1f}, {100 * mean.high:.1f}]")
-        for arm, difference in zip(others, differences, strict=True):
-            words = verdict(difference, adjusted[arm], arm, ARMS[REFERENCE], comparisons=len(others))
-            print(f"  {words}")
+    print_verdicts(runs, list(ARMS.values()), ARMS[REFERENCE], MEASURES)
     print(by_task(given.work))
 
 
