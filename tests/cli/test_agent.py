@@ -135,16 +135,17 @@ def test_the_doctor_says_that_it_looks_at_runs_alone(capsys):
 
 
 def test_a_run_killed_without_warning_goes_on_with_the_same_bits(finished, tmp_path, capsys):
-    """SIGKILL as soon as its log has the third update; the last checkpoint is of the second."""
+    """SIGKILL as soon as its log has the third update, of so many that it cannot have ended before."""
     folder = tmp_path / "agent"
-    command = [sys.executable, "-m", "hapo.cli", *agent(folder, evaluate=False, report=False, threads=1)]
+    options = {"evaluate": False, "report": False, "threads": 1, "max_steps": 500}
+    command = [sys.executable, "-m", "hapo.cli", *agent(folder, **options)]
     process, log = subprocess.Popen(command), folder / "metrics.jsonl"
     while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < 3):
         time.sleep(0.005)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert not (folder / "finished.json").exists() and (folder / "checkpoints/checkpoint-2").is_dir()
-    assert main(["train", "--resume", str(folder)]) == 0
+    assert main(["train", "--resume", str(folder), "--max_steps", "4"]) == 0
     whole, again = (load_file(run / "checkpoints/checkpoint-4/critic.safetensors") for run in (finished, folder))
     assert all((whole[name] == again[name]).all() for name in whole)
     assert [line["loss"] for line in metrics(folder)] == [line["loss"] for line in metrics(finished)]
