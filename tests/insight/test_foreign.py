@@ -56,6 +56,20 @@ TWO = {
 }
 
 
+def test_a_file_that_is_broken_leaves_the_folder_as_it_was(tmp_path):
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "mine.txt").write_text("kept")
+    broken = export(tmp_path, TWO) / "token_exports" / "step_10" / "rank_0.jsonl"
+    whole = broken.read_text()
+    broken.write_text(whole[:-20])
+    with pytest.raises(ValueError, match="is no token export of prime-rl"):
+        convert(tmp_path, output, decode)
+    assert [file.name for file in output.iterdir()] == ["mine.txt"]
+    broken.write_text(whole)
+    assert convert(tmp_path, output, decode) == 2
+
+
 def test_prime_rl(tmp_path):
     output = tmp_path / "run"
     assert convert(export(tmp_path, TWO), output, decode) == 2

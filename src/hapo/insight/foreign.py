@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +90,7 @@ def convert(source: Path, output: Path, decode: Decode, method: str = METHOD) ->
         FileExistsError: `output` holds a run.
         ValueError: a file is broken, or the dump lacks what the method reads.
     """
-    from ..engines.records import RunRecords, manifest
+    from ..engines.records import BEGUN, RunRecords, manifest
     from ..methods import policy
 
     trainer, steps = read_dumps(source)
@@ -98,9 +99,18 @@ def convert(source: Path, output: Path, decode: Decode, method: str = METHOD) ->
     config = {"engine": trainer, "source": str(source), "method": name, "method_options": options}
     records = RunRecords.create(output, config, manifest(seed=0, source=str(source)))
     count = 0
-    for step, responses in steps:
-        _record(records, step, responses, decode, built)
-        count += 1
+    try:
+        for step, responses in steps:
+            _record(records, step, responses, decode, built)
+            count += 1
+    except BaseException:  # a part of a run is none: the next try shall find the folder free
+        for name in BEGUN:
+            part = output / name
+            if part.is_dir():
+                shutil.rmtree(part)
+            else:
+                part.unlink(missing_ok=True)
+        raise
     write_whole(output / "finished.json", json.dumps({"steps": count, "why": "converted"}) + "\n")
     return count
 
