@@ -55,6 +55,7 @@ def test_help_lists_every_command_on_one_line(capsys):
         "eval",
         "report",
         "compare",
+        "convert",
         "doctor",
         "curriculum",
         "shape",

@@ -235,7 +235,7 @@ def test_debugging_raises(tmp_path, monkeypatch):
     [
         ({"dataset": "absent.jsonl"}, 1, "data file 'absent.jsonl' does not exist"),
         ({"rewards": "exakt"}, 1, "unknown reward 'exakt' (did you mean exact?)"),
-        ({"model": "no/such/model"}, 1, "no/such/model"),
+        ({"model": "no/such/model"}, 2, "model_name_or_path 'no/such/model'"),
         ({"run_records": False}, 2, "run_records cannot be off"),
         ({"resume_from_checkpoint": "x"}, 2, "resume with `hapo train --resume RUN`"),
         ({"resume": "x"}, 2, "--resume RUN goes alone, or with --max_steps N"),

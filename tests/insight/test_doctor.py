@@ -482,6 +482,9 @@ def test_the_page_has_every_finding():
     after, _, supervised = after.partition("Of a run that learnt from")
     own = [check for check in SUPERVISED_CHECKS if check not in RUN_CHECKS]
     before, _, demonstrations = before.partition("Of a recipe of `hapo sft`")
+    demonstrations, _, _ = demonstrations.partition(
+        "## Of the installed engines"
+    )  # tests/insight/test_checks_engine.py
     parts = (
         (before, CONFIG_CHECKS),
         (demonstrations, DEMONSTRATION_CHECKS),
