@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from transformers import AutoTokenizer
 
@@ -35,3 +36,12 @@ def test_a_folder_without_dumps(tmp_path, capsys):
     assert "is no folder" in capsys.readouterr().err
     assert main(["convert", str(tmp_path), *given]) == 1
     assert "neither prime-rl's token_exports" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tokenizer", ["no/such/tokenizer", "{empty}"])
+def test_a_tokenizer_that_is_not_there_is_named(tokenizer, tmp_path, capsys):
+    name = tokenizer.format(empty=tmp_path)
+    assert main(["convert", str(tmp_path), "--tokenizer", name, "--output_dir", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert f"--tokenizer '{name}'" in said and "name a folder with a tokenizer" in said
+    assert not (tmp_path / "run").exists()

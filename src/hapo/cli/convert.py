@@ -9,6 +9,7 @@ from rich.console import Console
 
 from ..assets import tiny_model_path
 from ..insight.finding import counted
+from ..tasks.reward_options import unread
 from . import UsageError
 
 DESCRIPTION = """Write a run folder from the token exports of prime-rl, or the rollout dumps of slime and miles,
@@ -24,9 +25,14 @@ def main(argv: list[str]) -> int:
 
     from ..insight.foreign import convert
 
-    tokenizer = AutoTokenizer.from_pretrained(
-        str(tiny_model_path()) if options.tokenizer == "tiny" else options.tokenizer
-    )
+    name = options.tokenizer
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(tiny_model_path()) if name == "tiny" else name)
+    except (OSError, ValueError) as error:  # ValueError: a folder without a tokenizer
+        raise UsageError(
+            f"--tokenizer {name!r} {unread(name, error)}: name a folder with a tokenizer, one on the Hub that "
+            "this machine can reach, or tiny"
+        ) from error
     steps = convert(options.source, options.output_dir, tokenizer.batch_decode, options.method)
     console = Console(highlight=False, markup=False)
     console.print(f"{counted(steps, 'step')}: {options.output_dir}", soft_wrap=True)
