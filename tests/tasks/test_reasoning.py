@@ -104,6 +104,19 @@ def test_an_entry_whose_question_is_another_one_is_not_judged(caplog):
     assert "made another question of this entry than was asked" in caplog.text
 
 
+def test_a_mixture_of_tasks_is_scored_by_the_task_of_each_problem():
+    parts = [
+        {"name": "gcd", "weight": 3, "config": {"max_value": 50}},
+        {"name": "spell_backward", "config": {"min_word_len": 3, "max_word_len": 5}},
+    ]
+    task = load("composite", train_size=12, eval_size=12, task_options={"datasets": parts})
+    questions = [row["question"] for row in task.eval]
+    spelling = ["backward" in question for question in questions]
+    assert 0 < sum(spelling) < len(spelling)
+    for row, problem in enumerate(task.eval):
+        assert score(task, [problem["answer"], "?"], row) == [1.0, 0.0]
+
+
 def test_tasks_without_gold_answers_need_their_own_scorer():
     task = load("graph_color", train_size=3, eval_size=2)
     assert task.majority_share == 0.0
@@ -132,6 +145,14 @@ def test_tasks_without_gold_answers_need_their_own_scorer():
             {"task_options": {"datasets": [{"name": "chain_sum", "weight": 1}, {"name": "codeio", "weight": 1}]}},
             "task 'codeio' makes other problems",
         ),
+        ("composite", {"task_options": {"datasets": {"gcd": 1}}}, "datasets must be a list of mappings"),
+        ("composite", {"task_options": {"datasets": [{"name": "gcd"}, {"name": "gcd"}]}}, "holds gcd twice"),
+        (
+            "composite",
+            {"task_options": {"datasets": [{"name": "gcd", "config": {"seed": 1}}]}},
+            "the config of gcd sets seed; use task_seed",
+        ),
+        ("composite", {"task_options": {"datasets": [{"name": "gcd", "wait": 1}]}}, "refuses the options .*wait"),
         (
             "chain_sum",
             {"task_options": {"seed": 2}},

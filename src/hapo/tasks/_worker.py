@@ -69,6 +69,8 @@ class ReasoningGym:
     def __init__(self, name: str, options: dict[str, Any]) -> None:
         import reasoning_gym
 
+        options = built_options(options)
+
         @functools.lru_cache(maxsize=8)
         def dataset(seed: int, size: int) -> Any:
             seed_shared_generators(seed)
@@ -99,6 +101,20 @@ class ReasoningGym:
         """
         dataset, entry = self._entry(key)
         return bool(dataset.score_answer(text, entry) == 1.0)
+
+
+def built_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a task as reasoning-gym takes them: the parts of a mixture are objects of its own.
+
+    Raises:
+        TypeError: a part with a key that it has not, or without a name.
+    """
+    if "datasets" not in options:
+        return options
+    from reasoning_gym.composite import DatasetSpec
+
+    parts = [DatasetSpec(**{"weight": 1.0, "config": {}, **part}) for part in options["datasets"]]
+    return {**options, "datasets": parts}
 
 
 def digest_of(question: str) -> str:

@@ -11,6 +11,7 @@ import json
 import random
 from typing import Any
 
+from ._worker import built_options
 from .answers import normalise
 from .files import Row
 from .stated import extract_answer
@@ -57,7 +58,7 @@ def load_reasoning_gym(
         close = difflib.get_close_matches(name, DATASETS, n=3)
         hint = f"; did you mean {', '.join(close)}?" if close else ""
         raise ValueError(f"reasoning-gym has no task {name!r}{hint}")
-    parts = [part.get("name") for part in options.get("datasets", []) if isinstance(part, dict)]
+    parts = _parts(options)
     for part in UNREPEATABLE.keys() & {name, *parts}:
         raise ValueError(
             f"reasoning-gym task {part!r} makes other problems in every process, so that ranks and resumed runs "
@@ -68,7 +69,7 @@ def load_reasoning_gym(
     if reserved:
         raise ValueError(f"task_options sets {', '.join(sorted(reserved))}; use task_seed, train_size, eval_size")
     try:
-        create_dataset(name, **options)
+        create_dataset(name, **built_options(options))
     except (TypeError, ValueError, AssertionError) as error:
         raise ValueError(f"reasoning-gym task {name!r} refuses the options {options}: {error}") from error
 
@@ -81,6 +82,33 @@ def load_reasoning_gym(
     except (Unchecked, ValueError) as error:
         raise ValueError(f"reasoning-gym task {name!r}: {error}") from error
     return train, evaluation, VerifiedReward(name, judge, column="entry", extract=extract_answer)
+
+
+def _parts(options: dict[str, Any]) -> list[str]:
+    """The tasks of a mixture ("composite"); none of another task.
+
+    Raises:
+        ValueError: parts that cannot be told apart, or whose problems would be the same for training and
+            evaluation.
+    """
+    given = options.get("datasets", [])
+    if not isinstance(given, list) or not all(isinstance(part, dict) for part in given):
+        raise ValueError(
+            "task_options: datasets must be a list of mappings such as "
+            f'{{"name": "chain_sum", "weight": 1, "config": {{}}}}, got {given!r}'
+        )
+    names = [part.get("name") for part in given]
+    if twice := sorted({str(name) for name in names if names.count(name) > 1}):
+        raise ValueError(
+            f"task_options: datasets holds {', '.join(twice)} twice, and reasoning-gym keeps one of them"
+        )
+    for part in given:
+        if reserved := sorted({"seed", "size"} & dict(part.get("config") or {}).keys()):
+            raise ValueError(
+                f"task_options: the config of {part.get('name')} sets {', '.join(reserved)}; use task_seed, "
+                "train_size, eval_size"
+            )
+    return names
 
 
 def _draw(judge: Judge, seed: int, size: int, held_out: set[str], *, distinct: bool) -> list[Row]:
