@@ -142,7 +142,8 @@ class RunRecords:
             step: optimiser step, from 1.
             rollout: first optimiser step of the rollout batch that the rows are of.
             batch: the prepared rows, with the current policy's log-probs.
-            made: `LossOutput.tokens` of them; "gate", the mean of a token's gates, where the model has some; and
+            made: `LossOutput.tokens` of them; "gate", the mean of a token's gates, where the model has some;
+                "staleness", how many versions older than the policy the weights were that drew a token; and
                 "unmasked" and "confidence", when and how surely a masked-diffusion model drew each.
             mask: valid response tokens, those of dropped groups included.
             response: row of each response in the rollout batch.
@@ -178,6 +179,7 @@ class RunRecords:
             "advantage": batch.advantage,
             "advantage_used": made["advantage"],
             "gate": made.get("gate"),
+            "staleness": made.get("staleness"),
             "unmasked": made.get("unmasked"),
             "confidence": made.get("confidence"),
             **{
