@@ -150,6 +150,14 @@ ENGINES = [
         "yes",
         "trl_reference.md#vllm-rollouts",
     ),
+    (
+        "TRL, asynchronous",
+        "trl",
+        "policy methods without a KL penalty",
+        "rules by options",
+        "yes",
+        "trl_reference.md#the-asynchronous-trainer",
+    ),
     ("verl, vLLM rollout", "verl", "all policy methods", "yes", "yes", "verl.md"),
     (
         "verl, SGLang rollout",

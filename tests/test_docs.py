@@ -142,7 +142,7 @@ def test_the_records_page_has_every_column(tmp_path):
         1,
         batch,
         method.loss(batch).tokens
-        | dict.fromkeys(("gate", "unmasked", "confidence"), torch.full(batch.mask.shape, 0.5)),
+        | dict.fromkeys(("gate", "staleness", "unmasked", "confidence"), torch.full(batch.mask.shape, 0.5)),
         mask=batch.mask,
         response=torch.arange(len(batch)),
         responses=len(batch),

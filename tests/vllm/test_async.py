@@ -1,0 +1,104 @@
+"""AsyncHAPOTrainer with TRL's own worker process and a real server: weights go by disk, versions come back."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hapo.assets import tiny_model_path
+
+ROOT = Path(__file__).parents[2]
+SAME = 1e-4
+"""Nats, between vLLM's float32 and torch's."""
+
+RUNS: dict[str, dict[str, Any]] = {
+    "dapo": {"method": "dapo", "method_options": {"filter_groups": False}, "learning_rate": 1e-3},
+    "hapo": {"method": "hapo", "method_options": {"temperature": {"tau": 0.3}}, "learning_rate": 1e-4},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What `async_run.py` wrote of each run, one after the other on one server."""
+    folder = tmp_path_factory.mktemp("async")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{s.getsockname()[1]}"
+    flags = ["--dtype=float32", "--enforce-eager", "--max-model-len=64", "--max-num-seqs=16"]
+    flags += ["--logprobs-mode=processed_logprobs", "--host=127.0.0.1", f"--port={url.rpartition(':')[2]}"]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny_model_path())]
+    given, out, log = folder / "in.json", folder / "out.json", folder / "log"
+    given.write_text(json.dumps(RUNS))
+    with log.open("w") as text:
+        server = subprocess.Popen(
+            [*command, *flags],
+            env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_SERVER_DEV_MODE": "1"},
+            stdout=text,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        for _ in range(1200):  # seconds on a free machine, minutes on one with other work
+            assert server.poll() is None, log.read_text()[-3000:]
+            try:
+                urllib.request.urlopen(url + "/health", timeout=5).close()
+                break
+            except OSError:
+                time.sleep(0.5)
+        run = [sys.executable, str(ROOT / "tests/vllm/async_run.py"), url, str(given), str(out)]
+        done = subprocess.run(run, capture_output=True, text=True, timeout=1800)
+        assert done.returncode == 0, done.stderr[-3000:]
+    finally:
+        server.terminate()
+        server.wait(30)
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_three_steps_and_more_learn_from_labelled_tokens(runs, name):
+    found = runs[name]
+    assert len(found["lines"]) == 4
+    assert all(np.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in found["lines"])
+    assert found["labels"][:3] == [-1, 1, 2]  # context, and the weights of the first two syncs
+    staleness = np.array(found["records"]["staleness"])
+    assert staleness.min() >= 0 and staleness.max() >= 1
+    assert [line["batch/groups_per_step"] for line in found["lines"]] == [2.0] * 4
+
+
+def test_vllm_draws_with_the_weights_that_its_label_says(runs):
+    """Those of the version, to float32 rounding; those of any other version are far away."""
+    found = runs["dapo"]["distances"]
+    assert {gap["version"] for gap in found} >= {1, 2}
+    for gap in found:
+        own = gap.pop(str(gap["version"]))
+        assert own < SAME
+    others = [distance for gap in found for name, distance in gap.items() if name != "version"]
+    assert np.median(others) > 10 * SAME
+
+
+def test_the_first_step_is_on_policy_and_later_ones_are_not(runs):
+    records = {name: np.array(values) for name, values in runs["dapo"]["records"].items()}
+    gap = np.abs(records["logp_old"] - records["logp_new"])
+    fresh = records["staleness"] == 0
+    assert fresh[records["step"] == 1].all()
+    assert gap[fresh].max() < SAME
+    assert gap[~fresh].mean() > 10 * SAME
+
+
+def test_the_temperature_rule_goes_out_once_there_are_statistics(runs):
+    """In the first step what drew is the policy; later the sampler's log-probs are those of other temperatures."""
+    records = {name: np.array(values) for name, values in runs["hapo"]["records"].items()}
+    gap = np.abs(records["logp_old"] - records["logp_sampler"])
+    assert gap[records["step"] == 1].max() < SAME
+    assert gap[records["step"] == 4].mean() > 0.01
+    ratios = [line["ratio/mean"] for line in runs["hapo"]["lines"]]
+    assert ratios == pytest.approx([1.0] * 4, abs=1e-4)
