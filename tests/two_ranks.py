@@ -1,12 +1,13 @@
 """One rank of a torchrun, for all tests of two ranks, since starting one takes longer than its runs: two_ranks FOLDER.
 
-Gradients on fixed completions go to FOLDER/NAME.safetensors for each of `SPLIT` and `DIFFUSION`, those on demonstrations for each of
+Gradients on fixed completions go to FOLDER/NAME.safetensors for each of `SPLIT`, `ASYNCHRONOUS` and `DIFFUSION`, those on demonstrations for each of
 `SUPERVISED`, and those of ours and TRL's for each of `trl_pairs`. Then comes a run with dynamic sampling and
 records, in FOLDER/run, whose groups straddle ranks; it is resumed inside a rollout, and the metrics of both stand in
 FOLDER/first.jsonl and FOLDER/run/metrics.jsonl. The gradients of scoring are checked here. Last comes `hapo train`,
 in FOLDER/cli/demo.
 """
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from hapo.cli import main
 from hapo.engines.trl.rows import RolloutRows
 from hapo.trl import HAPOTrainer
 from tests.cli import small
-from tests.engines import fixed_diffusion, fixed_rollout, supervised_run, tiny
+from tests.engines import async_runs, fixed_diffusion, fixed_rollout, supervised_run, tiny
 from tests.loops import small as agents
 from tests.test_scoring import check_gradients_over_two_ranks
 
@@ -147,9 +148,27 @@ def run(folder: Path, checkpoint: Path | None):
     return trainer
 
 
+ASYNCHRONOUS = {
+    "async hapo": {"method": "hapo", "method_options": {"components": "BCD"}, "token_budget": 30},
+    "async stapo": {"method": "stapo", "method_options": {"tau_p": 0.5}},
+}
+"""Of `async_runs`, with sixteen answers in a step."""
+
+
+def asynchronous(folder: Path) -> None:
+    own = folder / f"async {os.environ['RANK']}"  # each rank saves the model for itself
+    for name, options in ASYNCHRONOUS.items():
+        schedule = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+        gradients, trainer = async_runs.run(own, own / name, **schedule, **options)
+        if trainer.accelerator.is_main_process:
+            flat = {f"{i}.{n}": g for i, step in enumerate(gradients.steps) for n, g in step.items()}
+            save_file(flat, folder / f"{name}.safetensors")
+
+
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
+    asynchronous(folder)
     for name, options in SPLIT.items():
         gradients, trainer = fixed_rollout.run(6, 1, 1, 2, **options)
         if trainer.accelerator.is_main_process:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 from types import SimpleNamespace
@@ -12,19 +13,28 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import PromptTuningConfig
+from safetensors.torch import load_file
 from transformers import MistralConfig, MistralForCausalLM, TrainerCallback
 from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
-from trl.experimental.async_grpo.async_rollout_worker import TurnRecord, _chain_to_sequences
+from trl.experimental.async_grpo.async_rollout_worker import (
+    RolloutGroup,
+    TurnRecord,
+    _AsyncRolloutLoop,
+    _chain_to_sequences,
+)
 from trl.experimental.async_grpo.packing import TreeRow
 
 import hapo
 from hapo.engines.trl.asynchronous.cpu import no_gpu_asked, take_plain_attention
 from hapo.engines.trl.asynchronous.steps import cut
-from hapo.engines.trl.asynchronous.worker import UNKNOWN, DrawnLogp, generate_request, versions_of
+from hapo.engines.trl.asynchronous.worker import UNKNOWN, DrawnLogp, VersionedLoop, generate_request, versions_of
+from hapo.samplers.decoding_rules import EDT
+from hapo.samplers.rule import TemperatureRule
 from hapo.trl import AsyncHAPOConfig, AsyncHAPOTrainer
 from tests.engines import async_runs, tiny
 from tests.engines.fixed_rollout import Gradients
 from tests.engines.test_trl_exactness import OF_TINY_MODEL, ROUNDING, difference
+from tests.two_ranks import ASYNCHRONOUS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
 
@@ -65,6 +75,15 @@ def test_loss_and_gradient_do_not_depend_on_accumulation_and_packing(base, tmp_p
         assert losses(trainer) == pytest.approx(losses(first), abs=1e-6)
         for reference, gradient in zip(whole.steps, split.steps, strict=True):
             assert difference(reference, gradient) <= ROUNDING
+
+
+@pytest.mark.xdist_group("two_ranks")
+@pytest.mark.parametrize("name", ASYNCHRONOUS)
+def test_the_gradient_does_not_depend_on_the_ranks(base, tmp_path, name, two_ranks):
+    ranks = load_file(two_ranks / f"{name}.safetensors")
+    whole, _ = async_runs.run(base, tmp_path, **ASYNCHRONOUS[name])
+    for i, step in enumerate(whole.steps):
+        assert difference(step, {n: ranks[f"{i}.{n}"] for n in step}) <= ROUNDING
 
 
 def test_trls_own_loss_depends_on_the_accumulation(base, tmp_path):
@@ -357,6 +376,43 @@ def test_versions_go_through_trls_own_reconciliation_of_turns():
     assert row.input_ids == [5, 6, 1, 2, 8, 9]
     assert row.completion_mask == [0, 0, 1, 1, 0, 1]
     assert [getattr(x, "version", UNKNOWN) for x in row.old_log_probs] == [-1, -1, 4, 4, -1, 6]
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_the_loop_asks_with_the_rule_and_tells_which_weights_drew_each_token(tmp_path, labelled, monkeypatch):
+    asked = []
+
+    async def post(self, path, payload, timeout, max_retries=3):
+        asked.append((path, payload))
+        logprobs = {"content": [{"logprob": -0.1}, {"logprob": -0.2}], "token_logprobs": [-0.1, -0.2]}
+        spans = [{"version": "3", "start": 0, "end": 1}, {"version": "4", "start": 1, "end": 2}]
+        choice = {"token_ids": [7, 1], "logprobs": logprobs} | ({"weight_versions": spans} if labelled else {})
+        return {"choices": [choice]}
+
+    monkeypatch.setattr(_AsyncRolloutLoop, "_post", post)
+    loop = object.__new__(VersionedLoop)
+    rule = TemperatureRule(EDT(theta=0.5))
+    rule.save(tmp_path / "rule.json")
+    vars(loop).update(
+        labelled=labelled, rule_file=tmp_path / "rule.json", _model_version_value=SimpleNamespace(value=4),
+        model_name="m", lora_name=None, max_tokens=2, temperature=1.0, top_p=1.0, top_k=0, min_p=None,
+        repetition_penalty=1.0, request_timeout=1, eos_token_ids=[1], reward_func_names=["right"],
+        reward_funcs=[lambda completions, **_: [float(len(completions) - i) for i in range(len(completions))]],
+        _env_reward_types=[],
+    )  # fmt: skip
+    ids, logps = asyncio.run(loop._generate_one_turn([5, 6]))
+    ((path, payload),) = asked
+    assert path == ("/inference/v1/generate" if labelled else "/v1/completions")
+    sent = payload["sampling_params"]["extra_args"] if labelled else payload["vllm_xargs"]
+    assert sent == rule.to_args()
+    rows, _ = _chain_to_sequences([TurnRecord([5, 6], ids, logps)], "", fork_threshold=10)
+    group = RolloutGroup(
+        [[]] * 2, {}, [[]] * 2, [ids, []], [rows, []], [0, 0], [0, 0], 4, 9, [None] * 2, [None] * 2
+    )
+    first, empty = asyncio.run(loop._score_group(group))
+    assert first.versions.tolist() == [UNKNOWN, UNKNOWN, *((3, 4) if labelled else (4, 4))]
+    assert (first.response, empty.response, first.of_group, first.metrics["reward"]) == (0, 1, 2, 2.0)
+    assert not empty.completion_mask.any() and empty.metrics["reward"] == 1.0
 
 
 def test_versions_of_spans():

@@ -101,6 +101,7 @@ def main(url: str, options: dict[str, Any]) -> dict[str, Any]:
             max_completion_length=24,
             max_inflight_tasks=16,
             vllm_server_base_url=url,
+            heartbeat_stale_after_s=1800,
             run_records=True,
             record_tokens_every=1,
             **options,
@@ -111,7 +112,7 @@ def main(url: str, options: dict[str, Any]) -> dict[str, Any]:
             args,
             Dataset.from_dict({"prompt": prompts}),
             processing_class=tokenizer,
-            weight_transfer=KeptTransfer(url, Path(folder) / "weights"),
+            weight_transfer=KeptTransfer(url, Path(folder) / "weights", timeout=1800),
         )
         trainer.train()
         records = pq.read_table(out / "tokens").to_pandas()

@@ -69,7 +69,7 @@ class AsyncRecorder:
             return
         terms = Terms.of(inputs, row)
         shape = (len(inputs["number"][0]), valid.shape[1])
-        places = terms.spread(terms.index, shape)[rows]
+        places = terms.spread(terms.place, shape)[rows]
         labels = inputs["shift_labels"][row][inputs["attention_mask"][row].bool()]
         ids = labels[places].masked_fill(~valid, 0)
         prompts = [context_ids(inputs, row, int(first)) for first in places[:, 0]]

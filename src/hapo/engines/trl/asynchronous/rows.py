@@ -25,8 +25,8 @@ Inputs = dict[str, Any]
 class Terms(NamedTuple):
     """The loss terms of one packed row."""
 
-    index: Int[Tensor, " M"]
-    """Place in the row that predicts the token."""
+    place: Int[Tensor, " M"]
+    """In the row, of what predicts the token."""
     response: Int[Tensor, " M"]
     column: Int[Tensor, " M"]
 
@@ -58,8 +58,8 @@ def score_row(model: nn.Module, inputs: Inputs, row: int, *, router_loss: bool =
     """
     asked: dict[str, Any] = {"output_router_logits": True} if router_loss else {}
     outputs = model(fused_lm_head=True, **model_inputs(inputs, row), **asked)
-    index = Terms.of(inputs, row).index
-    logp, entropy = (x.flatten()[index] for x in (outputs.log_probs, outputs.entropy))
+    place = Terms.of(inputs, row).place
+    logp, entropy = (x.flatten()[place] for x in (outputs.log_probs, outputs.entropy))
     return Scored(logp, entropy.detach(), outputs.aux_loss if router_loss else None)
 
 

@@ -76,6 +76,8 @@ class AsyncHAPOTrainer(Recorded, AsyncGRPOTrainer):
 
     args: AsyncHAPOConfig
     method: Method
+    weight_transfer: Any
+    rollout_worker: Any
     _records: AsyncRecorder | None = None
 
     def __init__(
@@ -300,7 +302,7 @@ class AsyncHAPOTrainer(Recorded, AsyncGRPOTrainer):
         assert scored.entropy is not None
         whole: hapo.TokenBatch = inputs["hapo_batch"]
         shape = (len(whole.mask), whole.mask.shape[1])
-        here = terms.spread(torch.ones_like(terms.index), shape).bool()
+        here = terms.spread(torch.ones_like(terms.place), shape).bool()
         logp, entropy = (terms.spread(x.float(), shape) for x in (scored.logp, scored.entropy))
         rows = here.any(1).nonzero().squeeze(1)
         if not len(rows):  # a row of context alone: its loss is 0, and still connected to the model
