@@ -14,7 +14,7 @@ ONE = OMP_NUM_THREADS=1
 # Byte code is kept, whatever the machine says: uv makes none, and each process of the tests would compile torch anew.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: setup lock demo test test-browser test-parity test-vllm test-verl test-verl-vllm test-gpu nightly lint format docs smollm2 clean
+.PHONY: setup lock demo test test-browser test-parity test-vllm test-vllm-async test-verl test-verl-vllm test-gpu nightly lint format docs smollm2 clean
 
 setup: $(VENV)/.ready
 
@@ -46,11 +46,15 @@ $(PARITY)/.ready: pyproject.toml scripts/environment.py environments/parity.txt
 test-vllm: $(VLLM_VENV)/.ready  ## The adaptive temperature in a real vLLM engine and server, on CPU (docs/vllm.md).
 	$(ONE) $(VLLM_VENV)/bin/python -m pytest tests/vllm
 
+test-vllm-async: $(VLLM_VENV)/.ready  ## The asynchronous trainer with TRL's own worker and a vLLM server, on CPU: a part of nightly.
+	$(ONE) $(VLLM_VENV)/bin/python -m pytest tests/vllm/nightly_async.py
+
 $(VLLM_VENV)/.ready: pyproject.toml scripts/environment.py environments/$(VLLM_NAME).txt
 	$(PYTHON) scripts/environment.py $(VLLM_NAME) $(VLLM_VENV)
 	@touch $@
 
-nightly:  ## What CI has no time for: the other releases of vLLM (docs/engines.md), run on CPU or compared by their source.
+nightly:  ## What CI has no time for: the asynchronous trainer with a server; other releases of vLLM (docs/engines.md), run or compared.
+	$(MAKE) test-vllm-async
 	$(MAKE) test-vllm VLLM=0.28.0
 	$(MAKE) test-vllm VLLM=0.31.0
 	$(PYTHON) scripts/vllm_interface.py

@@ -329,6 +329,12 @@ def test_a_killed_run_goes_on_with_the_first_group_that_it_had_not_learnt_of(bas
     assert sorted(steps) == [1, 2, 3, 4, 5]
 
 
+def test_an_epoch_is_over_when_every_group_was_learnt_from(base, tmp_path):
+    """A quarter of 64 prompts, four groups a step; TRL alone counts the groups of the next step too, and stops early."""
+    _, trainer = async_runs.run(base, tmp_path, method="dapo", max_steps=-1, num_train_epochs=0.25)
+    assert trainer.state.global_step == 4
+
+
 def test_passes_hold_whole_responses_in_order_and_every_rank_has_as_many():
     responses = [
         [{"input_ids": np.arange(n), "completion_mask": np.ones(n, int), "group_id": i // 4}]

@@ -1,4 +1,7 @@
-"""AsyncHAPOTrainer with TRL's own worker process and a real server: weights go by disk, versions come back."""
+"""AsyncHAPOTrainer with TRL's own worker process and a real server: weights go by disk, versions come back.
+
+Not one of `make test-vllm`: server, trainer and worker import what takes more than a minute. `make test-vllm-async`.
+"""
 
 from __future__ import annotations
 
