@@ -11,6 +11,7 @@ backward pass makes the logits a second time instead of keeping them.
 from __future__ import annotations
 
 import functools
+import math
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -42,11 +43,12 @@ class Scores:
     """What a policy says of the tokens that were taken; every field has the same shape."""
 
     logp: Float[Tensor, "*n"]
-    """Log-probability, nats, under softmax(logits / t_base). Differentiable."""
+    """Log-probability, nats, under softmax(logits / t_base), over the support where there is one. Differentiable."""
     entropy: Float[Tensor, "*n"]
-    """Full-vocabulary entropy, nats, of the same distribution. Differentiable."""
+    """Entropy, nats, of softmax(logits / t_base) over the whole vocabulary, support or not. Differentiable."""
     sampler_logp: Float[Tensor, "*n"] | None
-    """Log-probability, nats, under softmax(logits / (t_base factor(entropy))). Detached; None without a factor."""
+    """Log-probability, nats, under softmax(logits / (t_base factor(entropy))), over the support likewise.
+    Detached; None without a factor."""
     rank: Float[Tensor, "*n"] | None = None
     """Number of tokens that are at least as likely, itself included: 1 is the best, ties count against it.
     Detached; None unless it was asked for."""
@@ -64,6 +66,7 @@ def score_hidden(
     bias: Float[Tensor, " V"] | None = None,
     t_base: float = 1.0,
     factor: Factor | None = None,
+    support: Int[Tensor, "N K"] | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     rank: bool = False,
@@ -81,6 +84,13 @@ def score_hidden(
     out where only `logp` gets a gradient, and nothing is kept where no gradient is needed. `sampler_logp` is
     detached, and `factor` sees entropies without a gradient, chunk by chunk.
 
+    `support` holds the tokens S that top-k, top-p or min-p left for each draw, each once, and -1 for padding. Both
+    log-probs are then over them alone, so that two of one position have the same normaliser:
+
+        log p = z_a - logsumexp_{v in S} z_v,   d log p_a / dz = onehot(a) - p on S, 0 elsewhere.
+
+    S is a constant. Entropies and ranks are those of the whole vocabulary all the same.
+
     `rank` compares the chunk's logits, as they are before a softmax rounds two of them to one number.
     `expected_rank` sorts their probabilities, `SORTED` of them at a time: on a CPU that takes about as long as the
     product that makes the logits of a model 600 wide.
@@ -94,7 +104,7 @@ def score_hidden(
 
     On CUDA HAPO_TRITON=1 takes Triton kernels (`hapo.kernels`).
 
-    Raises ValueError for t_base <= 0 or chunk_tokens < 1.
+    Raises ValueError for t_base <= 0, chunk_tokens < 1, or a token that is not in its support.
     """
     if not t_base > 0:
         raise ValueError(f"t_base must be positive, got {t_base}")
@@ -103,8 +113,15 @@ def score_hidden(
         chunk_tokens = max(1, budget // weight.shape[0])
     elif chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
+    if support is not None and not (there := (support == tokens[:, None]).any(-1)).all():
+        at = int((~there).nonzero()[0])
+        raise ValueError(
+            f"token {int(tokens[at])} at position {at} is not in its support: it was not drawn from these tokens, "
+            "and has no log-prob over them"
+        )
     head = _Head(logit_scale, softcap, t_base, chunk_tokens, _operand_dtype(hidden, weight))
-    return Scores(*_Score.apply(hidden, weight, bias, tokens.long(), head, factor, rank, expected_rank))
+    options = head, factor, rank, expected_rank
+    return Scores(*_Score.apply(hidden, weight, bias, tokens.long(), support, *options))
 
 
 def attach_scoring(model: nn.Module) -> None:
@@ -144,6 +161,7 @@ def score_tokens(
     *,
     t_base: float = 1.0,
     factor: Factor | None = None,
+    support: Int[Tensor, "B T K"] | None = None,
     beside: Callable[[], Float[Tensor, "b l M"]] | None = None,
     rank: bool = False,
     expected_rank: bool = False,
@@ -155,12 +173,14 @@ def score_tokens(
     rows or columns without any, and equal prompts once (`hapo.prompts`). Without any valid token the zeros are
     still connected to the model, so that backward and the collectives in it run. `model_kwargs` go to the model
     as they are, and with them the whole batch. Positions are counted from the first token that is not padding.
+    `support` is that of `score_hidden`; what it holds where the mask is False is not read.
 
     `beside` is called after each run of the layers, and gives M values of each position that was run, such as the
     logits of gates (`hapo.adapters.Gates.take`); `Scores.beside` has those of the positions that predict the
     tokens.
 
-    Raises ValueError without a prompt column (nothing predicts the first token) or without `attach_scoring`.
+    Raises ValueError without a prompt column (nothing predicts the first token), without `attach_scoring`, or for
+    a token that is not in its support.
     """
     length, responses = input_ids.shape[1], response_mask.shape[1]
     if length <= responses:
@@ -173,6 +193,7 @@ def score_tokens(
         "mask": response_mask,
         "t_base": t_base,
         "factor": factor,
+        "support": support,
         "beside": beside,
         "rank": rank,
         "expected_rank": expected_rank,
@@ -198,7 +219,11 @@ def _score_forward(
         hidden = model.base_model(*args, **kwargs).last_hidden_state
         found = [hidden] if beside is None else [hidden, beside()]
         states, *more = (x[:, x.shape[1] - mask.shape[1] - 1 : -1][mask.to(x.device)] for x in found)
-    options = {name: request[name] for name in ("t_base", "factor", "rank", "expected_rank") if name in request}
+    options: dict[str, Any] = {
+        name: request[name] for name in ("t_base", "factor", "rank", "expected_rank") if name in request
+    }
+    if request.get("support") is not None:
+        options["support"] = request["support"][mask].to(states.device)
     scores = score_states(model, states, tokens[mask], **options)
 
     def scatter(values: Tensor | None) -> Tensor | None:
@@ -351,6 +376,16 @@ def _kernels(like: Tensor) -> Any:
     return scores
 
 
+def _restricted(z: Tensor, support: Tensor) -> Tensor:
+    """The logits (n, K) of the tokens of `support`, -inf in its padding."""
+    return z.gather(-1, support.clamp_min(0).long()).masked_fill_(support < 0, -math.inf)
+
+
+def _taken(log_p: Tensor, support: Tensor, tokens: Tensor) -> Tensor:
+    """Of log-probs (n, K) over the support, those of the tokens."""
+    return log_p.masked_fill(support != tokens[:, None], 0).sum(-1)
+
+
 class _Score(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -359,6 +394,7 @@ class _Score(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         tokens: Tensor,
+        support: Tensor | None,
         head: _Head,
         factor: Factor | None,
         with_rank: bool,
@@ -377,6 +413,7 @@ class _Score(torch.autograd.Function):
         for rows in head.chunks(len(h)):
             n, taken = rows.stop - rows.start, tokens[rows]
             z = head.logits_(z_buffer[:n], h[rows], w, bias)
+            within = None if support is None else _restricted(z, support[rows])
             if rank is not None:
                 rank[rows] = torch.count_nonzero(z >= z.gather(-1, taken[:, None]), -1)
             if kernels is not None and normaliser is not None:
@@ -386,6 +423,8 @@ class _Score(torch.autograd.Function):
                 log_p = torch.log_softmax(z, -1, out=spare[:n])
                 logp[rows] = log_p.gather(-1, taken[:, None]).squeeze(-1)
                 entropy[rows] = torch.exp(log_p, out=z).mul_(log_p.clamp_min_(IMPOSSIBLE)).sum(-1).neg_()
+            if within is not None and support is not None:
+                logp[rows] = _taken(within.log_softmax(-1), support[rows], taken)
             if expected_rank is not None and spare is not None:
                 if kernels is None:
                     p = torch.exp(log_p, out=z)
@@ -394,12 +433,15 @@ class _Score(torch.autograd.Function):
                 expected_rank[rows] = _expected_rank_(p)
             if factor is not None and sampler_logp is not None:
                 cooler = 1 / factor(entropy[rows])
-                if kernels is not None:
+                if within is not None and support is not None:
+                    tempered = within.mul_(cooler[:, None]).log_softmax(-1)
+                    sampler_logp[rows] = _taken(tempered, support[rows], taken)
+                elif kernels is not None:
                     sampler_logp[rows] = kernels.scores(z, taken, cooler.float())[0]
                 else:
                     log_p = torch.log_softmax(log_p.mul_(cooler[:, None]), -1, out=z)
                     sampler_logp[rows] = log_p.gather(-1, taken[:, None]).squeeze(-1)
-        ctx.save_for_backward(hidden, weight, bias, tokens, entropy, normaliser)
+        ctx.save_for_backward(hidden, weight, bias, tokens, support, entropy, normaliser)
         ctx.head = head
         ctx.set_materialize_grads(False)
         detached = sampler_logp, rank, expected_rank
@@ -411,7 +453,7 @@ class _Score(torch.autograd.Function):
     def backward(
         ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, tokens, entropy, normaliser = ctx.saved_tensors
+        hidden, weight, bias, tokens, support, entropy, normaliser = ctx.saved_tensors
         head: _Head = ctx.head
         h, w = hidden.to(head.operand), weight.to(head.operand)
         grads = [
@@ -432,16 +474,23 @@ class _Score(torch.autograd.Function):
             b = None if to_entropy is None else to_entropy[rows, None]
             z, g = z_buffer[:n], g_buffer[:n]
             head.logits_(z, h[rows], w, bias)
-            if kernels is not None:
+            at, onto = tokens[rows, None], a
+            if support is not None:  # of the log-probs, the whole vocabulary has no part
+                within, a = _restricted(z, support[rows]), torch.zeros_like(a)
+                at, drawn = support[rows].clamp_min(0).long(), support[rows] == at
+                onto = onto * (drawn.to(within.dtype) - within.softmax(-1))  # padding: p is 0
+            if support is not None and b is None:
+                g.zero_()
+            elif kernels is not None:
                 flat = None if b is None else b.flatten()
                 kernels.gradient(z, tokens[rows], normaliser[rows], entropy[rows], a.flatten(), flat, out=g)
-            else:
-                if b is None or p_buffer is None:
-                    torch.softmax(z, -1, out=g).mul_(-a)
-                else:  # -p (a + b (log p + H))
-                    p = torch.exp(torch.log_softmax(z, -1, out=g).clamp_min_(IMPOSSIBLE), out=p_buffer[:n])
-                    torch.addcmul(-a - b * entropy[rows, None], g, b, value=-1.0, out=g).mul_(p)
-                g.scatter_add_(-1, tokens[rows, None], a)
+            elif b is None or p_buffer is None:
+                torch.softmax(z, -1, out=g).mul_(-a)
+            else:  # -p (a + b (log p + H))
+                p = torch.exp(torch.log_softmax(z, -1, out=g).clamp_min_(IMPOSSIBLE), out=p_buffer[:n])
+                torch.addcmul(-a - b * entropy[rows, None], g, b, value=-1.0, out=g).mul_(p)
+            if support is not None or kernels is None:
+                g.scatter_add_(-1, at, onto.to(g.dtype))
             head.pull_back_(g, z)
             if grad_bias is not None:
                 grad_bias += g.sum(0, dtype=grad_bias.dtype)
@@ -452,5 +501,5 @@ class _Score(torch.autograd.Function):
                 _addmm_(grad_weight, g.t(), h[rows], beta=1.0)
         return (
             *(None if g is None else g.to(x.dtype) for g, x in zip(grads, (hidden, weight, bias), strict=True)),
-            *(None,) * 5,
+            *(None,) * 6,
         )
