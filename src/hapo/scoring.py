@@ -43,7 +43,8 @@ class Scores:
     """What a policy says of the tokens that were taken; every field has the same shape."""
 
     logp: Float[Tensor, "*n"]
-    """Log-probability, nats, under softmax(logits / t_base), over the support where there is one. Differentiable."""
+    """Log-probability, nats, under softmax(logits / t_base), over the support, where there is one. Differentiable.
+    """
     entropy: Float[Tensor, "*n"]
     """Entropy, nats, of softmax(logits / t_base) over the whole vocabulary, support or not. Differentiable."""
     sampler_logp: Float[Tensor, "*n"] | None

@@ -5,7 +5,7 @@ rows that have ended leave the batch, and a token is drawn with one random numbe
 the vocabulary. Where the keys and values cannot move between rows (static, quantised or recurrent caches, images),
 every row is kept; where a processor may know rows by their place (penalties), ended ones stay.
 
-Shapes: B sequences, n rows still running, T new tokens, V vocabulary.
+Shapes: B sequences, n rows still running, T new tokens, V vocabulary, K tokens of the largest support.
 """
 
 from __future__ import annotations
@@ -41,6 +41,9 @@ STATELESS = (
 )
 """Processors and criteria that see each row alone; others may know rows by their place."""
 
+MOST_SUPPORT = 1024
+"""Most tokens of a support that are recorded: 4 KiB for each token of a rollout."""
+
 ENDED = 1 / 8
 """Share of the rows in the batch that have ended before those that run move together."""
 
@@ -53,9 +56,13 @@ class Draws:
     logp: Float[Tensor, "B T"]
     """Log-prob, nats, under the distribution that the token was drawn from."""
     policy_logp: Float[Tensor, "B T"]
-    """Log-prob, nats, under softmax(logits / T_base) over the full vocabulary."""
+    """Log-prob, nats, under softmax(logits / T_base): over the support where it is known, else over the full
+    vocabulary."""
     entropy: Float[Tensor, "B T"]
-    """Entropy, nats, of that distribution."""
+    """Entropy, nats, of softmax(logits / T_base) over the full vocabulary."""
+    support: Int[Tensor, "B T K"] | None = None
+    """Tokens that the token was drawn from: what top-k, top-p, min-p and any other processor left, the likeliest
+    first, -1 for padding and after the end of a row; None where it was not asked for."""
 
 
 @torch.no_grad()
@@ -66,12 +73,16 @@ def decode(
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     factor: Callable[[Tensor], Tensor] | None = None,
+    support: bool = False,
     **model_kwargs: Any,
 ) -> tuple[Int[Tensor, "B L"], Draws]:
-    """Prompts with their sampled answers, padded after the end, and the draws.
+    """Prompts with their sampled answers, padded after the end, and the draws; with `support` those of the draws.
 
     T = T_base factor(H) with T_base the temperature of `generation_config` and H the entropy of softmax(logits /
     T_base); `logits_processor` holds the warper for T_base, and acts on logits / factor(H).
+
+    Raises:
+        RuntimeError: a support has more than `MOST_SUPPORT` tokens.
     """
     t_base = 1.0 if generation_config.temperature is None else generation_config.temperature
     pad = 0 if generation_config._pad_token_tensor is None else int(generation_config._pad_token_tensor)
@@ -89,6 +100,7 @@ def decode(
     alive = torch.ones_like(rows, dtype=torch.bool)
     running = size
     steps: list[list[Tensor]] = []
+    supports: list[Tensor] = []
     while True:
         model_kwargs = model._update_model_kwargs_for_generation(
             outputs, model_kwargs, is_encoder_decoder=model.config.is_encoder_decoder
@@ -100,7 +112,14 @@ def decode(
             scores = logits if factor is None else logits / factor(entropy).unsqueeze(-1)
             if factor is None and logits_processor:
                 scores = logits.clone()  # a processor may write into it
-            tokens, logp = draw(logits_processor(input_ids, scores))
+            scores = logits_processor(input_ids, scores)
+            tokens, logp = draw(scores)
+            if support:
+                members = support_of(scores)
+                within = logits.gather(-1, members.clamp_min(0)).masked_fill(members < 0, -torch.inf)
+                normaliser = (within / t_base).logsumexp(-1)
+                nothing = members.new_full((size, members.shape[1]), -1)
+                supports.append(nothing.index_put((rows[alive],), members[alive]))
             policy_logp = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) / t_base - normaliser
             tokens = torch.where(alive, tokens, pad)
             drawn = ((tokens, pad), (logp, 0), (policy_logp, 0), (entropy, 0))
@@ -119,7 +138,7 @@ def decode(
         inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=width, **model_kwargs)
         outputs = model(**inputs, return_dict=True)
     tokens, *figures = (torch.stack(columns, 1) for columns in zip(*steps, strict=True))
-    return torch.cat([prompts, tokens], -1), Draws(tokens, *figures)
+    return torch.cat([prompts, tokens], -1), Draws(tokens, *figures, *([_stacked(supports)] if support else []))
 
 
 def draw(scores: Float[Tensor, "n V"]) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
@@ -132,6 +151,28 @@ def draw(scores: Float[Tensor, "n V"]) -> tuple[Int[Tensor, " n"], Float[Tensor,
     target = total * (1.0 - torch.rand_like(total))
     tokens = torch.searchsorted(cumulated, target)
     return tokens.squeeze(-1), (shifted.gather(-1, tokens) - total.log()).squeeze(-1)
+
+
+def support_of(scores: Float[Tensor, "n V"]) -> Int[Tensor, "n K"]:
+    """The tokens that softmax(scores) can draw, the likeliest first, -1 for padding.
+
+    Raises:
+        RuntimeError: they are more than `MOST_SUPPORT` in a row.
+    """
+    size = int((scores > -torch.inf).sum(-1).amax())
+    if size > MOST_SUPPORT:
+        raise RuntimeError(
+            f"{size} tokens are left to a draw, more than the {MOST_SUPPORT} that are recorded of it: set a top_k "
+            f"of at most {MOST_SUPPORT}, or do not ask for the support (sampling_support=False)"
+        )
+    values, members = scores.topk(size)
+    return members.masked_fill(values == -torch.inf, -1)
+
+
+def _stacked(supports: list[Tensor]) -> Tensor:
+    """(B, K_t) of each step as (B, T, K)."""
+    most = max(x.shape[1] for x in supports)
+    return torch.stack([torch.nn.functional.pad(x, (0, most - x.shape[1]), value=-1) for x in supports], 1)
 
 
 def _prefill(model: Any, ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any], shared: bool) -> Any:

@@ -58,8 +58,9 @@ class TemperedLogits(LogitsProcessor):
 class SamplingRecord:
     """What one generation drew: the log-prob of each token under the distribution that it was drawn from.
 
-    `generate()` records the policy's own log-probs and entropies too, before rule, penalties and truncation. In
-    continuous batching the log-probs are those that transformers returns for each request.
+    `generate()` records the policy's own log-probs and entropies too, before rule, penalties and truncation, and
+    the support of each draw where it is asked for. In continuous batching the log-probs are those that
+    transformers returns for each request.
     """
 
     def __init__(self) -> None:
@@ -102,7 +103,9 @@ class SamplingRecord:
 
 
 @contextmanager
-def sampling(model: Any, rule: Factor | TemperatureRule | None = None) -> Iterator[SamplingRecord]:
+def sampling(
+    model: Any, rule: Factor | TemperatureRule | None = None, *, support: bool = False
+) -> Iterator[SamplingRecord]:
     """Draw with temperature T_base x factor(H) inside the block, and record what was really drawn.
 
         with sampling(model, TemperatureRule.load("rule.json")) as record:
@@ -115,10 +118,14 @@ def sampling(model: Any, rule: Factor | TemperatureRule | None = None) -> Iterat
     T_base. Greedy decoding is left untouched, rule or not. Penalties act on the tempered logits; the recorded
     log-probs are of the final distribution, after temperature, penalties, top-p, top-k and min-p.
 
+    With `support` the record's `draws` hold the tokens that these left for each draw, and the policy's own
+    log-probs over them (`hapo.scoring.score_hidden` says why).
+
     Raises ValueError for decoding that is neither greedy nor plain sampling (beams, assisted), for a
-    persistent manager and for a second generation in the block; RuntimeError if requests of a continuous batch
-    failed, or if the block ends and no generation went through the processors (`NotSampledError`). The instance is
-    restored in every case.
+    persistent manager, for a second generation in the block, and for `generate_batch()` with `support`, which it
+    does not tell; RuntimeError if more than `MOST_SUPPORT` tokens were left to a draw, if requests of a continuous
+    batch failed, or if the block ends and no generation went through the processors (`NotSampledError`). The
+    instance is restored in every case.
     """
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
     get_processors, generate, generate_batch = core._get_logits_processor, core.generate, core.generate_batch
@@ -163,7 +170,7 @@ def sampling(model: Any, rule: Factor | TemperatureRule | None = None) -> Iterat
     def wrapped_loop(model: Any, input_ids: Tensor, **kwargs: Any) -> Any:
         if record.greedy:
             return type(model)._sample(model, input_ids, **kwargs)
-        ids, record.draws = decode(model, input_ids, factor=factor, **kwargs)
+        ids, record.draws = decode(model, input_ids, factor=factor, support=support, **kwargs)
         return ids
 
     def wrapped_batch(
@@ -173,6 +180,8 @@ def sampling(model: Any, rule: Factor | TemperatureRule | None = None) -> Iterat
         **kwargs: Any,
     ) -> dict[str, Any]:
         nonlocal continuous
+        if support:
+            raise ValueError("generate_batch() tells no support of its draws: call generate(), or leave it out")
         if kwargs.get("persistent_manager"):
             raise ValueError("persistent_manager=True would keep this block's rule for later batches; drop it")
         refuse_second()  # here too: a manager kept from before the block would not ask for processors
