@@ -55,6 +55,7 @@ class Gated(HAPOTrainer):
 SPLIT = {
     "hapo": {"method": "hapo"},
     "forking_tokens": {"method": "forking_tokens", "method_options": {"rho": 0.7}},
+    "support": {"method": "hapo", "top_k": 6},
     "several": {
         "method": "dapo",
         "method_options": {

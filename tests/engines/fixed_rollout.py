@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from hapo.engines.trl.support import LogpOver
 from tests.engines import tiny
 
 
@@ -27,6 +28,22 @@ def rollout(prompts: list[str], trainer: Any) -> dict[str, list[list[Any]]]:
         # Log-probs of an imaginary sampler, so that the importance weights are not 1.
         "logprobs": [[-2.0 - 0.1 * (t % 3) for t in c] for c in completions],
     }
+
+
+class Supported:
+    """The same, drawn from 3 to 6 tokens each, for runs with a top_k."""
+
+    draws_with_trainer = True
+
+    def __call__(self, prompts: list[str], trainer: Any) -> dict[str, list[list[Any]]]:
+        """The completions, and log-probs with the tokens that they are over."""
+        drawn = rollout(prompts, trainer)
+        others = len(tiny.ALPHABET) + 2
+        drawn["logprobs"] = [
+            [LogpOver(x, [(t + 5 * k) % others for k in range(3 + t % 4)]) for x, t in zip(row, ids, strict=True)]
+            for row, ids in zip(drawn["logprobs"], drawn["completion_ids"], strict=True)
+        ]
+        return drawn
 
 
 class Gradients(TrainerCallback):
@@ -53,7 +70,7 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         t = tiny.trainer(
             folder,
-            rollout_func=rollout,
+            rollout_func=Supported() if options.get("top_k") else rollout,
             per_device_train_batch_size=per_device,
             gradient_accumulation_steps=accumulation,
             steps_per_generation=per_generation,

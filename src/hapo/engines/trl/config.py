@@ -105,6 +105,14 @@ class HAPOConfig(GRPOConfig):
     overlong_factor: float = field(
         default=1.0, metadata={"help": "Largest length penalty, reached at max_completion_length."}
     )
+    sampling_support: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Where top_k, top_p or min_p leave out tokens: log-probs of all policies over those that they "
+            "left to each draw, so that ratios are exact. Default: where the engine tells them, else the method's "
+            "importance weight as it is, with a warning; true: or an error; false: never."
+        },
+    )
     demonstration_weight: float | str | dict[str, Any] | None = field(
         default=None,
         metadata={

@@ -15,6 +15,7 @@ from ...samplers.decoding import Draws
 from ...samplers.transformers import NotSampledError, only_what_is_asked, sampling
 from . import vllm
 from .options import NO_TEMPERATURE
+from .support import over
 
 LOG = logging.getLogger(__name__)
 
@@ -42,7 +43,8 @@ class Turn(NamedTuple):
     completion_ids: list[list[int]]
     """A row a prompt, end of sequence included, without padding."""
     logps: list[list[float]] | None
-    """Log-probs in nats under the distribution that drew each token; None where they are not known."""
+    """Log-probs in nats under the distribution that drew each token, with their supports where they are asked for;
+    None where they are not known."""
     draws: Draws | None = None
     """The policy's own log-probs and entropies, where generation tells them: they may save a scoring pass."""
 
@@ -57,13 +59,14 @@ class Sampler:
 
     Args:
         factor: the temperature rule, (entropies in nats, statistics) -> factors on T_base; None: T_base.
+        support: whether the tokens that truncation leaves to each draw are asked for.
 
     Raises:
         ValueError: of `draw`, a temperature rule and a model whose `generate` is the user's own.
     """
 
-    def __init__(self, factor: Callable[[Tensor, EntropyStats], Tensor] | None) -> None:
-        self.factor = factor
+    def __init__(self, factor: Callable[[Tensor, EntropyStats], Tensor] | None, support: bool = False) -> None:
+        self.factor, self.support = factor, support
         self._said = False
 
     def draw(self, asked: Request) -> Turn:
@@ -77,12 +80,15 @@ class Sampler:
         factor, stats = self.factor, asked.stats
         rule = None if factor is None or stats is None else lambda entropy: factor(entropy, stats)
         try:
-            with sampling(asked.net, rule) as record:
+            with sampling(asked.net, rule, support=self.support) as record:
                 completion_ids, logps = asked.generate()
         except NotSampledError:
             self._check_own_generate(asked.net)
             return Turn(completion_ids, logps)
-        return Turn(completion_ids, record.logps(completion_ids), record.draws)
+        logps, draws = record.logps(completion_ids), record.draws
+        if self.support and draws is not None and draws.support is not None:
+            logps = over(logps, draws.support)
+        return Turn(completion_ids, logps, draws)
 
     def _check_own_generate(self, net: nn.Module) -> None:
         name = type(net).__name__

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -44,6 +44,21 @@ class Sequences:
     """Response tokens, the last columns, whose scores are needed; text is scored there alone, and 0 elsewhere."""
     images: dict[str, Any]
     """Images and tiles that belong to the rows, as TRL's pass takes them; empty for text."""
+    support: Int[Tensor, "B T K"] | None = None
+    """Tokens that log-probs are over, -1 for padding; None: the whole vocabulary."""
+
+    @property
+    def columns(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What `score_tokens` reads, but for the support."""
+        return self.ids, self.attention, self.mask
+
+    def split(self, size: int | None) -> Iterator[Sequences]:
+        """So many rows at a time; None: all."""
+        size = size or len(self.ids)
+        for start in range(0, len(self.ids), size):
+            part = slice(start, start + size)
+            support = None if self.support is None else self.support[part]
+            yield Sequences(self.ids[part], self.attention[part], self.mask[part], self.images, support)
 
     @classmethod
     def of(cls, inputs: dict[str, Any], mask: Bool[Tensor, "B T"] | None = None) -> Sequences:
@@ -53,6 +68,7 @@ class Sequences:
             torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
             inputs["completion_mask"].bool() if mask is None else mask,
             {name: inputs[name] for name in MULTIMODAL if inputs.get(name) is not None},
+            inputs.get("support"),
         )
 
 
@@ -129,7 +145,8 @@ class Scorer:
         """Of the policy as it is, in one pass, differentiable where gradients are on.
 
         Raises:
-            ValueError: the model has gates, and images or a router loss need TRL's own pass.
+            ValueError: the model has gates, or log-probs are over a support, and images or a router loss need
+                TRL's own pass.
         """
         with recorded(model) as gates:
             if rows.images or router_loss:
@@ -142,8 +159,9 @@ class Scorer:
             if gates is None:
                 return Scored(*self.text(model, rows))
             with self.autocast():
-                columns = (rows.ids, rows.attention, rows.mask)
-                scores = score_tokens(model, *columns, t_base=self.t_base, beside=gates.take)
+                scores = score_tokens(
+                    model, *rows.columns, t_base=self.t_base, support=rows.support, beside=gates.take
+                )
         assert scores.beside is not None
         return Scored(
             scores.logp, scores.entropy, gates=GateLogits(scores.beside, gates.names, gates.check_gradient)
@@ -151,25 +169,28 @@ class Scorer:
 
     def targets(self, model: nn.Module, rows: Sequences, reads: Collection[str] = ()) -> Scores:
         """Of the targets of demonstrations, in one pass, differentiable; the ranks of `reads` with them."""
-        columns = (rows.ids, rows.attention, rows.mask)
         ranks = ("rank" in reads, "expected_rank" in reads)
         with self.autocast():
-            return score_tokens(model, *columns, t_base=self.t_base, rank=ranks[0], expected_rank=ranks[1])
+            return score_tokens(model, *rows.columns, t_base=self.t_base, rank=ranks[0], expected_rank=ranks[1])
 
     def text(
         self, model: nn.Module, rows: Sequences, batch_size: int | None = None
     ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
         """Log-probs and entropies of the response tokens, `batch_size` rows at a time."""
         parts = []
-        columns = (rows.ids, rows.attention, rows.mask)
-        for ids, attention, mask in zip(*(x.split(batch_size or len(rows.ids)) for x in columns), strict=True):
+        for part in rows.split(batch_size):
             with self.autocast():
-                parts.append(score_tokens(model, ids, attention, mask, t_base=self.t_base))
+                parts.append(score_tokens(model, *part.columns, t_base=self.t_base, support=part.support))
         return torch.cat([p.logp for p in parts]), torch.cat([p.entropy for p in parts])
 
     def _trls(
         self, model: nn.Module, rows: Sequences, batch_size: int | None, compute_entropy: bool = True, **asked: Any
     ) -> Scored:
+        if rows.support is not None:
+            raise ValueError(
+                "images and a router loss need TRL's own pass, which scores over the whole vocabulary: set "
+                "sampling_support=False"
+            )
         width = rows.mask.shape[1]
         asked |= {"batch_size": batch_size, "compute_entropy": compute_entropy, **rows.images}
         return Scored(*self.trl_pass(model, rows.ids, rows.attention, width, **asked))

@@ -12,7 +12,7 @@ import inspect
 import logging
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -48,6 +48,7 @@ from .rows import RolloutRows, prepare_rows, scored_tokens, step_rows, valid_tok
 from .sampler import Request, Sampler, VLLMSampler
 from .scorer import Scored, Scorer, Sequences, is_reference
 from .stages import Stages
+from .support import RolloutSupport, before_model, decide, of_model
 from .token_rewards import TokenRewards
 
 LOG = logging.getLogger(__name__)
@@ -110,6 +111,9 @@ class HAPOTrainer(RecordedTrainer):
         given = dict(zip(names, trl_args, strict=False)) | trl_kwargs
         check_arguments(self.method, args, model, given)
         check_given(demonstrations, args)
+        self._support_asked, rollout = args.sampling_support, given.get("rollout_func")
+        samples = rollout is not None and not getattr(rollout, "draws_with_trainer", False)
+        args.sampling_support = decide(self._support_asked, args, before_model(args, samples))
         if args.run_records:
             check_writable(Path(args.output_dir))
         self._tag_names = ["trl", "hapo"]
@@ -120,6 +124,7 @@ class HAPOTrainer(RecordedTrainer):
         self.rollout_rows: list[dict[str, Any]] = []
         """Rows of the data set that the rollout at work is of, one for each response of this process."""
         self._old: Scored | None = None
+        self._supports = RolloutSupport()
         self.clock = PhaseClock()
         """Seconds by phase; pause it around what is no training."""
         self.recipe = {}
@@ -136,6 +141,8 @@ class HAPOTrainer(RecordedTrainer):
             attach_scoring(self.accelerator.unwrap_model(self.ref_model))
         if said := say_what_model_asked(self.accelerator.unwrap_model(self.model).generation_config):
             warnings.warn(f"{said}; generation_kwargs takes them", stacklevel=2)
+        if self.args.sampling_support:
+            self.args.sampling_support = decide(self._support_asked, args, self._against_support())
         self.scorer = self.make_scorer()
         self.sampler = self.make_sampler()
         self._step_metrics = MetricLog(self.accelerator, self._log_value)
@@ -161,7 +168,7 @@ class HAPOTrainer(RecordedTrainer):
         """What draws the responses; called once, when model and vLLM exist. A `rollout_func` goes before it."""
         if self.use_vllm:
             return VLLMSampler(self.method, self.vllm_generation, self.accelerator.is_main_process)
-        return Sampler(self.method.temperature_rule)
+        return Sampler(self.method.temperature_rule, support=bool(self.args.sampling_support))
 
     def auxiliary_losses(self, batch: hapo.TokenBatch, scored: Scored) -> list[AuxiliaryLoss]:
         """What is added to the method's loss on some rows of an optimiser step; each is logged under its name.
@@ -204,6 +211,22 @@ class HAPOTrainer(RecordedTrainer):
         self._turns.append(turn.draws)
         return turn.completion_ids, turn.logps
 
+    def _generate(self, prompts: list[Any]) -> Any:
+        found = super()._generate(prompts)
+        # An evaluation of transformers records no draws, and neither does a generate() of the user's own.
+        if self.args.sampling_support and found[4] is not None:
+            self._supports.take(logps=found[4], own=found[2])
+        elif self._support_asked and self.model.training:
+            raise ValueError(
+                "sampling_support=True, and generation told nothing of its draws: leave generate() as "
+                "transformers has it, or set sampling_support=False"
+            )
+        return found
+
+    def _against_support(self) -> Iterator[str]:
+        config, router = self.model.config.get_text_config(), self.aux_loss_enabled
+        return of_model(self.args, vocabulary=config.vocab_size, images=self._is_vlm, router_loss=router)
+
     def _get_per_token_logps_and_entropies(
         self,
         model: nn.Module,
@@ -218,7 +241,8 @@ class HAPOTrainer(RecordedTrainer):
         """What TRL asks for while it makes a rollout: the policy that drew it, and the reference."""
         images = {name: value for name, value in multimodal.items() if value is not None}
         mask = attention_mask[:, -logits_to_keep:].bool()
-        rows = Sequences(input_ids, attention_mask, mask, images)
+        support = self._supports.of(input_ids[:, -logits_to_keep:])
+        rows = Sequences(input_ids, attention_mask, mask, images, support)
         if self.beta and is_reference(model, self.accelerator.unwrap_model(model), self.ref_model):
             return self.scorer.reference(model, rows, batch_size)[:3]
         self._old = self.scorer.old(model, rows, batch_size, self._turns)
@@ -246,7 +270,10 @@ class HAPOTrainer(RecordedTrainer):
     def _rollout(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's rollout of these prompts, with rollout entropies and the verdict of each response."""
         self._turns, self._old, self.rollout_rows = [], None, inputs
+        self._supports = RolloutSupport()
         output = super()._generate_and_score_completions(inputs)
+        if (support := self._supports.of(output["completion_ids"])) is not None:
+            output["support"] = support
         if self._old is None:  # TRL takes every ratio for 1, and has not asked
             train, args = self.model.training, self.args
             size = args.per_device_train_batch_size if train else args.per_device_eval_batch_size
@@ -426,6 +453,8 @@ class HAPOTrainer(RecordedTrainer):
             return
         self._said_far = True
         plain = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
+        if self.args.sampling_support:
+            plain = {"repetition_penalty": 1.0}
         given = {name: getattr(self.args, name) for name in plain}
         causes = [f"{name}={value}" for name, value in given.items() if value != plain[name]]
         causes += [f"generation_kwargs={self.args.generation_kwargs}"] if self.args.generation_kwargs else []

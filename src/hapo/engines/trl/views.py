@@ -135,7 +135,7 @@ class DiffusionScorer(Scorer):
         """The rows with the noise of the use that is under way; in an evaluation there is one."""
         rows = Sequences.of(inputs, mask)
         noise = inputs[NOW] if NOW in inputs else inputs[NOISE][:, 0]
-        return MaskedSequences(rows.ids, rows.attention, rows.mask, rows.images, noise)
+        return MaskedSequences(rows.ids, rows.attention, rows.mask, rows.images, noise=noise)
 
     @torch.no_grad()
     def old(
