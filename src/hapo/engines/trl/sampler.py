@@ -112,6 +112,7 @@ class VLLMSampler(Sampler):
         method: whose temperature rule it is.
         generation: TRL's `vllm_generation`.
         is_main: whether this process is the one that asks a server.
+        support: whether the tokens that truncation leaves to each draw are asked for.
 
     Raises:
         ValueError: the server returns log-probs of another distribution than the one that drew the tokens; or, of
@@ -119,14 +120,16 @@ class VLLMSampler(Sampler):
         RuntimeError: vLLM does not run the processor of `hapo.samplers.vllm`.
     """
 
-    def __init__(self, method: Method, generation: Any, is_main: bool) -> None:
-        super().__init__(method.temperature_rule)
+    def __init__(self, method: Method, generation: Any, is_main: bool, support: bool = False) -> None:
+        super().__init__(method.temperature_rule, support)
         self.method, self.generation = method, generation
         vllm.attach(generation, method, is_main)
+        if support and (is_main or generation.mode != "server"):
+            vllm.take_supports(generation)
 
     def draw(self, asked: Request) -> Turn:
         """One turn."""
         if asked.images is not None:
             vllm.check_images(self.generation, self.method)
-        vllm.send_rule(self.generation, self.method, asked.stats)
+        vllm.send_rule(self.generation, self.method, asked.stats, support=self.support)
         return Turn(*asked.generate())

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from trl import GRPOConfig
 
 from ...samplers.decoding import MOST_SUPPORT
-from .config import HAPOConfig
 
 TRUNCATIONS = {"top_p": 1.0, "top_k": 0, "min_p": None}
 """TRL's options that leave out tokens -> the value at which they do not."""
@@ -107,13 +107,13 @@ class RolloutSupport:
         return self._support
 
 
-def truncations(args: HAPOConfig) -> list[str]:
+def truncations(args: GRPOConfig) -> list[str]:
     """What of the options leaves out tokens, as `name=value`."""
     given = {name: getattr(args, name) for name in TRUNCATIONS}
     return [f"{name}={x}" for name, x in given.items() if x not in (TRUNCATIONS[name], None, 0)]
 
 
-def decide(asked: bool | None, args: HAPOConfig, reasons: Iterable[str]) -> bool:
+def decide(asked: bool | None, args: GRPOConfig, reasons: Iterable[str]) -> bool:
     """Whether log-probs are taken over the supports, and a word where they are not though tokens are left out.
 
     Args:
@@ -141,7 +141,7 @@ def decide(asked: bool | None, args: HAPOConfig, reasons: Iterable[str]) -> bool
     return bool(cut) and asked is not False and why is None
 
 
-def before_model(args: HAPOConfig, own_rollout: bool) -> Iterator[str]:
+def before_model(args: GRPOConfig, own_rollout: bool) -> Iterator[str]:
     """Why the options rule it out; `own_rollout`: a rollout function samples by itself."""
     if own_rollout:
         yield "a rollout_func samples by itself, and TRL takes no support from it: let the trainer generate"
@@ -153,7 +153,7 @@ def before_model(args: HAPOConfig, own_rollout: bool) -> Iterator[str]:
         yield "vLLM tells it with a bound on its size only: set top_k, 50 for instance"
 
 
-def of_model(args: HAPOConfig, *, vocabulary: int, images: bool, router_loss: bool) -> Iterator[str]:
+def of_model(args: GRPOConfig, *, vocabulary: int, images: bool, router_loss: bool) -> Iterator[str]:
     """Why the model rules it out."""
     if args.top_k <= 0 and vocabulary > MOST_SUPPORT:
         yield f"of {vocabulary} tokens too many may be left: set top_k, to at most {MOST_SUPPORT}"

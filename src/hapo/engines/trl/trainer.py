@@ -31,7 +31,7 @@ from ...samplers.transformers import say_what_model_asked
 from ...scoring import attach_scoring
 from ..metrics import rollout_metrics, sampler_gap
 from ..records import check_writable
-from . import finite, passes
+from . import finite, passes, vllm
 from .auxiliary import AuxiliaryLoss, router_losses, total
 from .checkpoint import OnceAtBegin, RunState
 from .config import HAPOConfig, check_arguments, resolve_method
@@ -113,7 +113,9 @@ class HAPOTrainer(RecordedTrainer):
         check_given(demonstrations, args)
         self._support_asked, rollout = args.sampling_support, given.get("rollout_func")
         samples = rollout is not None and not getattr(rollout, "draws_with_trainer", False)
-        args.sampling_support = decide(self._support_asked, args, before_model(args, samples))
+        args.sampling_support = decide(
+            self._support_asked, args, (*before_model(args, samples), *vllm.against_engine(args))
+        )
         if args.run_records:
             check_writable(Path(args.output_dir))
         self._tag_names = ["trl", "hapo"]
@@ -128,7 +130,8 @@ class HAPOTrainer(RecordedTrainer):
         self.clock = PhaseClock()
         """Seconds by phase; pause it around what is no training."""
         self.recipe = {}
-        super().__init__(model, reward_funcs, args, *trl_args, **trl_kwargs)
+        with vllm.sampling_masks(bool(args.sampling_support) and args.use_vllm and args.vllm_mode == "colocate"):
+            super().__init__(model, reward_funcs, args, *trl_args, **trl_kwargs)
         self._token_rewards = TokenRewards(self.accelerator)
         given_rewards: list[Any] = self.reward_funcs  # type: ignore[has-type]
         self.reward_funcs = self._token_rewards.watched(given_rewards, self.reward_func_names)
@@ -167,8 +170,9 @@ class HAPOTrainer(RecordedTrainer):
     def make_sampler(self) -> Sampler:
         """What draws the responses; called once, when model and vLLM exist. A `rollout_func` goes before it."""
         if self.use_vllm:
-            return VLLMSampler(self.method, self.vllm_generation, self.accelerator.is_main_process)
-        return Sampler(self.method.temperature_rule, support=bool(self.args.sampling_support))
+            is_main = self.accelerator.is_main_process
+            return VLLMSampler(self.method, self.vllm_generation, is_main, bool(self.args.sampling_support))
+        return Sampler(self.method.temperature_rule, bool(self.args.sampling_support))
 
     def auxiliary_losses(self, batch: hapo.TokenBatch, scored: Scored) -> list[AuxiliaryLoss]:
         """What is added to the method's loss on some rows of an optimiser step; each is logged under its name.
@@ -225,7 +229,9 @@ class HAPOTrainer(RecordedTrainer):
 
     def _against_support(self) -> Iterator[str]:
         config, router = self.model.config.get_text_config(), self.aux_loss_enabled
-        return of_model(self.args, vocabulary=config.vocab_size, images=self._is_vlm, router_loss=router)
+        yield from of_model(self.args, vocabulary=config.vocab_size, images=self._is_vlm, router_loss=router)
+        if self.use_vllm:
+            yield from vllm.against_server(self.vllm_generation, self.accelerator.is_main_process)
 
     def _get_per_token_logps_and_entropies(
         self,

@@ -1,16 +1,34 @@
 """TRL's vLLM rollouts: the temperature rule goes out with every request, sampler log-probs come back.
 
 vLLM applies the rule in `hapo.samplers.vllm`, which its entry point loads. TRL asks for `processed_logprobs`,
-those of the distribution that drew the token, so that the truncated correction knows the temperature.
+those of the distribution that drew the token, so that the truncated correction knows the temperature. An engine
+made with `return_sampling_mask` also tells the tokens that top-k and top-p left to each draw: by `generate()` in
+this process, and by a server's /inference/v1/generate; /v1/completions, which TRL asks, does not.
 """
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from trl import GRPOConfig
 
 from ...batch import EntropyStats
 from ...method import Method
 from ...samplers.rule import HARMLESS, PREFIX, rule_of, temperature_of
+from ...versions import minor
+from .support import LogpOver
+
+FINAL_ONLY = 2
+"""vLLM's output kind: all samples of a prompt once they are finished."""
+
+MOST_REQUESTS = 64
+"""Prompts that a server is asked for at a time."""
 
 
 def check_rule(method: Method) -> None:
@@ -23,6 +41,104 @@ def check_rule(method: Method) -> None:
     )
 
 
+@contextmanager
+def sampling_masks(wanted: bool) -> Iterator[None]:
+    """Inside the block TRL makes its engine with `return_sampling_mask`, for which it has no option.
+
+    Raises:
+        ValueError: vLLM says that this engine returns none.
+    """
+    if not wanted:
+        yield
+        return
+    from trl.generation import vllm_generation as trls
+
+    made = trls.LLM
+    trls.LLM = partial(made, return_sampling_mask=True)
+    try:
+        yield
+    except ValueError as error:
+        if "sampling distribution replay" not in str(error):
+            raise
+        raise ValueError(
+            f"top-k or top-p is set, and vLLM does not tell what they leave ({error}): set sampling_support=False"
+        ) from error
+    finally:
+        trls.LLM = made
+
+
+def take_supports(generation: Any) -> None:
+    """Let the log-probs that TRL reads of its engine be `LogpOver`."""
+    if generation.mode == "server":
+        generation.vllm_client.generate = partial(_ask_with_supports, generation.vllm_client)
+        return
+    generate = generation.llm.generate
+
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        outputs = generate(*args, **kwargs)
+        for drawn in (completion for output in outputs for completion in output.outputs):
+            sets = drawn.sampling_mask.token_ids
+            for token, logps, support in zip(drawn.token_ids, drawn.logprobs, sets, strict=True):
+                logps[token].logprob = LogpOver(logps[token].logprob, support)
+        return outputs
+
+    generation.llm.generate = marked
+
+
+def _ask_with_supports(
+    client: Any,
+    *,
+    prompts: list[list[int]],
+    n: int,
+    structured_outputs_regex: str | None = None,
+    generation_kwargs: dict[str, Any] | None = None,
+    features: None = None,
+    **params: Any,
+) -> dict[str, Any]:
+    """What `VLLMClient.generate` answers, asked where the server tells supports: one request a prompt."""
+    params |= {"n": n, "output_kind": FINAL_ONLY, **(generation_kwargs or {})}
+    if structured_outputs_regex is not None:
+        params["structured_outputs"] = {"regex": structured_outputs_regex}
+
+    def ask(prompt: list[int]) -> list[dict[str, Any]]:
+        request = {"model": client.model, "token_ids": prompt, "sampling_params": params}
+        answer: dict[str, Any] = client._post(f"{client.base_url}/inference/v1/generate", json=request)
+        return answer["choices"]
+
+    with ThreadPoolExecutor(MOST_REQUESTS) as pool:
+        choices = [choice for answer in pool.map(ask, prompts) for choice in answer]
+    logps = []
+    for choice in choices:
+        entries = zip(choice["logprobs"]["content"], choice["sampling_mask"], strict=True)
+        logps.append([[None if (x := e["logprob"]) is None else LogpOver(x, support)] for e, support in entries])
+    tokens = [choice["token_ids"] for choice in choices]
+    return {"prompt_ids": prompts, "completion_ids": tokens, "logprobs": logps, "logprob_token_ids": None}
+
+
+def against_engine(args: GRPOConfig) -> Iterator[str]:
+    """Why the engine in this process will not tell supports, as far as can be known before there is a model."""
+    if not args.use_vllm or args.vllm_mode != "colocate" or importlib.util.find_spec("vllm") is None:
+        return
+    import vllm
+    from vllm import envs
+    from vllm.platforms import current_platform
+
+    told: bool | None = envs.VLLM_USE_V2_MODEL_RUNNER
+    if minor(vllm.__version__) < (0, 31):
+        yield f"vLLM {vllm.__version__} does not tell it beside hapo: take 0.31 or newer"
+    elif not (current_platform.is_cuda_alike() if told is None else told):
+        yield "vLLM tells it in Model Runner V2 alone, which is not in use here (VLLM_USE_V2_MODEL_RUNNER=1)"
+
+
+def against_server(generation: Any, is_main: bool) -> Iterator[str]:
+    """Why the server does not tell supports; the same on all ranks."""
+    if generation.mode != "server":
+        return
+    told = [is_main and generation.vllm_client.get_server_info()["model_config"].get("return_sampling_mask")]
+    if not broadcast_object_list(told, from_process=0)[0]:
+        yield "the server does not tell it: start it with --return-sampling-mask (vLLM 0.31 or newer, Runner V2)"
+
+
 def check_images(generation: Any, method: Method) -> None:
     """Raise a ValueError where TRL would send images without the rule: to a server, asked in another way."""
     if generation.mode == "server" and method.temperature_rule is not None:
@@ -32,10 +148,13 @@ def check_images(generation: Any, method: Method) -> None:
         )
 
 
-def send_rule(generation: Any, method: Method, stats: EntropyStats | None) -> None:
-    """Give the method's rule with these statistics to the following requests; without statistics, T_base."""
+def send_rule(generation: Any, method: Method, stats: EntropyStats | None, *, support: bool = False) -> None:
+    """Give the method's rule with these statistics to the following requests; without statistics, T_base.
+
+    `support`: a server is asked by `take_supports`, which names it as the engine does.
+    """
     rule = rule_of(method, stats)
-    key = "vllm_xargs" if generation.mode == "server" else "extra_args"
+    key = "vllm_xargs" if generation.mode == "server" and not support else "extra_args"
     others = {k: v for k, v in generation.generation_kwargs.items() if k != key}
     given = (generation.generation_kwargs.get(key) or {}).items()
     args = {k: v for k, v in given if not k.startswith(PREFIX)} | ({} if rule is None else rule.to_args())
