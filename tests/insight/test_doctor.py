@@ -92,6 +92,14 @@ BROKEN_CONFIGS = [
         {"method": "dapo", "method_options": CAP_OFF, "top_p": 0.9, "generation_kwargs": {"min_p": 0.1}},
         "policy: top_p 0.9, min_p 0.1",
     ),
+    ("truncated_ratios", "warning", {"top_p": 0.9, "sampling_support": False}, "sampling_support is off"),
+    ("truncated_ratios", "warning", {"top_p": 0.9, "architecture": BIG}, "set top_k, to at most 1024"),
+    (
+        "truncated_ratios",
+        "warning",
+        {"top_k": 20, "use_transformers_continuous_batching": True},
+        "set use_transformers_continuous_batching=False",
+    ),
     ("temperature_range", "warning", {"method_options": {"temperature": {"tau": 0.8}}}, "at 0.2 to 1.8 times"),
     (
         "temperature_range",
@@ -335,6 +343,18 @@ BROKEN_RUNS = [
         {"method": "dapo"}
         | put(sampling__sampling_logp_difference__mean=lambda done, step: 0.001 + 0.05 * done**2),
         "0.0022 nats a token at first, 0.041 at the end",
+    ),
+    (
+        "truncated_ratios",
+        "warning",
+        {"top_p": 0.9, "sampling_support": False} | put(sampler_weight__mean=0.91),
+        "the mean importance weight was 0.91",
+    ),
+    (
+        "truncated_ratios",
+        "warning",
+        {"top_p": 0.9, "engine": "verl"} | put(sampler_weight__mean=0.91),
+        "actor_rollout_ref.rollout.top_p 1",
     ),
     (
         "ratio_always_one",

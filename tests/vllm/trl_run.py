@@ -40,7 +40,8 @@ def replayed_gap(trainer: HAPOTrainer) -> float:
         mask = inputs["completion_mask"].bool()
         factor = None if rule is None or stats is None else lambda entropy: rule(entropy, stats)
         with torch.no_grad():
-            scores = score_tokens(trainer.model, ids, attention, mask, t_base=trainer.temperature, factor=factor)
+            options = {"t_base": trainer.temperature, "factor": factor, "support": inputs.get("support")}
+            scores = score_tokens(trainer.model, ids, attention, mask, **options)
         ours = scores.logp if factor is None else scores.sampler_logp
         worst = max(worst, (ours - inputs["sampling_per_token_logps"])[mask].abs().max().item())
     return worst

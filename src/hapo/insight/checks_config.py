@@ -25,6 +25,11 @@ ROWS = 512
 TRUNCATIONS = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
 """Sampling options -> the value at which they leave the policy as it is."""
 
+MISSING_MASS = (
+    "the sampler's log-probs are over the tokens that are left, those of the policy over all: their ratio has the "
+    "mean of what is left, not 1, another one at each token, and the gradient is off by as much"
+)
+
 CLAMPS = {"zscore": ("t_min", "t_max")}
 """Temperature rule -> the options that clamp it."""
 
@@ -98,6 +103,34 @@ def uncorrected_sampler(plan: Plan) -> Finding | None:
         "the loss counts them as the policy's, so its gradient is biased towards what the sampler prefers; the "
         "weight min(exp(old - sampler), cap) takes that out",
         "--method_options '{\"sampler_cap\": 2.0}', or no option at all: 2.0 is the default",
+    )
+
+
+def truncated_ratios(plan: Plan) -> Finding | None:
+    """Tokens are left out of the draw, and log-probs are over all."""
+    from ..engines.trl.support import before_model, of_model, truncations
+    from ..engines.trl.vllm import against_engine
+
+    args = plan.args
+    cut = truncations(args)
+    if not cut:
+        return None
+    reasons = ["sampling_support is off: leave it out"] if args.sampling_support is False else []
+    reasons += [*before_model(args, own_rollout=False), *against_engine(args)]
+    if plan.architecture is not None:
+        sizes = plan.architecture.get_text_config()
+        reasons += of_model(args, vocabulary=sizes.vocab_size, images=False, router_loss=False)
+    serves = args.use_vllm and args.vllm_mode == "server"
+    if serves:
+        reasons.append("a server tells what is left only if it is started with --return-sampling-mask")
+    if not reasons:
+        return None
+    return Finding(
+        "truncated_ratios",
+        "note" if serves and len(reasons) == 1 else "warning",
+        f"{', '.join(cut)}, and log-probs over the whole vocabulary ({reasons[0].split(': ')[0]})",
+        MISSING_MASS,
+        reasons[0].split(": ")[-1],
     )
 
 

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from .checks_config import MISSING_MASS
 from .finding import Finding, percent
 from .run import Run
 from .trends import TREND, ends, method_of, rose, smaller_rate, values
@@ -69,6 +70,7 @@ def sampler_mismatch(run: Run) -> Finding | None:
     gap = values(run, "sampling/sampling_logp_difference/mean")
     truncating = any(run.config.get(name) for name in ("top_k", "min_p", "generation_kwargs"))
     truncating |= run.config.get("top_p", 1.0) != 1.0 or run.config.get("repetition_penalty", 1.0) != 1.0
+    truncating &= not run.config.get("sampling_support")
     if len(gap) < 2 or len(values(run, "temperature/mean")) or truncating:
         return None
     first, last = ends(gap)
@@ -83,6 +85,26 @@ def sampler_mismatch(run: Run) -> Finding | None:
         "or another template; gradients get a bias that grows with it",
         "the same dtype in both engines (--dtype, vllm's dtype), weights sent before each rollout, and "
         "--method_options '{\"sampler_cap\": 2.0}'",
+    )
+
+
+def truncated_ratios(run: Run) -> Finding | None:
+    """Tokens were left out of the draw, and log-probs are over all."""
+    given = {name: run.config.get(name) for name in ("top_p", "top_k", "min_p")}
+    cut = [f"{name}={x}" for name, x in given.items() if x not in (None, 0, 1.0)]
+    weight = values(run, "sampler_weight/mean")
+    if not cut or run.config.get("sampling_support") or not len(weight):
+        return None
+    verl = run.config.get("engine") == "verl"
+    return Finding(
+        "truncated_ratios",
+        "warning",
+        f"{', '.join(cut)} with log-probs over the whole vocabulary; the mean importance weight was "
+        f"{weight.mean():.2f}",
+        MISSING_MASS,
+        "--top_p 1 --top_k -1: verl 0.9 does not hand on what is left"
+        if verl
+        else "a top_k, with generate() of transformers or vLLM in Model Runner V2, and sampling_support unset",
     )
 
 

@@ -9,6 +9,8 @@ from typing import Literal
 IN_VERL = {
     "max_completion_length": "data.max_response_length",
     "num_generations": "actor_rollout_ref.rollout.n",
+    "top_p": "actor_rollout_ref.rollout.top_p",
+    "top_k": "actor_rollout_ref.rollout.top_k",
     "learning_rate": "actor_rollout_ref.actor.optim.lr",
     "max_grad_norm": "actor_rollout_ref.actor.optim.clip_grad",
     "steps_per_generation": "data.train_batch_size / actor_rollout_ref.actor.ppo_mini_batch_size",
