@@ -2,10 +2,14 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
+from trl.generation.vllm_generation import extract_logprobs
 
+import hapo
+from hapo.engines.trl import vllm
 from hapo.engines.trl.gather import concat_rows
 from hapo.engines.trl.support import LogpOver, over, support_of
 from hapo.samplers.decoding import MOST_SUPPORT
@@ -102,6 +106,55 @@ def test_supports_of_unlike_sizes_are_padded_with_nothing():
     ]
     joined = concat_rows(parts)["support"]
     assert joined.tolist() == [[[0, 0, 0], [0, 0, 0], [-1] * 3], [[1, -1, -1]] * 3]
+
+
+def test_an_engine_in_this_process_hands_its_masks_on():
+    """TRL's own reading of vLLM's outputs gives the log-probs with their supports."""
+
+    def output(tokens, sets):
+        logps = [{t: SimpleNamespace(logprob=-0.1 * t, rank=1)} for t in tokens]
+        mask = SimpleNamespace(token_ids=sets)
+        return SimpleNamespace(outputs=[SimpleNamespace(token_ids=tokens, logprobs=logps, sampling_mask=mask)])
+
+    llm = SimpleNamespace(generate=lambda prompts: [output([4, 5], [[4, 9], [5]]), output([6], [[8, 6]])])
+    vllm.take_supports(SimpleNamespace(mode="colocate", llm=llm))
+    logps = [[x[0] for x in row] for row in extract_logprobs(llm.generate([[1], [2]]))[0]]
+    assert logps == [[-0.4, -0.5], pytest.approx([-0.6])]
+    support = support_of(logps, None, torch.tensor([[4, 5], [6, 0]]))
+    assert support.tolist() == [[[4, 9], [5, -1]], [[8, 6], [0, -1]]]
+
+
+def test_a_server_is_asked_where_it_tells_its_masks():
+    """The answer's shape is that of vLLM 0.32's /inference/v1/generate; the rule goes where it reads it."""
+    asked = []
+
+    def post(url, json):
+        asked.append((url, json))
+        content = [{"token_id": 4, "logprob": -0.4, "rank": 1, "top_logprobs": []}]
+        choice = {"token_ids": [4], "logprobs": {"content": content}, "sampling_mask": [[4, json["token_ids"][0]]]}
+        return {"choices": [choice] * json["sampling_params"]["n"]}
+
+    client = SimpleNamespace(model="m", base_url="http://server", _post=post)
+    generation = SimpleNamespace(mode="server", vllm_client=client, generation_kwargs={})
+    vllm.take_supports(generation)
+    stats = hapo.EntropyStats(pivot=0.3, sigma=0.5, h_max=0.4, h_min=-0.9)
+    vllm.send_rule(generation, hapo.method("hapo"), stats, support=True)
+    answer = client.generate(
+        prompts=[[7], [8]], features=None, n=2, top_k=20, structured_outputs_regex=None,
+        generation_kwargs=generation.generation_kwargs,
+    )  # fmt: skip
+    assert answer["completion_ids"] == [[4]] * 4
+    assert [row[0][0].support for row in answer["logprobs"]] == [[4, 7], [4, 7], [4, 8], [4, 8]]
+    assert {url for url, _ in asked} == {"http://server/inference/v1/generate"}
+    assert asked[0][1]["sampling_params"]["extra_args"]["hapo_pivot"] == 0.3
+
+
+@pytest.mark.parametrize(("told", "reasons"), [({"return_sampling_mask": True}, 0), ({}, 1)])
+def test_a_server_says_whether_it_tells_them(told, reasons):
+    client = SimpleNamespace(get_server_info=lambda: {"model_config": told})
+    found = [*vllm.against_server(SimpleNamespace(mode="server", vllm_client=client), is_main=True)]
+    assert len(found) == reasons
+    assert all("--return-sampling-mask" in why for why in found)
 
 
 @pytest.mark.parametrize(

@@ -347,13 +347,13 @@ BROKEN_RUNS = [
     (
         "truncated_ratios",
         "warning",
-        {"top_p": 0.9, "sampling_support": False} | put(sampler_weight__mean=0.91),
+        {"config": {"top_p": 0.9, "sampling_support": False}} | put(sampler_weight__mean=0.91),
         "the mean importance weight was 0.91",
     ),
     (
         "truncated_ratios",
         "warning",
-        {"top_p": 0.9, "engine": "verl"} | put(sampler_weight__mean=0.91),
+        {"config": {"top_p": 0.9, "engine": "verl"}} | put(sampler_weight__mean=0.91),
         "actor_rollout_ref.rollout.top_p 1",
     ),
     (
