@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.verl.inputs import make_inputs
-from tests.verl.launch import HAPO, STAPO, VerlRun, launch
+from tests.verl.launch import BY_TOKEN, HAPO, STAPO, WITHOUT_QUEUE, VerlRun, launch
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +25,7 @@ def begun(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[di
     runs = {
         "hapo": launch(inputs, tmp_path_factory.mktemp("hapo"), *HAPO),
         "stapo": launch(inputs, tmp_path_factory.mktemp("stapo"), *STAPO, ranks=2),
+        "by_token": launch(inputs, tmp_path_factory.mktemp("by_token"), *BY_TOKEN, module=WITHOUT_QUEUE),
     }
     yield runs
     for run in runs.values():
@@ -41,3 +42,9 @@ def hapo_run(begun: dict[str, VerlRun]) -> VerlRun:
 def stapo_run(begun: dict[str, VerlRun]) -> VerlRun:
     """stapo on two ranks."""
     return begun["stapo"].wait()
+
+
+@pytest.fixture(scope="session")
+def by_token_run(begun: dict[str, VerlRun]) -> VerlRun:
+    """hapo without verl's queue, on scores by token."""
+    return begun["by_token"].wait()

@@ -1,4 +1,4 @@
-"""Starts verl's own `main_ppo` as a user would, and kills it whole."""
+"""Starts verl as a user would, by its own `main_ppo` or by hapo's, and kills it whole."""
 
 import os
 import signal
@@ -11,6 +11,9 @@ LIMIT = 900
 """Seconds that a run may take, half a minute on a free machine: verl hangs when one of its workers dies."""
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+
+WITH_QUEUE, WITHOUT_QUEUE = "verl.trainer.main_ppo", "hapo.verl_main"
+"""What starts verl's two trainers."""
 
 RATE, EPS = 4e-3, 1e-2
 """Of AdamW: the rate so high that tokens are clipped, epsilon so large that it does not blow up the rounding of small
@@ -35,6 +38,19 @@ HAPO = (
 
 STAPO = ("+hapo.method=stapo",)
 """Two global steps of two mini-batches and three epochs; the tokens kept depend on the policy of each step."""
+
+BY_TOKEN = (
+    "+hapo.method=hapo",
+    "+hapo.options.advantage=token_reward",
+    "reward.reward_manager.name=hapo_tokens",
+    "reward.custom_reward_function.name=by_token",
+    "trainer.use_v1=False",
+    "~trainer.v1.trainer_mode",
+    "trainer.test_freq=2",
+    "trainer.val_before_train=True",
+    "algorithm.filter_groups.metric=acc",
+)
+"""The trainer without a queue, two global steps, with a score for each token."""
 
 
 def overrides_of(inputs: Path, folder: Path, ranks: int) -> list[str]:
@@ -132,7 +148,7 @@ class VerlRun:
         self.process.wait()
 
 
-def launch(inputs: Path, folder: Path, *overrides: str, ranks: int = 1) -> VerlRun:
+def launch(inputs: Path, folder: Path, *overrides: str, ranks: int = 1, module: str = WITH_QUEUE) -> VerlRun:
     """Start a run; later overrides replace earlier ones, and `~key` takes one out."""
     given: dict[str, str] = {}
     for line in (*overrides_of(inputs, folder, ranks), *overrides):
@@ -142,7 +158,7 @@ def launch(inputs: Path, folder: Path, *overrides: str, ranks: int = 1) -> VerlR
             given[key.lstrip("+")] = f"{key}={value}"
     with (folder / "log").open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "verl.trainer.main_ppo", *given.values()],
+            [sys.executable, "-m", module, *given.values()],
             stdout=log,
             stderr=subprocess.STDOUT,
             cwd=folder,

@@ -77,6 +77,7 @@ def _rollout(
         reward=torch.tensor(heads["reward"].to_numpy()),
         verdict=torch.tensor(heads["verdict"].to_numpy()),
         group=torch.tensor(heads["group"].to_numpy()),
+        token_reward=whole.padded("token_reward") if method.credit is not None else None,
     )
     prepared = method.prepare(batch)
     theirs = {ours: whole.padded(column) for column, ours in COLUMNS.items()}

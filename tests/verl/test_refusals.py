@@ -17,10 +17,11 @@ from omegaconf import DictConfig, OmegaConf
 import hapo.verl_cpu  # noqa: F401 - registers the platform before verl asks for it
 from hapo.engines import verl as engine
 from hapo.engines.identity import identity
-from hapo.engines.verl import HAPOTrainerSync
-from hapo.engines.verl.config import Settings, recipe, refuse_half_set, resolve_method
+from hapo.engines.verl import HAPORayTrainer
+from hapo.engines.verl.config import MAIN, Settings, program_of, recipe, refuse_half_set, resolve_method
 from hapo.engines.verl.config import check as check_config
 from hapo.engines.verl.records import Records
+from hapo.engines.verl.trainer import HAPOTrainerSync
 from hapo.engines.version import require
 from hapo.insight.finding import IN_VERL
 from tests.verl.launch import ACTOR, METHOD, ROLLOUT, overrides_of
@@ -78,6 +79,8 @@ def compose(tmp_path: Path, *overrides: str) -> DictConfig:
         ((HAPO, f"{ROLLOUT}.name=sglang"), "not tested in verl's sglang rollout: set .*name=vllm"),
         ((HAPO, "+hapo.options.entropy_source=current"), "set .*calculate_entropy=True"),
         (("+hapo.method=archer",), "kl_loss_coef=0"),
+        (("+hapo.method=dft",), "dft.* learns from demonstrations.*run python -m hapo.verl_sft"),
+        ((HAPO, "+hapo.demonstrations=x"), "hapo.demonstrations cannot be honoured.*Use hapo.trl.HAPOTrainer"),
         (("+hapo.method=espo",), "espo.* is one of masked-diffusion models, which verl does not train"),
     ],
 )
@@ -153,12 +156,38 @@ def test_one_update_a_rollout_is_warned_of(tmp_path: Path) -> None:
         ((*METHOD[1:], HAPO), "set trainer.v1.trainer_mode=hapo"),
         ((*METHOD[1:], HAPO, "trainer.v1.trainer_mode=colocate_async"), "got colocate_async"),
         ((HAPO, "algorithm.adv_estimator=grpo"), "set trainer.v1.trainer_mode=hapo"),
-        ((*METHOD, HAPO, "trainer.use_v1=False"), "leave trainer.use_v1 out"),
+        ((*METHOD, HAPO, "trainer.use_v1=False"), "run python -m hapo.verl_main instead"),
     ],
 )
 def test_other_trainers(overrides: tuple[str, ...], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         refuse_half_set(overrides)
+
+
+def test_each_main_has_its_trainer() -> None:
+    refuse_half_set((*METHOD, HAPO, "trainer.use_v1=False"), MAIN)
+    with pytest.raises(ValueError, match="set trainer.use_v1=False, or run verl.trainer.main_ppo"):
+        refuse_half_set((*METHOD, HAPO), MAIN)
+    assert program_of(["python", "-m", "hapo.verl_main", HAPO]) == MAIN
+    assert program_of(["python", "-m", "verl.trainer.main_ppo", HAPO]) != MAIN
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (("+hapo.options.eps_hgih=0.3",), "eps_high"),
+        (("trainer.use_v1=True",), "trainer.use_v1=True is run by python -m verl.trainer.main_ppo"),
+        (("algorithm.filter_groups.enable=True",), "filter_groups.enable=True is not honoured .*: leave it out"),
+        (("trainer.balance_batch=False",), "balance_batch=False .*: set it to True"),
+        (
+            (f"{ROLLOUT}.agent.agent_loop_manager_class=mine.Manager",),
+            "mine.Manager takes the place .*leave it out",
+        ),
+    ],
+)
+def test_refused_without_the_queue(tmp_path: Path, overrides: tuple[str, ...], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        HAPORayTrainer(compose(tmp_path, HAPO, "trainer.use_v1=False", *overrides))
 
 
 def test_main_refuses_other_trainers(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """verl's numbers against a plain replay: old log-probs, signal, advantages, losses, gradient norms, weights.
 
-Two methods of different shape. The others differ in the core alone, and go through verl's loss in test_methods.py;
+Two methods of different shape, one of them on both of verl's trainers. The others differ in the core alone, and go through verl's loss in test_methods.py;
 verl's own terms, the KL penalty and the entropy bonus, are in test_loss.py.
 """
 
@@ -23,12 +23,15 @@ def lines(run: VerlRun) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("name", "rollouts", "updates"), [("hapo", 3, 3), ("stapo", 2, 6)])
+@pytest.mark.parametrize(
+    ("name", "rollouts", "updates"),
+    [("hapo", 3, 3), ("stapo", 2, 6), ("by_token", 2, 6)],
+)
 def test_replay(request: pytest.FixtureRequest, inputs: Path, name: str, rollouts: int, updates: int) -> None:
-    """Every optimiser step, from the rollout to the weights that it leaves: on one rank, and on two."""
+    """Every optimiser step, from the rollout to the weights that it leaves: on one rank, on two, and without the queue."""
     found: VerlRun = request.getfixturevalue(f"{name}_run")
     method = Run(found.out).method()
-    assert method.name == name
+    assert method.name == ("hapo" if name == "by_token" else name)
     batches = replay(inputs, found.out, method)
     assert len(batches) == rollouts
     for batch, line in zip(batches, lines(found), strict=True):

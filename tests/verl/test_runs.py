@@ -92,12 +92,14 @@ def test_two_ranks_packed_killed_and_resumed(
     assert later[columns].to_numpy().tolist() == once.evaluations[columns].to_numpy().tolist()
 
 
-def test_records(hapo_run: VerlRun, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "rollouts", "end"), [("hapo", [1, 4, 7], 9), ("by_token", [1, 7], 12)])
+def test_records(request: pytest.FixtureRequest, tmp_path: Path, name: str, rollouts: list[int], end: int) -> None:
     """Report and microscope read the run, and the core makes of its records what training made."""
-    found = Run(hapo_run.out)
+    found = Run(request.getfixturevalue(f"{name}_run").out)
     assert found.manifest["versions"]["verl"].startswith("0.9.") and found.finished is not None
-    assert found.rollouts == [1, 4, 7]
-    assert found.evaluations["step"].tolist() == [0, 9]
+    assert found.finished["why"] == "max_steps" and found.finished["num_tokens"] > 0
+    assert found.rollouts == rollouts
+    assert found.evaluations["step"].tolist() == [0, end]
     assert found.evaluations["binary"].all() and found.evaluations["problems"].tolist() == [8, 8]
     for first in found.rollouts:
         rollout = found.rollout(first)
@@ -107,20 +109,40 @@ def test_records(hapo_run: VerlRun, tmp_path: Path) -> None:
         for column in ("advantage", "advantage_used", "signal", "ratio", "bound_low", "bound_high"):
             assert np.allclose(table[column], again[column], atol=2e-6, rtol=1e-5, equal_nan=True), column
         assert (table["clipped"] == again["clipped"]).all()
-        assert (table["verdict"] == (table["reward"] > 0)).all()  # `acc`, and the score
+        if name == "hapo":
+            assert (table["verdict"] == (table["reward"] > 0)).all()  # `acc`, and the score
     write_report([found.folder], tmp_path / "report.html")
     assert "microscope" in (tmp_path / "report.html").read_text()
 
 
-def test_first_rollout_is_drawn_at_the_base_temperature(hapo_run: VerlRun) -> None:
+def test_scores_by_token(by_token_run: VerlRun) -> None:
+    """What the reward function gave each token: learnt from, recorded, and summed up in verl's own metrics."""
+    table = tokens(by_token_run.out)
+    given = np.where(table["position"] % 2, (table["id"] % 5) / 4, 0)
+    assert np.allclose(table["token_reward"], given) and (given > 0).sum() > 32
+    first = table.drop_duplicates(["rollout", "response", "position"])
+    rows = first.groupby(["rollout", "response"])
+    assert np.allclose(rows["token_reward"].sum(), rows["reward"].first())
+    assert (rows["verdict"].first() == (rows["reward"].first() > 3.5)).all()
+    means = rows["reward"].first().groupby("rollout").mean()
+    for mean, line in zip(means, metrics(by_token_run).values(), strict=True):
+        assert line["reward"] == pytest.approx(mean, abs=1e-5)
+    assert (rows["advantage"].nunique() > 1).sum() > 16  # no advantage of a whole response
+
+
+@pytest.mark.parametrize(("name", "second"), [("hapo", 4), ("by_token", 7)])
+def test_first_rollout_is_drawn_at_the_base_temperature(
+    request: pytest.FixtureRequest, name: str, second: int
+) -> None:
     """Then every token at T_base times the factor of its entropy, by the statistics of the rollout before."""
-    table, method = tokens(hapo_run.out), Run(hapo_run.out).method()
+    run = request.getfixturevalue(f"{name}_run")
+    table, method = tokens(run.out), Run(run.out).method()
     assert method.temperature_rule is not None
     apart = (table["logp_sampler"] - table["logp_old"]).abs()
     first = table["rollout"] == 1
     assert (table[first]["temperature"] == 1).all() and apart[first].max() < 1e-5
-    drawn = table[table["rollout"] == 4]
-    stats = EntropyStats(**json.loads((hapo_run.out / "global_step_1/hapo.json").read_text())["stats"])
+    drawn = table[table["rollout"] == second]
+    stats = EntropyStats(**json.loads((run.out / "global_step_1/hapo.json").read_text())["stats"])
     factor = method.temperature_rule(torch.tensor(drawn["entropy"].to_numpy()), stats).numpy()
     assert np.allclose(drawn["temperature"], factor, atol=1e-6) and factor.std() > 0.01
     assert apart[drawn.index].max() > 0.05

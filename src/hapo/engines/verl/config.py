@@ -29,8 +29,16 @@ ACTOR = "actor_rollout_ref.actor"
 ROLLOUT = "actor_rollout_ref.rollout"
 CORRECTION = "algorithm.rollout_correction"
 
+MAIN, SFT, VERLS_MAIN = "hapo.verl_main", "hapo.verl_sft", "verl.trainer.main_ppo"
+"""The modules that start a run: rollouts without verl's queue, demonstrations, and rollouts with the queue."""
+
 TEMPERED_BY = ("vllm", "transformers")
 """Rollouts that apply the rule of a request."""
+
+NO_DEMONSTRATIONS = (
+    "an optimiser step of verl is one call of its engine, on rows of the rollout and with one loss, and rows of "
+    "demonstrations in it would enter verl's KL penalty, entropy bonus and counts of tokens"
+)
 
 DECIDED_BY_METHOD: dict[str, tuple[Any, str]] = {
     f"{ACTOR}.clip_ratio": (0.2, "+hapo.options.eps_low and eps_high"),
@@ -84,14 +92,29 @@ class Settings:
         section = config.get(NAME)
         if not section or not section.get("method"):
             known = ", ".join(hapo.methods("policy"))
-            raise ValueError(f"{MODE}={NAME} needs a method: set +hapo.method=hapo, or any of {known}")
+            raise ValueError(f"hapo's trainer needs a method: set +hapo.method=hapo, or any of {known}")
+        if section["method"] in hapo.methods("supervised"):
+            raise ValueError(
+                f"method {section['method']!r} learns from demonstrations, and verl's PPO trainers have rollouts "
+                f"alone: run python -m {SFT}"
+            )
+        for key in section:
+            if key.startswith("demonstration"):
+                raise ValueError(
+                    f"hapo.{key} cannot be honoured: {NO_DEMONSTRATIONS}. Use hapo.trl.HAPOTrainer, or train with "
+                    f"demonstrations first (python -m {SFT}), and then with rollouts"
+                )
         check_names("the section hapo of the configuration", section, [f.name for f in fields(cls)])
         return cls(**section)
 
 
-def refuse_half_set(arguments: Sequence[str]) -> None:
+def refuse_half_set(arguments: Sequence[str], program: str = VERLS_MAIN) -> None:
     """Look at a command line of verl: only there can a stock trainer be refused, which would ignore the section,
     or call the estimator after its first rollout, without the entropies.
+
+    Args:
+        arguments: overrides.
+        program: the module that was started, of `program_of`.
 
     Raises:
         ValueError: it asks for hapo, and the trainer is not hapo's.
@@ -100,18 +123,34 @@ def refuse_half_set(arguments: Sequence[str]) -> None:
     section = any(key.startswith(f"{NAME}.") for key in given)
     if not section and NAME not in (given.get(ADVANTAGE), given.get(LOSS)):
         return
+    if program == SFT:
+        return
     if given.get("trainer.use_v1", "true").lower() == "false":
-        raise ValueError(f"{ADVANTAGE}={NAME} needs verl's v1 trainer: leave trainer.use_v1 out")
+        if program != MAIN:
+            raise ValueError(
+                f"verl's main has no registry of trainers without a queue: run python -m {MAIN} instead"
+            )
+        return
+    if program == MAIN:
+        raise ValueError(f"{MAIN} runs the trainer without a queue: set trainer.use_v1=False, or run {VERLS_MAIN}")
     mode = given.get(MODE, "sync")
     if mode != NAME:
         raise ValueError(wrong_mode(mode))
+
+
+def program_of(command: Sequence[str]) -> str:
+    """The module that this process was started with: one of hapo's for verl, or else verl's own."""
+    for ours in (MAIN, SFT):
+        if any(word == ours or word.endswith(ours.replace(".", "/") + ".py") for word in command):
+            return ours
+    return VERLS_MAIN
 
 
 def wrong_mode(mode: str | None = None) -> str:
     """Why a stock trainer, of this mode, cannot run a method."""
     reason = (
         f"a method needs the rollout's entropies, which verl's own trainers do not hand on: set {MODE}={NAME}, "
-        "which runs verl's synchronous trainer"
+        f"which runs verl's synchronous trainer, or run python -m {MAIN} with trainer.use_v1=False"
     )
     if mode is None:
         return reason
@@ -166,8 +205,13 @@ def resolve_method(config: Mapping[str, Any], settings: Settings) -> Method:
     return policy(settings.method, **{**settings.options, **changes})
 
 
-def check(config: Mapping[str, Any], method: Method) -> None:
+def check(config: Mapping[str, Any], method: Method, *, queue: bool = True) -> None:
     """Refuse what this engine cannot honour, with what to set instead.
+
+    Args:
+        config: the whole of verl's configuration.
+        method: what is trained.
+        queue: the trainer is verl's default one.
 
     Raises:
         ValueError: which option, why, and the remedy.
@@ -175,7 +219,7 @@ def check(config: Mapping[str, Any], method: Method) -> None:
     """
     for path in (ADVANTAGE, LOSS):
         if select(config, path) != NAME:
-            raise ValueError(f"{MODE}={NAME} needs {path}={NAME}, got {select(config, path)}")
+            raise ValueError(f"hapo's trainer needs {path}={NAME}, got {select(config, path)}")
     if select(config, f"{CORRECTION}.bypass_mode"):
         raise ValueError(
             f"{CORRECTION}.bypass_mode=True takes the sampler's log-probs for the old policy's and skips the pass "
@@ -216,6 +260,8 @@ def check(config: Mapping[str, Any], method: Method) -> None:
             "set it to reward, or reward.reward_model.enable_resource_pool=True"
         )
     _check_correction(config)
+    if not queue:
+        _check_without_queue(config, method)
     if method.temperature_rule is not None:
         _check_temperature(config, method)
     if select(config, f"{ROLLOUT}.name") == "vllm":
@@ -233,6 +279,27 @@ def check(config: Mapping[str, Any], method: Method) -> None:
 def _own_penalty(method: Method) -> bool:
     """The method weighs its penalty token by token, which verl's own cannot."""
     return method.penalty is not None and part_of(method.penalty) is not kl_penalty
+
+
+def _check_without_queue(config: Mapping[str, Any], method: Method) -> None:
+    if select(config, "trainer.use_v1", False):
+        raise ValueError(f"trainer.use_v1=True is run by python -m {VERLS_MAIN}: set it to False for {MAIN}")
+    if select(config, "algorithm.filter_groups.enable"):
+        raise ValueError(
+            "algorithm.filter_groups.enable=True is not honoured by verl's trainer without a queue: leave it out. "
+            "Methods with filter_groups drop groups of equal verdicts without replacing them"
+        )
+    if not select(config, "trainer.balance_batch", True):
+        raise ValueError(
+            "trainer.balance_batch=False hides the step's metrics from this engine in verl's trainer without a "
+            "queue: set it to True"
+        )
+    path = f"{ROLLOUT}.agent.agent_loop_manager_class"
+    if method.temperature_rule is not None and select(config, path):
+        raise ValueError(
+            f"{path}={select(config, path)} takes the place of the one that sends the adaptive temperature: leave "
+            "it out, or switch the temperature off (+hapo.options.components=BCD for hapo)"
+        )
 
 
 def _check_correction(config: Mapping[str, Any]) -> None:

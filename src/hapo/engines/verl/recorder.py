@@ -12,6 +12,7 @@ from tensordict import TensorDict
 from ...batch import TokenBatch
 from ...method import LossOutput, Method
 from ..records import RunRecords
+from .columns import prompts_of
 from .plan import RolloutPlan
 
 
@@ -25,14 +26,14 @@ class TokenRecorder:
 
     def add(self, batch: TokenBatch, out: LossOutput, data: TensorDict, method: Method) -> None:
         """The rows of a micro-batch that are of the recorded groups."""
-        chosen = data.select("prompts", "responses", "response_mask", "hapo_response")
+        chosen = data.select("responses", "response_mask")
         rows = (data["hapo_group"] < self.plan.groups).nonzero().squeeze(1)
         if not len(rows):
             return
-        padded = chosen.select("responses", "response_mask").to_padded_tensor()
+        padded = chosen.to_padded_tensor()
         index = rows.tolist()
         ids = padded["responses"][rows].cpu()
-        prompts = chosen["prompts"].unbind()
+        prompts = prompts_of(data)
         batch = batch.rows(rows)
         assert batch.old_entropy is not None
         temperature = torch.full_like(batch.old_entropy, self.plan.t_base)
@@ -40,7 +41,7 @@ class TokenRecorder:
             temperature = temperature * method.temperature_rule(batch.old_entropy, self.plan.sampled_with)
         decode = self.tokenizer.batch_decode
         mask = padded["response_mask"][rows].bool() & batch.scored.unsqueeze(1)
-        response = chosen["hapo_response"][rows]
+        response = data["hapo_response"][rows]
         self.records.add_rewards(self.plan.step, batch, mask, response, self.plan.responses)
         self.records.add_tokens(
             self.step,

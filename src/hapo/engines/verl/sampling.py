@@ -6,9 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
+from verl.experimental.agent_loop import AgentLoopManager
 from verl.workers.rollout.llm_server import LLMServerClient
 
 from ...samplers.rule import HARMLESS, PREFIX, TemperatureRule
+
+BOARD = "hapo_rule_board"
+"""The Ray actor of a run's rule."""
 
 Args = dict[str, float | str]
 """A rule as parameters of a request."""
@@ -32,9 +36,14 @@ class RuleBoard:
 class TemperedClient(LLMServerClient):
     """verl's client of its rollout servers, with the rule added to the sampling parameters of each request."""
 
-    def __init__(self, *args: Any, board: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.board = board
+    board: Any
+
+    @classmethod
+    def of(cls, client: LLMServerClient, board: Any) -> TemperedClient:
+        """The same client, with the rule of this board."""
+        made = cls.__new__(cls)
+        made.__dict__ |= {**vars(client), "board": board}
+        return made
 
     async def generate(self, request_id: Any, *, sampling_params: dict[str, Any], **others: Any) -> Any:
         """As verl's."""
@@ -45,11 +54,18 @@ class TemperedClient(LLMServerClient):
         return await super().generate(request_id, sampling_params=sampling_params, **others)
 
 
+class TemperedAgentLoopManager(AgentLoopManager):
+    """verl's manager of agent loops, which get the tempered client: for the trainer that makes both itself."""
+
+    def __init__(self, config: Any, llm_client: LLMServerClient, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, TemperedClient.of(llm_client, ray.get_actor(BOARD)), *args, **kwargs)
+
+
 class Tempering:
     """The trainer's side: one board for all clients."""
 
     def __init__(self) -> None:
-        self.board = ray.remote(RuleBoard).options(num_cpus=0).remote()
+        self.board = ray.remote(RuleBoard).options(num_cpus=0, name=BOARD).remote()
 
     def send(self, rule: TemperatureRule | None) -> None:
         """Set the rule of the following requests; returns when it is set."""

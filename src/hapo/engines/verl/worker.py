@@ -15,12 +15,13 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id, get_device_name
 from verl.utils.distributed import initialize_global_process_group_ray
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
-from verl.workers.utils.padding import no_padding_2_padding, response_to_nested
+from verl.workers.utils.padding import no_padding_2_padding
 
 from ...batch import StepTotals, TokenBatch
 from ...method import Method
 from ...methods import policy
 from ...parts.entropy import entropy_from_logits
+from .columns import like
 from .loss import micro_batch, shares, token_batch
 from .plan import RolloutPlan
 from .recorder import TokenRecorder
@@ -92,7 +93,7 @@ class HAPOActor(TrainingWorker):
             made = getattr(step, field)
             if made is not None:
                 here = made[first : first + len(batch), : batch.mask.shape[1]].cpu()
-                data[f"hapo_{field}"] = response_to_nested(here, data["response_mask"])
+                data[f"hapo_{field}"] = like(here, data["response_mask"])
         assert step.totals is not None
         tu.assign_non_tensor(data, hapo_totals=astuple(step.totals))
 
