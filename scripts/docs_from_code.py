@@ -159,6 +159,7 @@ ENGINES = [
         "trl_reference.md#the-asynchronous-trainer",
     ),
     ("verl, vLLM rollout", "verl", "all policy methods", "yes", "yes", "verl.md"),
+    ("verl, SFT", "verl", "supervised, but for RankTuner", "no rollouts", "no rollouts", "verl.md#demonstrations"),
     (
         "verl, SGLang rollout",
         "verl",

@@ -35,7 +35,7 @@ ROWS = """
     tasks
     engines
     engines.trl engines.verl engines.verl_cpu
-    trl verl verl_cpu
+    trl verl verl_cpu verl_main verl_sft
     loops
     insight
     cli

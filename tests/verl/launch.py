@@ -36,14 +36,19 @@ HAPO = (
 )
 """Three global steps of hapo, each of three optimiser steps, with validation before and after."""
 
-STAPO = ("+hapo.method=stapo",)
+SCORES = (
+    "+hapo.options.advantage=token_reward",
+    "reward.reward_manager.name=hapo_tokens",
+    "reward.custom_reward_function.name=by_token",
+)
+"""A score for each token, from the reward function to the advantage."""
+
+STAPO = ("+hapo.method=stapo", *SCORES)
 """Two global steps of two mini-batches and three epochs; the tokens kept depend on the policy of each step."""
 
 BY_TOKEN = (
     "+hapo.method=hapo",
-    "+hapo.options.advantage=token_reward",
-    "reward.reward_manager.name=hapo_tokens",
-    "reward.custom_reward_function.name=by_token",
+    *SCORES,
     "trainer.use_v1=False",
     "~trainer.v1.trainer_mode",
     "trainer.test_freq=2",

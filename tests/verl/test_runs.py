@@ -115,17 +115,20 @@ def test_records(request: pytest.FixtureRequest, tmp_path: Path, name: str, roll
     assert "microscope" in (tmp_path / "report.html").read_text()
 
 
-def test_scores_by_token(by_token_run: VerlRun) -> None:
+@pytest.mark.parametrize("name", ["stapo", "by_token"])
+def test_scores_by_token(request: pytest.FixtureRequest, name: str) -> None:
     """What the reward function gave each token: learnt from, recorded, and summed up in verl's own metrics."""
-    table = tokens(by_token_run.out)
+    run = request.getfixturevalue(f"{name}_run")
+    table = tokens(run.out)
     given = np.where(table["position"] % 2, (table["id"] % 5) / 4, 0)
     assert np.allclose(table["token_reward"], given) and (given > 0).sum() > 32
     first = table.drop_duplicates(["rollout", "response", "position"])
     rows = first.groupby(["rollout", "response"])
     assert np.allclose(rows["token_reward"].sum(), rows["reward"].first())
-    assert (rows["verdict"].first() == (rows["reward"].first() > 3.5)).all()
+    if name == "by_token":
+        assert (rows["verdict"].first() == (rows["reward"].first() > 3.5)).all()  # the filter's metric is `acc`
     means = rows["reward"].first().groupby("rollout").mean()
-    for mean, line in zip(means, metrics(by_token_run).values(), strict=True):
+    for mean, line in zip(means, metrics(run).values(), strict=True):
         assert line["reward"] == pytest.approx(mean, abs=1e-5)
     assert (rows["advantage"].nunique() > 1).sum() > 16  # no advantage of a whole response
 

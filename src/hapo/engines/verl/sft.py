@@ -81,8 +81,8 @@ def supervised_loss(
     return out.loss * ranks, {f"{NAME}/{name}": Metric(AggregationType.SUM, x) for name, x in told.items()}
 
 
-def targets(loss_mask: Tensor) -> Bool[Tensor, " N"]:
+def targets(loss_mask: Any) -> Bool[Tensor, " N"]:
     """Where the next token of the same row is a target, of a nested mask; nowhere at a row's end."""
-    mask = loss_mask.values().bool().roll(-1)
+    mask: Tensor = loss_mask.values().bool().roll(-1)
     mask[loss_mask.offsets()[1:] - 1] = False
     return mask
