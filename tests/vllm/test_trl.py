@@ -30,6 +30,12 @@ RUNS: dict[str, dict[str, Any]] = {
         "learning_rate": 0.0,
         "max_steps": 4,
     },
+    "not scored": {
+        "method": "hapo",
+        "method_options": {"temperature": {"tau": 0.3}},
+        "learning_rate": 0.0,
+        "score_rollouts": False,
+    },
 }
 
 
@@ -70,3 +76,11 @@ def test_another_method_takes_the_temperature_too(runs):
     found = runs["another method"]
     assert found["replayed_gap"] < 1e-4
     assert gaps(found)[-1] > 1e-2
+
+
+def test_what_vllm_knew_stands_for_a_scoring_pass(runs):
+    """Log-probs and entropies of the last rollout, its third, which is not scored: 1 and 2 are, and compared."""
+    found = runs["not scored"]
+    assert found["scored"] == [True, True, False]
+    assert found["old_gap"] < 1e-4 and found["entropy_gap"] < 1e-4
+    assert found["replayed_gap"] < 1e-4

@@ -19,6 +19,7 @@ import trl.generation.vllm_generation as backend  # noqa: E402
 from datasets import Dataset  # noqa: E402
 
 from hapo.assets import tiny_model_path  # noqa: E402
+from hapo.engines.trl.scorer import Sequences  # noqa: E402
 from hapo.scoring import score_tokens  # noqa: E402
 from hapo.trl import HAPOConfig, HAPOTrainer  # noqa: E402
 
@@ -45,6 +46,19 @@ def replayed_gap(trainer: HAPOTrainer) -> float:
         ours = scores.logp if factor is None else scores.sampler_logp
         worst = max(worst, (ours - inputs["sampling_per_token_logps"])[mask].abs().max().item())
     return worst
+
+
+def old_gaps(trainer: HAPOTrainer) -> dict[str, float]:
+    """Largest distance of the old policy's log-probs and entropies from those of a pass of our own."""
+    gaps = {"old_gap": 0.0, "entropy_gap": 0.0}
+    for inputs in trainer._buffered_inputs:
+        rows = Sequences.of(inputs)
+        with torch.no_grad():
+            scores = score_tokens(trainer.model, rows.ids, rows.attention, rows.mask, t_base=trainer.temperature)
+        of = {"old_gap": (scores.logp, "old_per_token_logps"), "entropy_gap": (scores.entropy, "old_entropies")}
+        for name, (ours, theirs) in of.items():
+            gaps[name] = max(gaps[name], (ours - inputs[theirs])[rows.mask].abs().max().item())
+    return gaps
 
 
 def main(options: dict[str, Any]) -> dict[str, Any]:
@@ -74,11 +88,25 @@ def main(options: dict[str, Any]) -> dict[str, Any]:
         if synced is not None:
             send, times = trainer.vllm_generation.sync_weights, iter(range(synced))
             trainer.vllm_generation.sync_weights = lambda: send() if next(times, None) is not None else None
+        scored: list[bool] = []
+        scores, text = trainer.scorer.drawn.scores, trainer.scorer.text
+
+        def watched(*args: Any) -> Any:
+            scored.append(False)
+            return scores(*args)
+
+        def seen(*args: Any) -> Any:
+            if not torch.is_grad_enabled() and scored:
+                scored[-1] = True
+            return text(*args)
+
+        trainer.scorer.drawn.scores, trainer.scorer.text = watched, seen  # type: ignore[method-assign]
         trainer.train()
         trainer.vllm_generation.llm.llm_engine.engine_core.shutdown()  # room for the next run's
     lines = [line for line in trainer.state.log_history if "loss" in line]
     still = given.get("learning_rate") == 0.0
-    return {"lines": lines, "replayed_gap": replayed_gap(trainer) if still else None}
+    replayed = {"replayed_gap": replayed_gap(trainer), **old_gaps(trainer)} if still else {"replayed_gap": None}
+    return {"lines": lines, "scored": scored, **replayed}
 
 
 if __name__ == "__main__":

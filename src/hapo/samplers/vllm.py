@@ -12,8 +12,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import vllm
@@ -25,6 +26,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor as ProcessorV1
 
 from ..versions import PAGE, check_vllm, one_runner
 from .rule import TemperatureRule, temper_
+from .vllm_draws import Asked, DrawLog
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -46,6 +48,15 @@ Group = tuple[TemperatureRule, "Int[Tensor, ' n'] | None"]
 """A rule and the rows of logits that it acts on; None: all of them."""
 
 
+class Request(NamedTuple):
+    """What is kept of a request that samples."""
+
+    rule: TemperatureRule | None
+    t_base: float
+    asked: Asked | None
+    """Its place in the log, where there is one."""
+
+
 class AdaptiveTemperature(ProcessorV1, ProcessorV2):
     """Divides the rows of a request by factor(H), so that its tokens are drawn at T_base x factor(H).
 
@@ -64,8 +75,10 @@ class AdaptiveTemperature(ProcessorV1, ProcessorV2):
         device_or_states: device | LogitsProcRequestState,
         is_pin_memory: bool | None = None,
     ) -> None:
+        self.log: DrawLog | None = None
         self._engine = vllm_config
-        self._requests: dict[int, tuple[TemperatureRule, float]] = {}
+        self._states = device_or_states
+        self._requests: dict[int, Request] = {}
         self._slots: Sequence[int] | None = None
         self._groups: list[Group] = []
         self._t_base: Float[Tensor, " N"] | None = None
@@ -103,8 +116,8 @@ class AdaptiveTemperature(ProcessorV1, ProcessorV2):
             return
         for row in batch_update.removed:
             self._requests.pop(row, None)
-        for row, params, *_ in batch_update.added:
-            self.add_request(row, params)
+        for row, params, prompt, drawn in batch_update.added:
+            self.add_request(row, params, prompt, drawn)
         for a, b, direction in batch_update.moved:
             from_a, from_b = self._requests.pop(a, None), self._requests.pop(b, None)
             if from_a is not None:
@@ -113,14 +126,25 @@ class AdaptiveTemperature(ProcessorV1, ProcessorV2):
                 self._requests[a] = from_b
         self._slots = None
 
-    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
-        """Keep what the request in this slot asks for, in place of the one before; whether its logits change."""
+    def add_request(
+        self,
+        req_idx: int,
+        sampling_params: SamplingParams,
+        prompt: list[int] | None = None,
+        drawn: list[int] | None = None,
+    ) -> bool:
+        """Keep what the request in this slot asks for, in place of the one before; whether its logits change.
+
+        `prompt` and `drawn`, a list that grows, come from Runner V1 only.
+        """
         rule = TemperatureRule.from_args(sampling_params.extra_args)
+        rule = rule if rule is not None and rule.options.acts else None
         self._slots = None
-        if rule is None or not rule.options.acts or sampling_params.sampling_type == SamplingType.GREEDY:
+        if (rule is None and self.log is None) or sampling_params.sampling_type == SamplingType.GREEDY:
             self._requests.pop(req_idx, None)
             return False
-        self._requests[req_idx] = rule, sampling_params.temperature
+        asked = None if self.log is None else self.log.begin(prompt, [] if drawn is None else drawn)
+        self._requests[req_idx] = Request(rule, sampling_params.temperature, asked)
         return True
 
     def apply(self, logits: Float[Tensor, "N V"], ctx: LogitsContext | None = None) -> Float[Tensor, "N V"]:
@@ -133,6 +157,8 @@ class AdaptiveTemperature(ProcessorV1, ProcessorV2):
             slots = ctx.idx_mapping_np.tolist()
         else:  # Speculative decoding: several rows a request, known on the device only.
             slots = ctx.expanded_idx_mapping.tolist()
+        if self.log is not None:
+            return self._apply_logged(self.log, logits, slots, ctx)
         if slots != self._slots:
             self._group(slots, logits.device)
         for rule, rows in self._groups:
@@ -140,14 +166,55 @@ class AdaptiveTemperature(ProcessorV1, ProcessorV2):
             temper_(logits, rule, self._t_base, rows)
         return logits
 
+    def _apply_logged(
+        self, log: DrawLog, logits: Float[Tensor, "N V"], slots: Sequence[int], ctx: LogitsContext | None
+    ) -> Float[Tensor, "N V"]:
+        """The same, and what is known of each row goes into the log."""
+        logged: list[tuple[int, Request, int]] = []
+        for row, slot in enumerate(slots):
+            request = self._requests.get(slot)
+            if request is None or request.asked is None:
+                continue
+            position = len(request.asked.drawn) if ctx is None else self._position(request.asked, slot, row, ctx)
+            if position >= 0:  # below: a part of a prompt
+                logged.append((row, request, position))
+        if not logged:
+            return logits
+        of_rule: dict[TemperatureRule, list[int]] = {}
+        for i, (_, request, _) in enumerate(logged):
+            if request.rule is not None:
+                of_rule.setdefault(request.rule, []).append(i)
+        on = logits.device
+        rows = async_tensor_h2d([row for row, *_ in logged], on, int64)
+        part = logits if len(logged) == len(logits) else logits[rows]
+        log.temper_(
+            part,
+            [(rule, async_tensor_h2d(which, on, int64)) for rule, which in of_rule.items()],
+            async_tensor_h2d([request.t_base for _, request, _ in logged], on, float32),
+            [(request.asked, position) for _, request, position in logged if request.asked is not None],
+            None if ctx is None else ctx.input_ids[rows],
+        )
+        if part is not logits:
+            logits[rows] = part
+        return logits
+
+    def _position(self, asked: Asked, slot: int, row: int, ctx: LogitsContext) -> int:
+        """Of the token that Runner V2 draws next, in the answer; its prompt is read at the first."""
+        states: Any = self._states
+        length = int(states.prompt_len.np[slot])
+        if asked.prompt is None:
+            asked.prompt = states.all_token_ids.gpu[slot, :length].tolist()
+        return int(ctx.seq_lens_upper_bound_np[row]) - length
+
     def _group(self, slots: Sequence[int], on: device) -> None:
         """Gather the rows that have the same rule, and the temperatures of all rows."""
         rows: dict[TemperatureRule, list[int]] = {}
         t_base = [1.0] * len(slots)
         for row, slot in enumerate(slots):
-            if slot in self._requests:
-                rule, t_base[row] = self._requests[slot]
-                rows.setdefault(rule, []).append(row)
+            request = self._requests.get(slot)
+            if request is not None and request.rule is not None:
+                t_base[row] = request.t_base
+                rows.setdefault(request.rule, []).append(row)
         self._groups = [
             (rule, None if len(found) == len(slots) else async_tensor_h2d(found, on, int64))
             for rule, found in rows.items()
@@ -158,6 +225,43 @@ class AdaptiveTemperature(ProcessorV1, ProcessorV2):
 
 _acting: WeakValueDictionary[int, AdaptiveTemperature] = WeakValueDictionary()
 """The processor of each engine, by the id of its configuration, which the processor keeps alive."""
+
+
+def processor_of(llm: Any) -> AdaptiveTemperature | None:
+    """The processor that acts in an engine of this process, in Runner V1 or V2; None where none was loaded."""
+    runner = llm.llm_engine.model_executor.driver_worker.model_runner
+    batch = getattr(runner, "input_batch", None)
+    loaded = batch.logitsprocs.all if batch is not None else runner.sampler.logits_processors
+    ours = [processor for processor in loaded if isinstance(processor, AdaptiveTemperature)]
+    return next((processor for processor in ours if _acting.get(id(processor._engine)) is processor), None)
+
+
+@contextmanager
+def logging_draws(llm: Any) -> Iterator[DrawLog]:
+    """A log of what an engine of this process draws inside the block, of requests that begin there.
+
+    It costs two passes over the logits of a step, and a rule one.
+
+    Raises:
+        ValueError: speculative decoding, in which a request has several rows a step.
+        RuntimeError: vLLM did not load the processor.
+    """
+    processor = processor_of(llm)
+    if processor is None:
+        raise RuntimeError(NOT_LOADED)
+    if llm.llm_engine.vllm_config.speculative_config is not None:
+        raise ValueError("under speculative decoding vLLM draws several tokens a step: score the rollouts")
+    processor.log = log = DrawLog()
+    try:
+        yield log
+    finally:
+        processor.log = None
+
+
+NOT_LOADED = (
+    "vLLM did not load hapo's processor: install hapo where vLLM finds its entry point (group "
+    "vllm.logits_processors), and leave speculative decoding off"
+)
 
 
 def _say_which_runner() -> None:

@@ -18,7 +18,7 @@ from ...method import Method
 from ...methods import options_of, policy
 from . import optimizer
 from .demonstrations import Weight, check_options
-from .options import DECIDED_BY_METHOD, LOSS_TYPES, NO_TEMPERATURE, check_generation, done_by
+from .options import DECIDED_BY_METHOD, LOSS_TYPES, NO_TEMPERATURE, check_generation, check_unscored, done_by
 from .vllm import check_rule
 
 UPDATES_PER_ROLLOUT = 4
@@ -93,6 +93,13 @@ class HAPOConfig(GRPOConfig):
             "help": "Most tokens of one forward and backward pass, padding included, equal prompts once: larger "
             "micro-batches are taken in several, which changes memory and speed, not the gradient. Default: 2,048 "
             "on a CPU, 16,384 elsewhere; 0: the micro-batch as it is, as with FSDP, DeepSpeed and images."
+        },
+    )
+    score_rollouts: bool = field(
+        default=True,
+        metadata={
+            "help": "False: take the old policy's log-probs and entropies as vLLM knew them at the draw, without "
+            "a scoring pass; the ratio then holds the rounding between the two. For colocated vLLM."
         },
     )
     overlong_buffer: int = field(
@@ -393,3 +400,5 @@ def check_arguments(method: Method, args: HAPOConfig, model: Any, others: dict[s
             f"temperature={args.temperature}: it must be above 0, or all answers of a group are equal"
         )
     check_generation(generation, vllm=args.use_vllm)
+    if not args.score_rollouts:
+        check_unscored(args, others)

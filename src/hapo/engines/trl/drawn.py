@@ -30,10 +30,15 @@ class DrawnScores:
     like with like. Rollouts 1, 2, 4, 8, ... are scored in any case and compared, which finds architectures whose
     logits hapo.scoring does not reproduce, and adapters that act in one of the two passes only: these begin as
     nothing, so that the first rollout cannot show it.
+
+    Args:
+        accelerator: whose precision decides.
+        trusted: take what was drawn in any precision, unless it is beyond what rounding may explain
+            (`score_rollouts=False`).
     """
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
+    def __init__(self, accelerator: Accelerator, trusted: bool = False) -> None:
+        self.accelerator, self.trusted = accelerator, trusted
         self._gap: float | None = None
         self._rollouts = 0
 
@@ -56,8 +61,16 @@ class DrawnScores:
 
         Raises:
             RuntimeError: generation and scoring disagree.
+            ValueError: the model has dropout, and the draws are trusted.
         """
         net = self.accelerator.unwrap_model(model)
+        if self.trusted and _drops_out(net):
+            raise ValueError(
+                f"score_rollouts=False, and this {type(net).__name__} has dropout, which vLLM does not: set it to "
+                "0, or score the rollouts"
+            )
+        if self.trusted:
+            turns = self._whole(turns)
         if not turns or turns[0] is None or _drops_out(net):  # alike on all ranks; the number of turns is not
             return score()
         drawn, scored = as_drawn(turns, ids, mask), None
@@ -67,9 +80,16 @@ class DrawnScores:
         if self._gap is None or self._rollouts & (self._rollouts - 1) == 0:
             scored = score()
             self._check(net, None if drawn is None else drawn[0], scored[0], mask, exact)
-        if drawn is not None and exact and self._gap is not None and self._gap <= SAME:
+        if drawn is not None and self._gap is not None and (self.trusted or (exact and self._gap <= SAME)):
             return drawn
         return score() if scored is None else scored
+
+    def _whole(self, turns: Sequence[Draws | None]) -> Sequence[Draws | None]:
+        """None of them where a rank has not all: vLLM put a request off, and nobody knows its first tokens."""
+        mine = torch.tensor(float(bool(turns) and turns[0] is not None), device=self.accelerator.device)
+        if int(self.accelerator.reduce(mine, "sum")) == self.accelerator.num_processes:
+            return turns
+        return ()
 
     def _check(self, net: nn.Module, drawn: Tensor | None, scored: Tensor, mask: Tensor, exact: bool) -> None:
         """Keep the mean difference of all ranks, where any has a token to compare."""
@@ -79,7 +99,13 @@ class DrawnScores:
         if not tokens:
             return
         self._gap = gap = off / tokens
-        most = MOST_EXACT_GAP if exact else MOST_REPLAY_GAP
+        most = MOST_EXACT_GAP if exact and not self.trusted else MOST_REPLAY_GAP
+        if not gap <= most and self.trusted:
+            raise RuntimeError(
+                f"vLLM's log-probs are {gap:.2g} nats per token from the trainer's for the same tokens, where "
+                f"rounding explains at most {most:g}: its weights are others, or its precision is lower. Set "
+                "score_rollouts=True, and the importance weight corrects for the difference"
+            )
         if not gap <= most:
             raise RuntimeError(
                 f"generation and scoring disagree about the same policy by {gap:.2g} nats per token, where "
@@ -100,7 +126,7 @@ def as_drawn(
         return None
 
     def fitted(x: Tensor) -> Tensor:
-        x = nn.functional.pad(x, (0, max(0, ids.shape[1] - x.shape[1])))[:, : ids.shape[1]]
+        x = nn.functional.pad(x.to(ids.device), (0, max(0, ids.shape[1] - x.shape[1])))[:, : ids.shape[1]]
         return x.masked_fill(~mask, 0)
 
     if not torch.equal(fitted(draws.tokens), ids.masked_fill(~mask, 0)):

@@ -113,16 +113,19 @@ class VLLMSampler(Sampler):
         generation: TRL's `vllm_generation`.
         is_main: whether this process is the one that asks a server.
         support: whether the tokens that truncation leaves to each draw are asked for.
+        log: keep what vLLM knew of each token at the draw, in place of a scoring pass; colocated vLLM only.
 
     Raises:
         ValueError: the server returns log-probs of another distribution than the one that drew the tokens; or, of
-            `draw`, TRL would send images without the rule.
+            `draw`, TRL would send images without the rule, or images come and nothing is scored.
         RuntimeError: vLLM does not run the processor of `hapo.samplers.vllm`.
     """
 
-    def __init__(self, method: Method, generation: Any, is_main: bool, support: bool = False) -> None:
+    def __init__(
+        self, method: Method, generation: Any, is_main: bool, support: bool = False, log: bool = False
+    ) -> None:
         super().__init__(method.temperature_rule, support)
-        self.method, self.generation = method, generation
+        self.method, self.generation, self.log = method, generation, log
         vllm.attach(generation, method, is_main)
         if support and (is_main or generation.mode != "server"):
             vllm.take_supports(generation)
@@ -132,4 +135,15 @@ class VLLMSampler(Sampler):
         if asked.images is not None:
             vllm.check_images(self.generation, self.method)
         vllm.send_rule(self.generation, self.method, asked.stats, support=self.support)
-        return Turn(*asked.generate())
+        if not self.log or not asked.train:
+            return Turn(*asked.generate())
+        if asked.images is not None:
+            raise ValueError("score_rollouts=False takes text, and these prompts hold images: score the rollouts")
+        turn = Turn(*vllm.generate_logged(self.generation.llm, asked.generate, asked.prompt_ids))
+        if turn.draws is None and not self._said:
+            self._said = True
+            LOG.warning(
+                "vLLM put off some request of this rollout, for want of memory, and what it knew of its first "
+                "tokens is lost: such a rollout is scored. Said once; raise vllm_gpu_memory_utilization"
+            )
+        return turn

@@ -165,13 +165,15 @@ class HAPOTrainer(RecordedTrainer):
     def make_scorer(self) -> Scorer:
         """What gives log-probs and entropies of response tokens; called once, when model and accelerator exist."""
         trl_pass = super()._get_per_token_logps_and_entropies
-        return Scorer(self.temperature, self.accelerator.autocast, DrawnScores(self.accelerator), trl_pass)
+        drawn = DrawnScores(self.accelerator, trusted=not self.args.score_rollouts)
+        return Scorer(self.temperature, self.accelerator.autocast, drawn, trl_pass)
 
     def make_sampler(self) -> Sampler:
         """What draws the responses; called once, when model and vLLM exist. A `rollout_func` goes before it."""
         if self.use_vllm:
-            is_main = self.accelerator.is_main_process
-            return VLLMSampler(self.method, self.vllm_generation, is_main, bool(self.args.sampling_support))
+            is_main, support = self.accelerator.is_main_process, bool(self.args.sampling_support)
+            log = not self.args.score_rollouts
+            return VLLMSampler(self.method, self.vllm_generation, is_main, support, log)
         return Sampler(self.method.temperature_rule, bool(self.args.sampling_support))
 
     def auxiliary_losses(self, batch: hapo.TokenBatch, scored: Scored) -> list[AuxiliaryLoss]:

@@ -9,7 +9,7 @@ this process, and by a server's /inference/v1/generate; /v1/completions, which T
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -20,6 +20,7 @@ from trl import GRPOConfig
 
 from ...batch import EntropyStats
 from ...method import Method
+from ...samplers.decoding import Draws
 from ...samplers.rule import HARMLESS, PREFIX, rule_of, temperature_of
 from ...versions import minor
 from .support import LogpOver
@@ -193,21 +194,26 @@ def attach(generation: Any, method: Method, is_main: bool) -> None:
         _check_engine(generation.llm)
 
 
+def generate_logged(
+    llm: Any, generate: Callable[[], tuple[Any, Any]], prompt_ids: list[list[int]]
+) -> tuple[list[list[int]], list[list[float]], Draws | None]:
+    """What `generate` gives, and what the engine knew of each token at its draw; None where that is not whole."""
+    from ...samplers.vllm import logging_draws
+
+    with logging_draws(llm) as log:
+        completion_ids, logps = generate()
+    return completion_ids, logps, log.draws(prompt_ids, completion_ids, logps)
+
+
 def _check_engine(llm: Any) -> None:
     """The engine in this process has the processor, in Model Runner V1 or V2, and takes a rule."""
     from vllm import SamplingParams
 
-    from ...samplers.vllm import AdaptiveTemperature as Processor
+    from ...samplers.vllm import NOT_LOADED, AdaptiveTemperature, processor_of
 
-    Processor.validate_params(SamplingParams(extra_args=HARMLESS.to_args()))
-    runner = llm.llm_engine.model_executor.driver_worker.model_runner
-    batch = getattr(runner, "input_batch", None)
-    loaded = batch.logitsprocs.all if batch is not None else runner.sampler.logits_processors
-    if not any(isinstance(processor, Processor) for processor in loaded):
-        raise RuntimeError(
-            "vLLM did not load the processor of the adaptive temperature, so it would not act: install hapo where "
-            "vLLM finds its entry point (group vllm.logits_processors), and leave speculative decoding off"
-        )
+    AdaptiveTemperature.validate_params(SamplingParams(extra_args=HARMLESS.to_args()))
+    if processor_of(llm) is None:
+        raise RuntimeError(f"{NOT_LOADED}; the adaptive temperature would not act")
 
 
 def _check_server(client: Any) -> None:

@@ -1,0 +1,141 @@
+"""What vLLM knew of each token when it drew it: entropies and log-probs of the policy, which no release returns.
+
+An engine in this process hands them over through the logits processor (`hapo.samplers.vllm`): no pass scores the
+rollout again.
+
+Shapes: N rows of logits, n logged rows of them, V vocabulary, B sequences, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..parts.entropy import entropy_and_normaliser
+from .decoding import Draws
+
+if TYPE_CHECKING:
+    from .rule import TemperatureRule
+
+UNKNOWN = -1
+"""vLLM's place holder for a token that is still on the device."""
+
+
+@dataclass
+class Asked:
+    """A request in the engine, known by what it is of: vLLM tells a processor no name."""
+
+    prompt: list[int] | None
+    """None until its first row comes (Runner V2)."""
+    drawn: list[int]
+    """Its tokens so far, in Runner V1 vLLM's own list, which grows; in V2 filled in when the log is read."""
+    figures: dict[int, list[float]] = field(default_factory=dict)
+    """Position in the answer -> entropy, its factor on T_base, normalisers at T_base and as it was drawn."""
+
+    def is_of(self, completion: list[int]) -> bool:
+        """Whether every position was seen, and no token contradicts; the last one is known to no later step."""
+        before = completion[:-1]
+        known = all(a in (b, UNKNOWN) for a, b in zip(self.drawn, before, strict=False))
+        return known and set(self.figures) == set(range(len(completion)))
+
+
+@dataclass(frozen=True)
+class _Step:
+    rows: list[tuple[Asked, int]]
+    """Request and position of each logged row."""
+    figures: Float[Tensor, "4 n"]
+    fed: Int[Tensor, " n"] | None
+    """The tokens before, in Runner V2."""
+
+
+class DrawLog:
+    """Entropies and normalisers of the rows of an engine; nothing waits for the device before `draws`.
+
+    With z the logits after vLLM's masks and biases, f the factor of the temperature rule (1 without one), a the
+    token drawn and q its log-prob that vLLM returns (`processed_logprobs`, without truncation and penalties):
+
+        H = entropy of softmax(z / T_base),   q = z_a / (T_base f) - logsumexp(z / (T_base f)),
+        log p_a = f (q + logsumexp(z / (T_base f))) - logsumexp(z / T_base).
+    """
+
+    def __init__(self) -> None:
+        self._asked: list[Asked] = []
+        self._steps: list[_Step] = []
+
+    def begin(self, prompt: list[int] | None, drawn: list[int]) -> Asked:
+        """A request enters the batch, or comes back with what it has drawn."""
+        for known in self._asked:
+            if known.drawn is drawn:
+                return known
+        asked = Asked(prompt, drawn)
+        self._asked.append(asked)
+        return asked
+
+    def temper_(
+        self,
+        logits: Float[Tensor, "n V"],
+        factors: Sequence[tuple[TemperatureRule, Int[Tensor, " m"]]],
+        t_base: Float[Tensor, " n"],
+        rows: list[tuple[Asked, int]],
+        fed: Int[Tensor, " n"] | None,
+    ) -> None:
+        """Divide logits by the factors of their rules in place, and keep what is known of them.
+
+        Args:
+            logits: of the logged rows.
+            factors: rules and the rows that each acts on.
+            t_base: temperature of each row.
+            rows: request and position of each.
+            fed: the token before each, where the engine tells (Runner V2).
+        """
+        entropy, normaliser = entropy_and_normaliser(logits, t_base)
+        factor = torch.ones_like(entropy)
+        for rule, which in factors:
+            factor[which] = rule.factor(entropy[which])
+        logits.div_(factor.unsqueeze(1))
+        drawn_from = entropy_and_normaliser(logits, t_base)[1]
+        self._steps.append(_Step(rows, torch.stack([entropy, factor, normaliser, drawn_from]), fed))
+
+    def draws(
+        self, prompts: Sequence[list[int]], completions: Sequence[list[int]], logps: Sequence[list[float]]
+    ) -> Draws | None:
+        """What was drawn for these prompts, with their log-probs as vLLM returned them.
+
+        None where the log does not hold every token of them: a request that vLLM put off and began again.
+        """
+        self._read()
+        of_prompt: dict[tuple[int, ...], list[Asked]] = defaultdict(list)
+        for asked in self._asked:
+            of_prompt[tuple(asked.prompt or ())].append(asked)
+        size = (len(completions), max(map(len, completions), default=0))
+        tokens, table = torch.zeros(size, dtype=torch.long), torch.zeros(5, *size, dtype=torch.float64)
+        for b, (prompt, completion, logp) in enumerate(zip(prompts, completions, logps, strict=True)):
+            candidates = of_prompt[tuple(prompt)]
+            found = next((asked for asked in candidates if asked.is_of(completion)), None)
+            if found is None or any(q is None for q in logp):
+                return None
+            candidates.remove(found)
+            length = len(completion)
+            tokens[b, :length] = torch.tensor(completion)
+            table[0, b, :length] = torch.tensor(logp, dtype=torch.float64)
+            table[1:, b, :length] = torch.tensor([found.figures[t] for t in range(length)]).double().T
+        q, entropy, factor, normaliser, drawn_from = table
+        policy = factor * (q + drawn_from) - normaliser
+        return Draws(tokens, q.float(), policy.float(), entropy.float())
+
+    def _read(self) -> None:
+        """Bring the steps from the device, in their order."""
+        for step in self._steps:
+            figures = step.figures.T.tolist()
+            fed = [None] * len(step.rows) if step.fed is None else step.fed.tolist()
+            for (asked, position), values, token in zip(step.rows, figures, fed, strict=True):
+                asked.figures[position] = values
+                if token is not None and position > 0:
+                    asked.drawn[position - 1 :] = [token]
+        self._steps = []
