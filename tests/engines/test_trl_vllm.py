@@ -4,9 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
+from torch import nn
 
 import hapo
 from hapo.engines.trl import vllm
+from hapo.engines.trl.drawn import DrawnScores
+from hapo.engines.trl.options import check_unscored
+from hapo.samplers.decoding import Draws
 from hapo.samplers.rule import TemperatureRule
 
 STATS = hapo.EntropyStats(pivot=-0.1, sigma=1.5, h_max=0.8, h_min=-4.5)
@@ -97,3 +102,59 @@ def test_weights_go_out_as_they_are_while_an_adapter_is_merged():
     vllm._reload_weights(SimpleNamespace(_iter_named_params=merged, llm=llm))
     assert [(name, x.tolist()) for name, x in sent] == [("w", [1.0, 1.0])]
     assert weight.tolist() == [0, 0]
+
+
+PLAIN = {
+    "use_vllm": True, "vllm_mode": "colocate", "top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0,
+    "generation_kwargs": None, "vllm_structured_outputs_regex": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "others", "named"),
+    [
+        ({"use_vllm": False}, {}, "use_vllm=False"),
+        ({"vllm_mode": "server"}, {}, "vllm_mode='server'"),
+        ({"top_p": 0.9, "top_k": 20}, {}, "top_p=0.9, top_k=20"),
+        ({"min_p": 0.1}, {}, "min_p=0.1"),
+        ({"generation_kwargs": {"presence_penalty": 1.0}}, {}, "generation_kwargs="),
+        ({}, {"tools": [len]}, "drop tools"),
+    ],
+)
+def test_rollouts_go_unscored_only_where_vllm_knows_the_policy(given, others, named):
+    check_unscored(SimpleNamespace(**PLAIN), {"tools": None})
+    with pytest.raises(ValueError, match=named):
+        check_unscored(SimpleNamespace(**PLAIN | given), others)
+
+
+class Net(nn.Module):
+    """What is asked of a model."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
+        self.dropout = nn.Dropout(dropout)
+        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(attention_dropout=0.0))
+
+
+def test_trusted_draws_are_compared_now_and_then_and_taken_else():
+    """Rollouts 1, 2 and 4 of five are scored, in half precision too; a gap that rounding cannot explain ends it."""
+    ids, mask = torch.tensor([[3, 4]]), torch.tensor([[True, True]])
+    drawn = Draws(ids, *(torch.full((1, 2), x) for x in (-1.0, -1.5, 0.7)))
+    scored = []
+
+    def score(gap=0.01):
+        scored.append(gap)
+        return torch.full((1, 2), -1.5 + gap), torch.full((1, 2), 0.7)
+
+    scores = DrawnScores(Accelerator(cpu=True), trusted=True)
+    for _ in range(5):
+        logp, entropy = scores.scores(Net(), [drawn], ids, mask, score)
+        assert logp.tolist() == [[-1.5, -1.5]]
+        assert torch.equal(entropy, torch.full((1, 2), 0.7))
+    assert len(scored) == 3
+    assert scores.scores(Net(), [None], ids, mask, score)[0].tolist()[0] == pytest.approx([-1.49, -1.49])
+    with pytest.raises(RuntimeError, match="0.2 nats per token.*score_rollouts=True"):
+        DrawnScores(Accelerator(cpu=True), trusted=True).scores(Net(), [drawn], ids, mask, lambda: score(0.2))
+    with pytest.raises(ValueError, match="Net has dropout"):
+        scores.scores(Net(dropout=0.1), [drawn], ids, mask, score)
