@@ -48,7 +48,7 @@ Group = tuple[TemperatureRule, "Int[Tensor, ' n'] | None"]
 """A rule and the rows of logits that it acts on; None: all of them."""
 
 
-class Request(NamedTuple):
+class Tempered(NamedTuple):
     """What is kept of a request that samples."""
 
     rule: TemperatureRule | None
@@ -78,7 +78,7 @@ class AdaptiveTemperature(ProcessorV1, ProcessorV2):
         self.log: DrawLog | None = None
         self._engine = vllm_config
         self._states = device_or_states
-        self._requests: dict[int, Request] = {}
+        self._requests: dict[int, Tempered] = {}
         self._slots: Sequence[int] | None = None
         self._groups: list[Group] = []
         self._t_base: Float[Tensor, " N"] | None = None
@@ -144,7 +144,7 @@ class AdaptiveTemperature(ProcessorV1, ProcessorV2):
             self._requests.pop(req_idx, None)
             return False
         asked = None if self.log is None else self.log.begin(prompt, [] if drawn is None else drawn)
-        self._requests[req_idx] = Request(rule, sampling_params.temperature, asked)
+        self._requests[req_idx] = Tempered(rule, sampling_params.temperature, asked)
         return True
 
     def apply(self, logits: Float[Tensor, "N V"], ctx: LogitsContext | None = None) -> Float[Tensor, "N V"]:
@@ -170,7 +170,7 @@ class AdaptiveTemperature(ProcessorV1, ProcessorV2):
         self, log: DrawLog, logits: Float[Tensor, "N V"], slots: Sequence[int], ctx: LogitsContext | None
     ) -> Float[Tensor, "N V"]:
         """The same, and what is known of each row goes into the log."""
-        logged: list[tuple[int, Request, int]] = []
+        logged: list[tuple[int, Tempered, int]] = []
         for row, slot in enumerate(slots):
             request = self._requests.get(slot)
             if request is None or request.asked is None:
