@@ -38,7 +38,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
         s.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{s.getsockname()[1]}"
     flags = ["--dtype=float32", "--enforce-eager", "--max-model-len=64", "--max-num-seqs=16"]
-    flags += ["--logprobs-mode=processed_logprobs", "--host=127.0.0.1", f"--port={url.rpartition(':')[2]}"]
+    flags += [
+        "--logprobs-mode=processed_logprobs",
+        "--enable-scale-out",
+        "--host=127.0.0.1",
+        f"--port={url.rpartition(':')[2]}",
+    ]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny_model_path())]
     given, out, log = folder / "in.json", folder / "out.json", folder / "log"
     given.write_text(json.dumps(RUNS))

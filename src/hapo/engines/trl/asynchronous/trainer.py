@@ -141,15 +141,17 @@ class AsyncHAPOTrainer(Recorded, AsyncGRPOTrainer):
 
     def _check_server(self) -> None:
         """The server returns log-probs of what it draws from, and applies the method's rule."""
-        mode = self.vllm_client.get_server_info()["model_config"]["logprobs_mode"]
-        if mode != "processed_logprobs":
+        url = self.vllm_client.server_url
+        # Of the one token that top_k=1 leaves, which is drawn with probability 1, whatever the policy says of it.
+        forced = {"prompt": [1, 2, 3], "max_tokens": 1, "temperature": 1.0, "top_k": 1, "logprobs": 0}
+        (choice,) = ask(url, "/v1/completions", forced).json()["choices"]
+        if choice["logprobs"]["token_logprobs"][0] < -1e-4:
             raise ValueError(
-                f"the vLLM server returns {mode}, not those of the distribution that drew the tokens: start it "
-                "with --logprobs-mode processed_logprobs"
+                "the vLLM server returns log-probs of another distribution than the one that drew the tokens: "
+                "start it with --logprobs-mode processed_logprobs"
             )
         if self._rule_file is None:
             return
-        url = self.vllm_client.server_url
         request = {"prompt": [0], "max_tokens": 1, "vllm_xargs": {f"{PREFIX}tau": 2.0}}
         try:
             ask(url, "/v1/completions", request)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from trl.experimental.async_grpo.async_grpo_trainer import WeightTransferProtocol
 from trl.experimental.async_grpo.vllm_client import VLLMClient
+
+from .worker import GENERATE
+
+LOG = logging.getLogger(__name__)
 
 SECONDS = 300
 """For a request that moves weights."""
@@ -68,7 +73,7 @@ class LabelledTransfer:
         transfer: what moves the weights.
         url: of the server.
         next_version: the version that the weights sent now will have.
-        found: told at the beginning whether the server knows labels (vLLM 0.32).
+        found: told at the beginning whether the server's answers have labels (vLLM 0.32, `--enable-scale-out`).
     """
 
     def __init__(
@@ -85,8 +90,14 @@ class LabelledTransfer:
     def init_weight_transfer(self) -> None:
         """As the transfer does, then ask the server."""
         self.transfer.init_weight_transfer()
-        answer = requests.get(f"{self.url}/weight_info", timeout=SECONDS)
-        self.labelled = answer.status_code == 200
+        request = {"token_ids": [1], "sampling_params": {"max_tokens": 1, "detokenize": False}}
+        answer = requests.post(self.url + GENERATE, json=request, timeout=SECONDS)
+        self.labelled = answer.status_code == 200 and bool(answer.json()["choices"][0].get("weight_versions"))
+        if not self.labelled:
+            LOG.warning(
+                "the vLLM server does not say which weights drew each token: a token's version is the newest when "
+                "its turn was asked for. vLLM 0.32 or newer says it with --enable-scale-out"
+            )
         self.found(self.labelled)
 
     def pause(self) -> None:
