@@ -25,6 +25,8 @@ def main(argv: list[str]) -> int:
             raise UsageError(f"{folder} is no run folder: it has no config.yaml")
     if output.suffix != ".html" or not output.parent.is_dir() or output.is_dir():
         raise UsageError(f"--output must be an .html file in a folder that exists, got {output}")
+    if options.prompts is not None and options.rollouts is None:
+        raise UsageError("--prompts are numbers in a rollout batch: name it with --rollouts STEP")
     from ..insight.report import write_figures, write_report  # takes seconds
     from ..insight.run import Run, of_runs
     from ..outputs import check_page
@@ -35,7 +37,12 @@ def main(argv: list[str]) -> int:
     if options.png is not None:
         files = write_figures(options.runs, options.png, options.format, replace=options.replace)
     page = write_report(
-        options.runs, output, against=options.against, rollouts=options.rollouts, replace=options.replace
+        options.runs,
+        output,
+        against=options.against,
+        rollouts=options.rollouts,
+        prompts=options.prompts,
+        replace=options.replace,
     )
     console.print(f"report: {page}", soft_wrap=True)
     if options.png is not None:
@@ -69,5 +76,12 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         metavar="STEP",
         help="rollout batches in the microscope, by their first step; as many as fit unless told",
+    )
+    add(
+        "--prompts",
+        nargs="+",
+        type=int,
+        metavar="NUMBER",
+        help="prompts of these rollout batches in the microscope, as the page numbers them; all unless told",
     )
     return parser

@@ -6,21 +6,21 @@ from dataclasses import replace
 from typing import Any
 
 import altair as alt
-import pandas as pd
 
 from .figures import Figure, short
 from .token_figures import dual_entropy, landscape, lengths, positions
+from .tokens import Tokens
 
 LOOP_OPTIONS = ("beta", "gamma", "polyak", "lam", "critic", "target")
 """What a page says of the loop, where a run was told other than its defaults."""
 
 
-def agent_figures(tokens: pd.DataFrame) -> list[Figure]:
-    """The figures of a table of recorded turns, in the order of a page."""
+def agent_figures(tokens: Tokens) -> list[Figure]:
+    """The figures of recorded turns, in the order of a page."""
     return [figure(tokens) for figure in (values, landscape, dual_entropy, lengths, positions)]
 
 
-def values(tokens: pd.DataFrame) -> Figure:
+def values(tokens: Tokens) -> Figure:
     """Value of the states along a turn, of rewarded and of other turns, in the last recorded update."""
     figure = Figure(
         "values",
@@ -29,9 +29,9 @@ def values(tokens: pd.DataFrame) -> Figure:
         "part, the critic knows how the turn will end.",
         missing="It is made of token records (`record_tokens_every`), and none were found.",
     )
-    if tokens.empty:
+    if not len(tokens):
         return figure
-    last = tokens[tokens["rollout"] == tokens["rollout"].max()]
+    last = tokens.batch(tokens.rollouts[-1], "reward", "position", "value")
     rows: list[dict[str, Any]] = []
     for kind, some in (("rewarded", last[last["reward"] > 0]), ("other", last[last["reward"] <= 0])):
         quartiles = some.groupby("position")["value"].quantile([0.25, 0.5, 0.75]).unstack()

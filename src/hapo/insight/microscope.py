@@ -11,8 +11,9 @@ import gzip
 import json
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,8 @@ from ..method import Method
 from ..supervised import Supervised
 from .figures import labels
 from .run import Run, parse_method, recompute
-from .targets import method_of_targets, parse_supervised, reweigh
+from .targets import READ, method_of_targets, parse_supervised, reweigh
+from .token_figures import spread
 
 PAGES = Environment(loader=PackageLoader("hapo.insight"), autoescape=True, undefined=StrictUndefined)
 BUDGET = 8 * 2**20
@@ -52,18 +54,28 @@ TREATMENT = (
 """Columns that a method makes."""
 
 
+MOST = 3
+"""Rollout batches that a page holds in part, where the first one does not fit."""
+PROBE = 2**15
+"""Tokens that are encoded to learn how long the data of a large rollout batch would be."""
+SLACK = 1.25
+"""Such an estimate may be too long by so much: what is nearer to the budget is encoded to see."""
+
+
 @dataclass(frozen=True)
 class Encoded:
-    """A rollout batch, or the first responses of it, as the page holds it."""
+    """A rollout batch, or some responses of it, as the page holds it."""
 
     rollout: int
     """First optimiser step of the rollout batch."""
     data: str
     """Base64 of a gzip stream."""
     responses: int
-    """Responses in the data."""
+    """Responses in the data, one for each optimiser step that used it."""
     recorded: int
     """Responses that the run recorded."""
+    left: list[int]
+    """Prompts, by their group, of which responses are left out."""
     complete: bool
     """Every response of the rollout batch was recorded."""
 
@@ -74,6 +86,7 @@ def microscope(
     against: Sequence[str | Method | Supervised] = (),
     nonce: str,
     rollouts: Sequence[int] | None = None,
+    prompts: Sequence[int] | None = None,
     budget: int = BUDGET,
 ) -> Markup:
     """The section of a page that shows the recorded tokens of some runs.
@@ -84,12 +97,13 @@ def microscope(
         nonce: of the page's content security policy, for the script.
         rollouts: recorded rollout batches to show, by their first optimiser step; None takes as many as fit:
             the first, the last, then again and again the one farthest from those taken.
-        budget: characters of encoded data, in equal parts for every run. Of a rollout batch that is too large
-            by itself the first responses are shown.
+        prompts: of these rollout batches, by their `group`; None takes all.
+        budget: characters of encoded data, in equal parts for every run. Where the first rollout batch is too
+            large by itself, `sample` says what the page holds of it, of the last and of a middle one.
 
     Raises:
-        ValueError: an unknown method, a rollout batch that a run did not record, or records that lack what a
-            method reads.
+        ValueError: an unknown method, a rollout batch that a run did not record, a prompt that none of them has,
+            or records that lack what a method reads.
     """
     parse = parse_supervised if runs and all(run.supervised for run in runs) else parse_method
     others = [(spec, parse(spec)) if isinstance(spec, str) else (spec.name, spec) for spec in against]
@@ -109,7 +123,13 @@ def microscope(
         if unknown := sorted(set(rollouts or ()) - set(run.rollouts)):
             raise ValueError(f"{run.folder} recorded no rollout batch {unknown[0]}, only {run.rollouts}")
         wanted = run.rollouts if rollouts is None else sorted(set(rollouts))
-        encoded = _fitting(run, [method for _, method in others], wanted, share)
+        batch = lru_cache(maxsize=1)(partial(_Batch, run, [method for _, method in others], prompts))
+        if prompts is not None:
+            there = {first: set(run.tokens(first, ["group"])["group"]) for first in wanted}
+            if unknown := sorted(set(prompts).difference(*there.values())):
+                raise ValueError(f"{run.folder}: no prompt {unknown[0]} in the rollout batches {wanted}")
+            wanted = [first for first in wanted if there[first].intersection(prompts)]
+        encoded = _fitting(batch, wanted, share)
         places = [f"mx-{number}-{item.rollout}" for item in encoded]
         blobs += [(place, item.data) for place, item in zip(places, encoded, strict=True)]
         index.append(
@@ -119,53 +139,157 @@ def microscope(
                 "methods": [run.config["method"], *(spec for spec, _ in others)],
                 "rollouts": [{**asdict(item), "data": x} for x, item in zip(places, encoded, strict=True)],
                 "left": sorted(set(run.rollouts) - {item.rollout for item in encoded}),
+                "asked": prompts is not None,
             }
         )
     template = PAGES.get_template("microscope.html")
     return Markup(template.render(runs=index, blobs=blobs, empty=empty, nonce=nonce))
 
 
-def encode(run: Run, first: int, others: Sequence[Method | Supervised], most: int | None = None) -> Encoded:
-    """A recorded rollout batch under its own method and under others; its first `most` responses if told.
+def encode(
+    run: Run, first: int, others: Sequence[Method | Supervised], responses: Collection[int] | None = None
+) -> Encoded:
+    """A recorded rollout batch under its own method and under others; some of its responses if told.
 
     The methods see the whole rollout batch in any case.
 
     Raises:
         ValueError: no such rollout batch, or its records lack what a method reads.
     """
-    tokens = run.tokens(first)
-    if run.supervised:
-        methods = [method_of_targets(run), *(method for method in others if isinstance(method, Supervised))]
-        tables = [reweigh(tokens, method) for method in methods]
-        complete = True
-    elif run.agent:  # its records hold all that the update made of a token
-        tables, complete = [tokens], True
-    else:
-        rollout = run.rollout(first)
-        policies = [run.method(), *(method for method in others if isinstance(method, Method))]
-        own, *rest = (recompute(rollout, method) for method in policies)
-        tables, complete = [tokens.assign(push=own["push"]), *rest], rollout.complete
-    order = np.argsort(tokens.groupby("group", sort=False).ngroup().to_numpy(), kind="stable")
-    number = tokens.iloc[order].groupby(["response", "step"], sort=False).ngroup().to_numpy()
-    recorded = int(number.max()) + 1
-    responses = recorded if most is None else min(most, recorded)
-    order = order[number < responses]
-    data = _pack(tokens.iloc[order], [table.iloc[order] for table in tables])
-    return Encoded(first, data, responses, recorded, complete)
+    return _Batch(run, others, None, first).encoded(responses)
 
 
-def _fitting(run: Run, others: Sequence[Method | Supervised], wanted: Sequence[int], budget: int) -> list[Encoded]:
-    """As many of the wanted rollout batches as the budget holds, in the order of training; at least one."""
+def sample(heads: pd.DataFrame, most: int, seed: int) -> list[int]:
+    """Responses of a rollout batch for a page that cannot hold all of them, of at most so many tokens together.
+
+    Whole groups, as long as they fit: the one with the most mixed verdicts, the one with the highest mean reward,
+    the one with the lowest, then the others as drawn with the seed. Where none fits, responses of the first of
+    them, right and wrong ones in turn; one at least.
+
+    Args:
+        heads: a row for each response: response, group, tokens, and reward and verdict where they have some.
+        most: tokens.
+        seed: of the draw.
+    """
+    groups = heads.groupby("group", sort=True)
+    order = np.random.default_rng(seed).permutation(list(groups.groups)).tolist()
+    if "verdict" in heads:
+        right = (heads["verdict"] > 0).groupby(heads["group"]).mean()
+        reward = groups["reward"].mean()
+        order = list(dict.fromkeys([(right - 0.5).abs().idxmin(), reward.idxmax(), reward.idxmin(), *order]))
+    tokens, chosen, held = groups["tokens"].sum(), [], 0
+    for group in order:
+        if held + tokens[group] <= most:
+            chosen += groups.get_group(group)["response"].tolist()
+            held += tokens[group]
+    if chosen:
+        return chosen
+    first = groups.get_group(order[0])
+    if "verdict" in first:
+        turn = first.groupby(first["verdict"] > 0).cumcount()
+        first = first.loc[turn.sort_values(kind="stable").index]
+    fits = int((first["tokens"].cumsum() <= most).sum())
+    return first["response"].tolist()[: max(fits, 1)]
+
+
+class _Batch:
+    """A recorded rollout batch, or some prompts of it, under its own method and under others."""
+
+    def __init__(
+        self, run: Run, others: Sequence[Method | Supervised], prompts: Sequence[int] | None, first: int
+    ) -> None:
+        self.run, self.first, self._others, self._prompts = run, first, others, prompts
+
+    @cached_property
+    def heads(self) -> pd.DataFrame:
+        """A row for each recorded response: response, group, tokens, uses, reward, verdict."""
+        table = self.run.tokens(self.first, ["response", "step", "group", "reward", "verdict"])
+        found = table.groupby("response").agg(uses=("step", "nunique"), tokens=("step", "size"))
+        firsts = table.drop_duplicates("response").drop(columns="step").set_index("response")
+        return found.join(firsts).reset_index()
+
+    @property
+    def wanted(self) -> pd.DataFrame:
+        """Of the prompts that are asked for."""
+        return self.heads if self._prompts is None else self.heads[self.heads["group"].isin(self._prompts)]
+
+    @cached_property
+    def _made(self) -> tuple[list[pd.DataFrame], bool]:
+        """What the methods make of all its tokens, and whether it was recorded whole."""
+        if self.run.supervised:
+            own = [
+                method_of_targets(self.run),
+                *(method for method in self._others if isinstance(method, Supervised)),
+            ]
+            targets = self.run.tokens(self.first, READ)
+            return [reweigh(targets, method) for method in own], True
+        rollout = self.run.rollout(self.first)
+        policies = [self.run.method(), *(method for method in self._others if isinstance(method, Method))]
+        push, *rest = (recompute(rollout, method) for method in policies)
+        return [push[["push"]], *rest], rollout.complete
+
+    def encoded(self, responses: Collection[int] | None = None) -> Encoded:
+        """These responses of it; all of the wanted ones unless told."""
+        responses = self.wanted["response"].tolist() if responses is None else responses
+        tokens = self.run.tokens(self.first, responses=responses)
+        tables, complete = [tokens], True  # of an agent, whose records hold all that the update made of a token
+        if not self.run.agent:
+            made, complete = self._made
+            chosen = self.run.tokens(self.first, ["response"])["response"].isin(responses).to_numpy()
+            own, *tables = (table[chosen].reset_index(drop=True) for table in made)
+            tables = [tokens.assign(**own), *tables]
+        order = np.argsort(tokens.groupby("group", sort=False).ngroup().to_numpy(), kind="stable")
+        data = _pack(tokens.iloc[order], [table.iloc[order] for table in tables])
+        held = self.heads["response"].isin(responses)
+        left = sorted(self.heads.loc[~held, "group"].unique().tolist())
+        uses = self.heads["uses"]
+        return Encoded(self.first, data, int(uses[held].sum()), int(uses.sum()), left, complete)
+
+
+def _fitting(batch: Callable[[int], _Batch], wanted: Sequence[int], budget: int) -> list[Encoded]:
+    """Of the wanted rollout batches what the budget holds, in the order of training; a part of one at least."""
     taken: dict[int, Encoded] = {}
+    held, tokens = 0, 0
+    per_token = _characters(batch(wanted[0]))
     for place in _farthest_first(len(wanted)):
-        item = encode(run, wanted[place], others)
-        if not taken and len(item.data) > budget:
-            most = max(1, int(item.responses * budget / len(item.data)))
-            return [encode(run, wanted[place], others, most)]
-        if sum(len(other.data) for other in taken.values()) + len(item.data) > budget:
+        one = batch(wanted[place])
+        size = int(one.wanted["tokens"].sum())
+        if size * per_token > SLACK * (budget - held):
+            break
+        item = one.encoded()
+        held, tokens = held + len(item.data), tokens + size
+        per_token = held / tokens
+        if held > budget:
             break
         taken[place] = item
+    if not taken:
+        return _parts(batch, wanted, per_token, budget)
     return [taken[place] for place in sorted(taken)]
+
+
+def _parts(batch: Callable[[int], _Batch], wanted: Sequence[int], per_token: float, budget: int) -> list[Encoded]:
+    """Parts of the first, the last and a middle rollout batch; of fewer where a group would not fit a part."""
+    groups = batch(wanted[0]).wanted.groupby("group")["tokens"].sum()
+    number = max(1, min(MOST, len(wanted), int(budget / per_token / groups.mean())))
+    parts: list[Encoded] = []
+    for left, first in zip(range(number, 0, -1), spread(wanted, number), strict=True):
+        share = (budget - sum(len(part.data) for part in parts)) / left
+        chosen = sample(batch(first).wanted, int(share / per_token), first)
+        part = batch(first).encoded(chosen)
+        while len(part.data) > share and len(chosen) > 1:
+            chosen = chosen[: max(1, int(len(chosen) * share / len(part.data)))]
+            part = batch(first).encoded(chosen)
+        parts.append(part)
+    return parts
+
+
+def _characters(batch: _Batch) -> float:
+    """Of the data for each token: of a part of a large rollout batch; 0 of one that is quickly encoded whole."""
+    heads = batch.wanted
+    if heads["tokens"].sum() <= 2 * PROBE:
+        return 0.0
+    chosen = sample(heads, PROBE, batch.first)
+    return len(batch.encoded(chosen).data) / int(heads.loc[heads["response"].isin(chosen), "tokens"].sum())
 
 
 def _farthest_first(count: int) -> list[int]:

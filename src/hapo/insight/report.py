@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlencode
 
+import numpy as np
 import pandas as pd
 
 import hapo
@@ -21,8 +22,9 @@ from .figures import Figure, labels, printable
 from .microscope import microscope
 from .page import new_nonce, render
 from .run import Run, of_runs, recompute
-from .targets import extremes, method_of_targets, reweigh, target_figures
+from .targets import READ, extremes, method_of_targets, reweigh, target_figures
 from .token_figures import ROLLOUTS, analysed, token_figures, visible
+from .tokens import Tokens
 from .unmasking import unmasking
 
 PARTIAL = (
@@ -41,6 +43,7 @@ def write_report(
     *,
     against: Sequence[str] = (),
     rollouts: Sequence[int] | None = None,
+    prompts: Sequence[int] | None = None,
     replace: bool = False,
 ) -> Path:
     """Write the page of some runs, and return its path. An older page of these runs, if unchanged, gives way.
@@ -50,12 +53,13 @@ def write_report(
         output: the .html file.
         against: methods to show on the same rollouts in the token microscope, as `NAME[:option=value,...]`.
         rollouts: first steps of the rollout batches in the microscope; as many as fit unless told.
+        prompts: in the microscope, by their number in these rollout batches (`group`); as many as fit unless told.
         replace: write over whatever file is there.
 
     Raises:
         FileNotFoundError: a folder holds no run.
         FileExistsError: another file is there, the page of other runs, or a page that was changed.
-        ValueError: no folder, a broken file in one, an unknown method or rollout batch.
+        ValueError: no folder, a broken file in one, an unknown method, rollout batch or prompt.
         OSError: the page cannot be written there.
     """
     if not folders:
@@ -82,7 +86,7 @@ def write_report(
         points=POINTS,
         span=SPAN,
         rollouts=ROLLOUTS,
-        microscope=microscope(seen, against=against, nonce=nonce, rollouts=rollouts),
+        microscope=microscope(seen, against=against, nonce=nonce, rollouts=rollouts, prompts=prompts),
     )
     write_page(output, html, of, replace)
     return output
@@ -127,7 +131,7 @@ def _shown(run: Run, name: str) -> dict[str, Any]:
     }
 
 
-def _token_figures(run: Run, tokens: pd.DataFrame | None = None) -> list[Figure]:
+def _token_figures(run: Run, tokens: Tokens | None = None) -> list[Figure]:
     """Of the recorded tokens of a run, which are read unless given."""
     tokens = analysed(run) if tokens is None else tokens
     if run.agent:
@@ -246,57 +250,90 @@ def _method(run: Run) -> str:
     return f"{name} ({_pairs(changed)})" if changed else f"{name}, options at their defaults"
 
 
-def _pushes(run: Run, tokens: pd.DataFrame, name: str) -> tuple[dict[str, dict[str, list[dict[str, Any]]]], str]:
+Pushes = dict[str, dict[str, list[dict[str, Any]]]]
+Pick = Callable[[pd.DataFrame], dict[tuple[str, str], pd.DataFrame]]
+
+
+def _pushes(run: Run, tokens: Tokens, name: str) -> tuple[Pushes, str]:
     """The tokens with the greatest push each way: {among: {side: rows}}; or none; and what to know of it."""
-    if tokens.empty:
+    if not len(tokens):
         return {}, "It is made of token records (`record_tokens_every`), and none were found."
     if run.agent:
-        return _most_pushed(_with_before(tokens.reset_index(drop=True)), name), ""
+        return _drawn(_picked(tokens, tokens.batches("push", "verdict"), _most_pushed), name), ""
     try:
         method = run.method()
     except ValueError as error:
         return {}, f"Neither made nor in the microscope, as the method cannot be rebuilt: {error}."
-    rollouts = [run.rollout(first) for first in tokens["rollout"].unique()]
-    push = [recompute(rollout, method)["push"] for rollout in rollouts]
-    table = _with_before(tokens).assign(push=pd.concat(push).to_numpy())
-    return _most_pushed(table, name), "" if all(rollout.complete for rollout in rollouts) else PARTIAL
+    complete = []
+
+    def pushed(first: int) -> pd.DataFrame:
+        rollout = run.rollout(first)
+        complete.append(rollout.complete)
+        return tokens.batch(first, "verdict").assign(push=recompute(rollout, method)["push"])
+
+    picked = _picked(tokens, map(pushed, tokens.rollouts), _most_pushed)
+    return _drawn(picked, name), "" if all(complete) else PARTIAL
 
 
-def _most_pushed(table: pd.DataFrame, name: str) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Of all answers, of the wrong and of the right ones."""
-    right = table["verdict"] > 0
-    found = {}
-    for among, some in (("all", table), ("wrong", table[~right]), ("right", table[right])):
-        found[among] = {
-            "Most amplified": [_push(row, name) for row in _most(some[some["push"] > 0], ascending=False)],
-            "Most suppressed": [_push(row, name) for row in _most(some[some["push"] < 0], ascending=True)],
-        }
-    return found
-
-
-def _extremes(run: Run, tokens: pd.DataFrame, name: str) -> tuple[dict[str, dict[str, list[dict[str, Any]]]], str]:
+def _extremes(run: Run, tokens: Tokens, name: str) -> tuple[Pushes, str]:
     """The heaviest and the lightest targets of a supervised run, as `_pushes` gives tokens."""
-    if tokens.empty:
+    if not len(tokens):
         return {}, "It is made of token records (`record_tokens_every`), and none were found."
     try:
         method = method_of_targets(run)
     except ValueError as error:
         return {}, f"Neither made nor in the microscope, as the method cannot be rebuilt: {error}."
-    tokens = tokens.reset_index(drop=True)
-    table = _with_before(tokens).assign(**reweigh(tokens, method)[["weight", "push"]])
-    tables = extremes(table, ROWS)
-    return {"all": {side: [_push(row, name) for row in some.itertuples()] for side, some in tables.items()}}, ""
+    made = (reweigh(some, method).assign(rank=some["rank"]) for some in tokens.batches(*READ))
+    return _drawn(_picked(tokens, made, _heaviest), name), ""
 
 
-def _with_before(tokens: pd.DataFrame) -> pd.DataFrame:
-    """The table with the text before each token."""
-    text, position = tokens["text"], tokens["position"]
-    before = [text.shift(n, fill_value="").where(position >= n, "") for n in range(BEFORE, 0, -1)]
-    return tokens.assign(before=sum(before, text.str[:0]))
+def _picked(tokens: Tokens, tables: Iterable[pd.DataFrame], pick: Pick) -> dict[Any, pd.DataFrame]:
+    """What `pick` takes of the tables of all rollout batches, one at a time, with place and text of each token."""
+    found = []
+    for first, table in zip(tokens.rollouts, tables, strict=True):
+        rows = sorted({row for some in pick(table).values() for row in some.index})
+        place = tokens.batch(first, "response", "step", "position", "group", "prompt", "text")
+        with_before = place.loc[rows].astype({"text": str, "prompt": str}).assign(before=_before(place, rows))
+        found.append(table.loc[rows].join(with_before).assign(rollout=first))
+    return pick(pd.concat(found, ignore_index=True))
 
 
-def _most(table: pd.DataFrame, ascending: bool) -> Any:
-    return table.sort_values("push", ascending=ascending, kind="stable").head(ROWS).itertuples()
+def _before(place: pd.DataFrame, rows: Sequence[int]) -> list[str]:
+    """The text before the tokens in some rows, in their responses."""
+    at, words = np.array(rows, int), [""] * len(rows)
+    of = place[["response", "step"]].to_numpy()
+    for n in range(BEFORE, 0, -1):
+        there = (of[at - n] == of[at]).all(1) & (at >= n)
+        texts = place["text"].iloc[at - n]
+        words = [word + text if same else word for word, text, same in zip(words, texts, there, strict=True)]
+    return words
+
+
+def _most_pushed(table: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:
+    """Of all answers, of the wrong and of the right ones."""
+    right = table["verdict"] > 0
+    among = {"all": table["push"], "wrong": table["push"][~right], "right": table["push"][right]}
+    sides = {
+        (name, side): most
+        for name, push in among.items()
+        for side, most in (
+            ("Most amplified", push[push > 0].nlargest(ROWS)),
+            ("Most suppressed", push[push < 0].nsmallest(ROWS)),
+        )
+    }
+    return {place: table.loc[most.index] for place, most in sides.items()}
+
+
+def _heaviest(table: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:
+    return {("all", side): some for side, some in extremes(table, ROWS).items()}
+
+
+def _drawn(picked: dict[tuple[str, str], pd.DataFrame], name: str) -> Pushes:
+    """{among: {side: rows of the page}}."""
+    found: Pushes = {}
+    for (among, side), some in picked.items():
+        found.setdefault(among, {})[side] = [_push(row, name) for row in some.itertuples()]
+    return found
 
 
 def _push(row: Any, name: str) -> dict[str, Any]:
@@ -306,6 +343,7 @@ def _push(row: Any, name: str) -> dict[str, Any]:
         "response": row.response,
         "step": row.step,
         "position": row.position,
+        "prompt": row.group,
     }
     return {
         "push": f"{row.push:+#.3g}".replace("-", "−"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
+import pyarrow as pa
 import yaml
 
 import hapo
 
 from ..outputs import file_hash
+from .token_files import TokenFiles
 
 if TYPE_CHECKING:
     import torch
@@ -47,11 +48,8 @@ class Rollout:
     batch: TokenBatch
     step: Int[Tensor, " B"]
     """Optimiser step in which each response was used."""
-    response: list[int]
+    response: Int[Tensor, " B"]
     """Row of each response in the rollout batch."""
-    prompts: list[str]
-    texts: list[list[str]]
-    """A string a token."""
     complete: bool
     """Every response of the rollout batch was recorded: what a method makes of it is what training made of it."""
     without_tokens: TokenBatch
@@ -101,23 +99,42 @@ class Run:
 
     @cached_property
     def rollouts(self) -> list[int]:
-        """First optimiser steps of the recorded rollout batches."""
-        return sorted(set(self._files.values()))
+        """First optimiser steps of the recorded rollout batches that have tokens."""
+        return sorted({file.rollout for file in self._files.files if file.rows})
 
-    def tokens(self, rollout: int | None = None) -> pd.DataFrame:
+    def tokens(
+        self,
+        rollout: int | None = None,
+        columns: Sequence[str] | None = None,
+        responses: Collection[int] | None = None,
+    ) -> pd.DataFrame:
         """The recorded tokens, of one rollout batch or of all, by rollout, response, step and position.
+
+        Strings, which repeat, are categories.
+
+        Args:
+            rollout: first optimiser step of the rollout batch.
+            columns: to read, of those that the records have; all of them unless told.
+            responses: rows of the rollout batch to read; all of them unless told.
 
         Raises:
             ValueError: there is no such rollout batch.
         """
         if rollout is not None and rollout not in self.rollouts:
             raise ValueError(f"{self.folder}: no rollout batch {rollout} was recorded, only {self.rollouts}")
-        files = [file for file, first in self._files.items() if rollout in (None, first)]
-        if not files:
+        if not self.rollouts:
             return pd.DataFrame(columns=["rollout", "step", "response", "position", "prompt", "text"])
-        read = [pq.ParquetFile(file).read().to_pandas() for file in files]
-        table = pd.concat([table for table in read if len(table)], ignore_index=True)
-        return table.sort_values(["rollout", "response", "step", "position"], ignore_index=True)
+        every = self.rollouts if rollout is None else [rollout]
+        tables = [self._files.read(first, columns, responses) for first in every]
+        return pa.concat_tables(tables, promote_options="default").unify_dictionaries().to_pandas()
+
+    def columns(self, rollouts: Collection[int]) -> set[str]:
+        """Of the records of some rollout batches, those that any of them has."""
+        return {name for first in rollouts for file in self._files.of(first) for name in file.columns}
+
+    def count(self, rollout: int) -> int:
+        """Recorded tokens of a rollout batch."""
+        return sum(file.rows for file in self._files.of(rollout))
 
     @property
     def supervised(self) -> bool:
@@ -157,46 +174,43 @@ class Run:
         """
         import torch
 
-        table = self.tokens(first)
-        if "logp_sampler" in table:  # where vLLM has none, training takes the old policy's
-            table["logp_sampler"] = table["logp_sampler"].fillna(table["logp_old"])
-        rows = table.groupby(["response", "step"], sort=False).ngroup().to_numpy()
-        heads = table.drop_duplicates(["response", "step"])
-        place = torch.tensor(rows), torch.tensor(table["position"].to_numpy())
-        shape = len(heads), int(table["position"].max()) + 1
+        keys = self.tokens(first, ["response", "step", "position", "group", "reward", "verdict"])
+        place = keys[["response", "step"]].to_numpy()
+        begins = np.r_[True, (place[1:] != place[:-1]).any(1)]
+        heads = keys[begins]
+        where = torch.from_numpy(begins.cumsum() - 1), torch.tensor(keys["position"].to_numpy())
+        shape = len(heads), int(where[1].max()) + 1
+        del keys, place
 
         def padded(values: np.ndarray, dtype: torch.dtype) -> Tensor:
             out = torch.zeros(shape, dtype=dtype)
-            out[place] = torch.tensor(values, dtype=dtype)
+            out[where] = torch.tensor(values, dtype=dtype)
             return out
 
-        fields: dict[str, Any] = {
-            name: padded(table[column].to_numpy(), torch.float32)
-            for column, name in TOKEN_COLUMNS.items()
-            if column in table and table[column].notna().all()
-        }
+        fields: dict[str, Any] = {}
+        for column, name in TOKEN_COLUMNS.items():  # one at a time: a rollout batch may be large
+            values = self.tokens(first, [column]).get(column)
+            if values is not None and column == "logp_sampler":  # where vLLM has none, training takes the old one
+                values = values.fillna(self.tokens(first, ["logp_old"])["logp_old"])
+            if values is not None and values.notna().all():
+                fields[name] = padded(values.to_numpy(), torch.float32)
         batch = hapo.TokenBatch(
-            mask=padded(np.ones(len(table)), torch.bool),
+            mask=padded(np.ones(len(begins)), torch.bool),
             reward=torch.tensor(heads["reward"].to_numpy(), dtype=torch.float32),
             verdict=torch.tensor(heads["verdict"].to_numpy(), dtype=torch.float32),
             group=torch.tensor(heads["group"].to_numpy()),
             **fields,
         )
-        told = [pq.read_schema(file).metadata or {} for file, of in self._files.items() if of == first]
-        responses = int(told[0].get(b"responses", -1))
-        lines = [line for metadata in told for line in json.loads(metadata.get(b"without_tokens", b"[]"))]
-        once = {int(line[0]): line for line in lines}  # a response is used in several steps
-        empty = torch.tensor([line[1:] for line in once.values()]).reshape(-1, 3)
+        lines = self._files.without_tokens(first)
+        empty = torch.tensor([line[1:] for line in lines]).reshape(-1, 3)
         without: dict[str, Any] = {
             name: torch.zeros(len(empty), shape[1], dtype=x.dtype) for name, x in fields.items()
         }
         return Rollout(
             batch=batch,
             step=torch.tensor(heads["step"].to_numpy()),
-            response=heads["response"].tolist(),
-            prompts=heads["prompt"].tolist(),
-            texts=[texts.tolist() for _, texts in table["text"].groupby(rows)],
-            complete=heads["response"].nunique() + len(once) == responses,
+            response=torch.tensor(heads["response"].to_numpy()),
+            complete=heads["response"].nunique() + len(lines) == self._files.responses(first),
             without_tokens=hapo.TokenBatch(
                 mask=torch.zeros(len(empty), shape[1], dtype=torch.bool),
                 group=empty[:, 0].long(),
@@ -207,10 +221,8 @@ class Run:
         )
 
     @cached_property
-    def _files(self) -> dict[Path, int]:
-        """Files of tokens, by step and rank, and the rollout batch that each is of."""
-        files = sorted((self.folder / "tokens").glob("step-*.parquet"))
-        return {file: _rollout_of(pq.ParquetFile(file)) for file in files}
+    def _files(self) -> TokenFiles:
+        return TokenFiles(self.folder / "tokens")
 
     def _json(self, name: str) -> dict[str, Any] | None:
         file = self.folder / name
@@ -291,7 +303,8 @@ def recompute(rollout: Rollout, method: Method) -> pd.DataFrame:
     import torch
 
     whole = rollout.batch
-    first = {response: i for i, response in reversed(list(enumerate(rollout.response)))}  # several iterations
+    names = rollout.response.tolist()
+    first = {response: i for i, response in reversed(list(enumerate(names)))}  # several iterations
     places = {response: place for place, response in enumerate(sorted(first))}
     # Rows without tokens come last: their rewards count here, and no step has them.
     batch = method.prepare(_joined(whole.rows([first[response] for response in places]), rollout.without_tokens))
@@ -299,7 +312,7 @@ def recompute(rollout: Rollout, method: Method) -> pd.DataFrame:
     for step in rollout.step.unique().tolist():
         index = (rollout.step == step).nonzero().squeeze(1)
         now = whole.rows(index)
-        rows = batch.rows([places[rollout.response[i]] for i in index.tolist()])
+        rows = batch.rows([places[names[i]] for i in index.tolist()])
         rows = method.step(rows.replace(logp=now.logp, entropy=now.entropy))
         assert now.logp is not None and rows.totals is not None and rows.advantage is not None
         logp, totals, advantage = now.logp.clone().requires_grad_(), rows.totals, rows.advantage
@@ -327,19 +340,12 @@ def recompute(rollout: Rollout, method: Method) -> pd.DataFrame:
         mask = whole.mask[index]
         row, position = mask.nonzero(as_tuple=True)
         place = {
-            "response": [rollout.response[i] for i in index[row].tolist()],
+            "response": rollout.response[index][row].numpy(),
             "step": step,
             "position": position.numpy(),
         }
         tables.append(pd.DataFrame({**place, **{k: x.detach()[mask].numpy() for k, x in columns.items()}}))
     return pd.concat(tables).sort_values(["response", "step", "position"], ignore_index=True)
-
-
-def _rollout_of(file: pq.ParquetFile) -> int:
-    told = file.schema_arrow.metadata or {}
-    if b"rollout" in told:
-        return int(told[b"rollout"])
-    return int(file.read_row_group(0, columns=["rollout"])["rollout"][0].as_py())  # of an earlier version
 
 
 def _joined(one: TokenBatch, other: TokenBatch) -> TokenBatch:

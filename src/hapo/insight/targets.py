@@ -12,6 +12,7 @@ import pandas as pd
 from .figures import Figure, short
 from .run import Run, parse_arm
 from .token_figures import dual_entropy, gates, landscape, positions
+from .tokens import Tokens, parts_of
 
 if TYPE_CHECKING:
     from ..supervised import Supervised
@@ -66,13 +67,13 @@ def reweigh(tokens: pd.DataFrame, method: Supervised) -> pd.DataFrame:
     return pd.DataFrame(made, index=tokens.index)
 
 
-def target_figures(tokens: pd.DataFrame) -> list[Figure]:
-    """The figures of a table of recorded targets, in the order of a page."""
+def target_figures(tokens: Tokens) -> list[Figure]:
+    """The figures of recorded targets, in the order of a page."""
     figures = (ranks, weights, landscape, dual_entropy, positions, *((gates,) if "gate" in tokens else ()))
     return [figure(tokens) for figure in figures]
 
 
-def ranks(tokens: pd.DataFrame) -> Figure:
+def ranks(tokens: Tokens) -> Figure:
     """Rank of the targets against the rank that the model expects at their place: density, log scales."""
     figure = Figure(
         "rank-expected",
@@ -81,13 +82,17 @@ def ranks(tokens: pd.DataFrame) -> Figure:
         "thinks, and there is something to learn. Ranks begin at 1, the likeliest token.",
         missing=_RECORDS,
     )
-    if tokens.empty:
+    if not len(tokens):
         return figure
-    x, y = np.log10(tokens["expected_rank"].clip(lower=1)), np.log10(tokens["rank"].clip(lower=1))
-    end = max(float(x.max()), float(y.max()), 0.3)
+    largest = max(np.nanmax(tokens.column(name)) for name in ("expected_rank", "rank"))
+    end = max(float(np.log10(largest.clip(min=1))), 0.3)
     edges = np.linspace(0, end * 1.0001, 33)
-    count, xs, ys = np.histogram2d(x, y, bins=(edges, edges))
-    mean = np.histogram2d(x, y, bins=(edges, edges), weights=tokens["weight"])[0] / count.clip(min=1)
+    count, total = np.zeros((32, 32)), np.zeros((32, 32))
+    for batch in tokens.batches("expected_rank", "rank", "weight"):
+        x, y = np.log10(batch["expected_rank"].clip(lower=1)), np.log10(batch["rank"].clip(lower=1))
+        count += np.histogram2d(x, y, bins=(edges, edges))[0]
+        total += np.histogram2d(x, y, bins=(edges, edges), weights=batch["weight"])[0]
+    mean, xs, ys = total / count.clip(min=1), edges, edges
     cells = [
         {
             "x": short(10 ** xs[i]),
@@ -123,7 +128,7 @@ def ranks(tokens: pd.DataFrame) -> Figure:
     return replace(figure, chart=alt.layer(density, line))
 
 
-def weights(tokens: pd.DataFrame) -> Figure:
+def weights(tokens: Tokens) -> Figure:
     """Weight of the targets against their probability: quartiles, in tenths of the targets by probability."""
     figure = Figure(
         "weight-probability",
@@ -132,17 +137,14 @@ def weights(tokens: pd.DataFrame) -> Figure:
         "SFT is a line at 1, DFT the diagonal, and where a method leaves them it moves the gradient.",
         missing=_RECORDS,
     )
-    if tokens.empty:
+    if not len(tokens):
         return figure
-    p = np.exp(tokens["logp"])
-    part = (p.rank(method="first").sub(1) * 20 // len(p)).astype(int)
+    p, weight = np.exp(tokens.column("logp")), tokens.column("weight")
     rows: list[dict[str, Any]] = [
-        {"p": short(p[part == n].median())}
-        | {
-            k: short(tokens["weight"][part == n].quantile(q))
-            for k, q in (("low", 0.25), ("mid", 0.5), ("high", 0.75))
-        }
-        for n in sorted(part.unique())
+        {"p": short(np.median(p[part]))}
+        | dict(zip(("low", "mid", "high"), map(short, np.quantile(weight[part], [0.25, 0.5, 0.75])), strict=True))
+        for part in parts_of(p, 20)
+        if len(part)
     ]
     base = alt.Chart(alt.InlineData(values=rows)).encode(
         x=alt.X("p:Q", title="probability of the target", scale=alt.Scale(domain=[0, 1])),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import pandas as pd
 
 from .figures import Figure, short
 from .run import Run
+from .tokens import Tokens, gather, parts_of, quantiles_by
 
 ROLLOUTS = 8
 """Most rollout batches that are read, evenly spaced over the recorded ones, first and last among them."""
@@ -29,13 +30,14 @@ def spread(values: Sequence[int], most: int) -> list[int]:
     return [values[i] for i in index]
 
 
-def analysed(run: Run) -> pd.DataFrame:
+def analysed(run: Run) -> Tokens:
     """The recorded tokens that the figures are made of."""
-    return pd.concat([run.tokens(first) for first in spread(run.rollouts, ROLLOUTS)] or [run.tokens()])
+    read = spread(run.rollouts, ROLLOUTS)
+    return Tokens({first: run.count(first) for first in read}, run.columns(read), run.tokens)
 
 
-def token_figures(tokens: pd.DataFrame) -> list[Figure]:
-    """The figures of a table of token records, in the order of a page; that of the gates where there are some.
+def token_figures(tokens: Tokens) -> list[Figure]:
+    """The figures of recorded tokens, in the order of a page; that of the gates where there are some.
 
     Of records without entropies, as another trainer's dumps may be, those that read none.
     """
@@ -45,18 +47,23 @@ def token_figures(tokens: pd.DataFrame) -> list[Figure]:
     return [figure(tokens) for figure in (*figures, *([gates] if "gate" in tokens else []))]
 
 
-def landscape(tokens: pd.DataFrame) -> Figure:
+def landscape(tokens: Tokens) -> Figure:
     """Mean entropy of each token text against how often it occurs."""
     figure = Figure(
         "landscape",
         "Entropy and frequency of tokens",
         "A point is a token text: the frequent certain ones carry the form, the uncertain ones (above the line, "
         "the upper fifth of all tokens) are where answers part.",
-        missing=_RECORDS if tokens.empty else f"It needs a token text that occurs at least {LEAST} times.",
+        missing=_RECORDS if not len(tokens) else f"It needs a token text that occurs at least {LEAST} times.",
     )
-    if tokens.empty:
+    if not len(tokens):
         return figure
-    texts = tokens.groupby("text")["entropy"].agg(["size", "mean"]).query(f"size >= {LEAST}")
+    found = [
+        batch.astype({"entropy": float}).groupby("text", observed=True)["entropy"].agg(["size", "sum"])
+        for batch in tokens.batches("text", "entropy")
+    ]
+    texts = pd.concat([some.set_axis(some.index.astype(str)) for some in found]).groupby(level=0).sum()
+    texts = texts.assign(mean=texts.pop("sum") / texts["size"]).query(f"size >= {LEAST}")
     if texts.empty:
         return figure
     texts = texts.sort_values("size", ascending=False, kind="stable").head(800)
@@ -73,12 +80,12 @@ def landscape(tokens: pd.DataFrame) -> Figure:
     chart = alt.layer(
         base.mark_point(filled=True, size=40, opacity=0.55).encode(tooltip=tip),
         base.mark_text(align="left", dx=6).encode(text="name:N"),
-        _line(max(float(tokens["entropy"].quantile(0.8)), FLOOR)),
+        _line(max(float(np.nanquantile(tokens.column("entropy"), 0.8)), FLOOR)),
     )
     return replace(figure, chart=chart)
 
 
-def dual_entropy(tokens: pd.DataFrame, most: int = 20) -> Figure:
+def dual_entropy(tokens: Tokens, most: int = 20) -> Figure:
     """The stems with the widest spread of entropy: certain in one place, uncertain in another."""
     figure = Figure(
         "dual-entropy",
@@ -86,31 +93,38 @@ def dual_entropy(tokens: pd.DataFrame, most: int = 20) -> Figure:
         "Bars run from the 10th to the 90th percentile of the entropies of a word's tokens, whatever their case "
         "and spaces: a bar that crosses the line is no matter of the word, only of the place.",
         missing=_RECORDS
-        if tokens.empty
+        if not len(tokens)
         else f"No word of at least {LEAST} tokens is among the certain half and the upper fifth by entropy.",
     )
-    if tokens.empty:
+    if not len(tokens):
         return figure
-    middle, pivot = tokens["entropy"].quantile([0.5, 0.8])
-    stems = tokens.assign(stem=tokens["text"].str.strip().str.casefold())
-    grouped = stems.groupby("stem")["entropy"]
-    table = grouped.quantile([0.1, 0.5, 0.9]).unstack().set_axis(["low", "mid", "high"], axis=1)
-    table["count"] = grouped.size()
+    middle, pivot = np.nanquantile(tokens.column("entropy"), [0.5, 0.8])
+    numbers: dict[str, int] = {}
+    forms: dict[int, dict[str, None]] = {}
+    table = quantiles_by(
+        (
+            (_stems(batch["text"], numbers, forms), batch["entropy"].to_numpy())
+            for batch in tokens.batches("text", "entropy")
+        ),
+        len(tokens),
+        [0.1, 0.5, 0.9],
+    )
+    table = table.set_axis(["count", "low", "mid", "high"], axis=1)
+    table = table.assign(stem=np.array([*numbers], object)[table.index]).sort_values("stem")
     table = table[(table["count"] >= LEAST) & (table["low"] < middle) & (table["high"] > pivot)]
     if table.empty:
         return figure
     floored = table[["low", "high"]].clip(lower=FLOOR)
     table = table.loc[(floored["high"] / floored["low"]).sort_values(ascending=False, kind="stable").index[:most]]
-    forms = stems[stems["stem"].isin(table.index)].groupby("stem")["text"].unique()
     rows = [
         {
             "order": order,
-            "stem": visible(stem) or "(white space)",
-            "forms": "   ".join(visible(form) for form in list(forms[stem])[:8]),
+            "stem": visible(line["stem"]) or "(white space)",
+            "forms": "   ".join(visible(form) for form in list(forms[number])[:8]),
             "count": int(line["count"]),
             **{k: short(max(line[k], FLOOR)) for k in ("low", "mid", "high")},
         }
-        for order, (stem, line) in enumerate(table.iterrows())
+        for order, (number, line) in enumerate(table.iterrows())
     ]
     tip = ["stem:N", "forms:N", "count:Q", *(f"{k}:Q" for k in ("low", "mid", "high"))]
     base = alt.Chart(alt.InlineData(values=rows)).encode(
@@ -127,7 +141,7 @@ def dual_entropy(tokens: pd.DataFrame, most: int = 20) -> Figure:
     return replace(figure, chart=chart)
 
 
-def ratios(tokens: pd.DataFrame) -> Figure:
+def ratios(tokens: Tokens) -> Figure:
     """Density of log ratio and entropy, with its median and the median clip bounds."""
     figure = Figure(
         "ratio-entropy",
@@ -135,29 +149,33 @@ def ratios(tokens: pd.DataFrame) -> Figure:
         "Ratios move most where the policy is uncertain: bounds that are the same for all tokens (outer lines) "
         "cut there, and hardly touch the certain tokens. The outermost cells hold what lies beyond.",
         missing=_RECORDS
-        if tokens.empty
+        if not len(tokens)
         else "Every recorded ratio is 1: each rollout batch served one optimiser step. It appears with "
         "`steps_per_generation` or `num_iterations` large enough for several.",
     )
-    moved = _kept(tokens)
-    moved = moved[moved["step"] > moved["rollout"]] if len(moved) else moved
-    if moved.empty or np.allclose(moved["ratio"], 1.0, atol=1e-6):
+
+    points = gather((_placed(batch) for batch in _moved(tokens, "entropy", "ratio")), (len(tokens), 2), np.float32)
+    if np.abs(points[:, 1]).max(initial=0) < 1.1e-5:  # or there is none
         return figure
-    x, y = np.log10(moved["entropy"].clip(lower=FLOOR)), np.log(moved["ratio"].clip(lower=1e-9))
-    with np.errstate(divide="ignore"):  # a method without a lower bound has it at 0
-        bounds = {"lower bound": np.log(1 - moved["bound_low"]), "upper bound": np.log1p(moved["bound_high"])}
-    reach = max(float(y.abs().quantile(0.999)), 1e-3)
-    count, xs, ys = np.histogram2d(x, y.clip(-reach, reach), bins=(32, 27))
+    reach = max(float(np.quantile(np.abs(points[:, 1]), 0.999)), 1e-3)
+    points[:, 1].clip(-reach, reach, out=points[:, 1])
+    edges = [
+        np.linspace(low, high, n + 1) for low, high, n in zip(points.min(0), points.max(0), (32, 27), strict=True)
+    ]
+    count = np.zeros((32, 27))
+    for some in np.array_split(points, len(points) // 2**20 + 1):
+        count += np.histogramdd(some, edges)[0]
+    del points
+    xs, ys = edges
     cells = [
         {"x": short(10 ** xs[i]), "x2": short(10 ** xs[i + 1]), "y": short(ys[j]), "y2": short(ys[j + 1])}
         | {"tokens": int(count[i, j])}
         for i, j in zip(*count.nonzero(), strict=True)
     ]
-    place = np.clip(np.digitize(x, xs[::2]) - 1, 0, 15)
     lines = [
         {"x": short(10 ** (xs[2 * i] + xs[1] - xs[0])), "y": short(value), "line": name}
-        for name, values in {"median": y, **bounds}.items()
-        for i, value in values.groupby(place).median().items()
+        for name, column in {"median": "ratio", "lower bound": "bound_low", "upper bound": "bound_high"}.items()
+        for i, value in _medians(tokens, column, xs[::2]).items()
         if np.isfinite(value) and abs(value) <= 1.5 * reach
     ]
     axis = "log ratio, nats"
@@ -177,25 +195,55 @@ def ratios(tokens: pd.DataFrame) -> Figure:
     return replace(figure, chart=alt.layer(density, over.encode(x="x:Q", y="y:Q", strokeDash=dash)))
 
 
-def clipping(tokens: pd.DataFrame) -> Figure:
+def _moved(tokens: Tokens, *columns: str) -> Iterator[pd.DataFrame]:
+    """Tokens of the second and later updates of their rollout batches."""
+    for batch in _kept(tokens, "step", "rollout", *columns):
+        yield batch[batch["step"] > batch["rollout"]]
+
+
+def _placed(batch: pd.DataFrame) -> np.ndarray:
+    """Common logarithm of the entropy and log ratio of each token."""
+    x, y = np.log10(batch["entropy"].clip(lower=FLOOR)), np.log(batch["ratio"].clip(lower=1e-9))
+    return np.stack([x, y], 1)
+
+
+def _medians(tokens: Tokens, column: str, edges: np.ndarray) -> pd.Series:
+    """Of the log ratio, or the log of what a bound lets it be, between these common logarithms of entropy."""
+    of: Callable[[np.ndarray], np.ndarray] = {
+        "ratio": lambda x: np.log(x.clip(1e-9)),
+        "bound_low": lambda x: np.log(1 - x),
+        "bound_high": np.log1p,
+    }[column]
+    with np.errstate(divide="ignore"):  # a method without a lower bound has it at 0
+        parts = (
+            (
+                np.clip(np.digitize(_placed(batch)[:, 0], edges) - 1, 0, len(edges) - 2),
+                of(batch[column].to_numpy()),
+            )
+            for batch in _moved(tokens, "entropy", column)
+        )
+        return quantiles_by(parts, len(tokens), [0.5])[0.5]
+
+
+def clipping(tokens: Tokens) -> Figure:
     """Share of tokens at each clip bound, by decile of entropy."""
     figure = Figure(
         "clipping",
         "Who meets a clip bound",
         "Share of the tokens of each tenth by entropy, the most certain first: with bounds that are the same for "
         "all it rises to the right, where the exploring tokens are.",
-        missing=_RECORDS if tokens.empty else "No recorded token met a clip bound.",
+        missing=_RECORDS if not len(tokens) else "No recorded token met a clip bound.",
     )
-    kept = _kept(tokens)
-    if kept.empty or not kept["clipped"].any():
+    sides = gather((_sides(batch) for batch in _kept(tokens, "clipped")), (len(tokens), 2), bool)
+    if not sides.any():
         return figure
-    tenth = (kept["entropy"].rank(method="first").sub(1) * 10 // len(kept)).astype(int) + 1
+    entropy = gather((batch["entropy"] for batch in _kept(tokens, "entropy")), len(tokens), np.float32)
     rows = []
-    for n, group in kept.groupby(tenth):
-        low, high = short(group["entropy"].min()), short(group["entropy"].max())
-        for bound, side in (("low", group["ratio"] < 1), ("high", group["ratio"] > 1)):
-            share = short((group["clipped"] & side).mean())
-            rows.append({"tenth": n, "bound": bound, "share": share, "range": f"{low} to {high} nats"})
+    for number, places in enumerate(parts_of(entropy, 10), 1):
+        if len(places):
+            ends = " to ".join(f"{short(entropy[places[i]])}" for i in (0, -1))
+            for bound, share in zip(("low", "high"), sides[places].mean(0), strict=True):
+                rows.append({"tenth": number, "bound": bound, "share": short(share), "range": f"{ends} nats"})
     chart = alt.Chart(alt.InlineData(values=rows)).mark_bar()
     return replace(
         figure,
@@ -209,7 +257,12 @@ def clipping(tokens: pd.DataFrame) -> Figure:
     )
 
 
-def lengths(tokens: pd.DataFrame) -> Figure:
+def _sides(batch: pd.DataFrame) -> np.ndarray:
+    """Whether each token was clipped at the lower, and at the upper bound."""
+    return np.stack([batch["clipped"] & (batch["ratio"] < 1), batch["clipped"] & (batch["ratio"] > 1)], 1)
+
+
+def lengths(tokens: Tokens) -> Figure:
     """Lengths of right and of wrong responses."""
     figure = Figure(
         "lengths",
@@ -218,10 +271,11 @@ def lengths(tokens: pd.DataFrame) -> Figure:
         "them weigh more than a mean of responses would.",
         missing=_RECORDS,
     )
-    if tokens.empty:
+    if not len(tokens):
         return figure
-    responses = tokens.groupby(["rollout", "response", "step"]).agg(
-        n=("position", "size"), good=("verdict", "first")
+    responses = pd.concat(
+        batch.groupby(["response", "step"]).agg(n=("verdict", "size"), good=("verdict", "first"))
+        for batch in tokens.batches("response", "step", "verdict")
     )
     edges = np.linspace(responses["n"].min(), responses["n"].max() + 1, 31 if responses["n"].max() > 30 else 11)
     rows = []
@@ -240,7 +294,7 @@ def lengths(tokens: pd.DataFrame) -> Figure:
     return replace(figure, chart=base.mark_area(interpolate="step-after", opacity=0.3, line={"strokeWidth": 2}))
 
 
-def positions(tokens: pd.DataFrame) -> Figure:
+def positions(tokens: Tokens) -> Figure:
     """Median entropy along the response, at the start, in the middle and at the end of training."""
     figure = Figure(
         "positions",
@@ -249,13 +303,13 @@ def positions(tokens: pd.DataFrame) -> Figure:
         "where in an answer the policy decides, and whether training takes its choice away.",
         missing=_RECORDS,
     )
-    if tokens.empty:
+    if not len(tokens):
         return figure
-    width = max(1, -(-(int(tokens["position"].max()) + 1) // 60))
+    width = max(1, -(-(max(int(batch["position"].max()) for batch in tokens.batches("position")) + 1) // 60))
     rows, names = [], []
-    for first in spread(sorted(tokens["rollout"].unique()), 3):
+    for first in spread(tokens.rollouts, 3):
         names.append(f"step {first}")
-        some = tokens[tokens["rollout"] == first]
+        some = tokens.batch(first, "position", "entropy")
         quartiles = (
             some.groupby(some["position"] // width * width)["entropy"].quantile([0.25, 0.5, 0.75]).unstack()
         )
@@ -274,17 +328,18 @@ def positions(tokens: pd.DataFrame) -> Figure:
     return replace(figure, chart=chart)
 
 
-def signals(tokens: pd.DataFrame) -> Figure:
+def signals(tokens: Tokens) -> Figure:
     """Histogram of the method's signal."""
     figure = Figure(
         "signal",
         "Signal of the method",
         "HAPO's h: above 0 a token counts as uncertain and may explore, below 0 as certain; at its rho of 0.8 "
         "a fifth lies above.",
-        missing=_RECORDS if tokens.empty else "The method gives tokens no number (HAPO, Archer and others do).",
+        missing=_RECORDS if not len(tokens) else "The method gives tokens no number (HAPO, Archer and others do).",
     )
-    values = tokens["signal"].dropna() if "signal" in tokens else pd.Series(dtype=float)
-    if values.empty:
+    batches = (batch["signal"].dropna() for batch in tokens.batches("signal") if "signal" in tokens)
+    values = gather(batches, len(tokens), np.float32)
+    if not len(values):
         return figure
     edges = np.linspace(min(values.min(), -1.0), max(values.max(), 1.0), 41)
     share = np.histogram(values, edges)[0] / len(values)
@@ -304,7 +359,7 @@ def signals(tokens: pd.DataFrame) -> Figure:
     )
 
 
-def gates(tokens: pd.DataFrame) -> Figure:
+def gates(tokens: Tokens) -> Figure:
     """Histogram of the tokens' mean gates, of the first, a middle and the last recorded rollout batch."""
     figure = Figure(
         "gates",
@@ -313,9 +368,9 @@ def gates(tokens: pd.DataFrame) -> Figure:
         "full. The entropy of the gates in the loss drives them apart.",
     )
     edges, rows, names = np.linspace(0, 1, 41), [], []
-    for first in spread(sorted(tokens["rollout"].unique()), 3):
+    for first in spread(tokens.rollouts, 3):
         names.append(f"step {first}")
-        some = tokens.loc[tokens["rollout"] == first, "gate"]
+        some = tokens.batch(first, "gate")["gate"]
         for a, share in zip(edges, np.histogram(some, edges)[0] / len(some), strict=False):
             rows.append({"gate": short(a + edges[1] / 2), "share": short(share), "step": names[-1]})
     chart = alt.Chart(alt.InlineData(values=rows)).mark_area(interpolate="step", opacity=0.3, line=True)
@@ -330,7 +385,7 @@ def gates(tokens: pd.DataFrame) -> Figure:
     )
 
 
-def temperatures(tokens: pd.DataFrame) -> Figure:
+def temperatures(tokens: Tokens) -> Figure:
     """Temperature that tokens were drawn at, against their entropy."""
     figure = Figure(
         "temperature-entropy",
@@ -338,22 +393,24 @@ def temperatures(tokens: pd.DataFrame) -> Figure:
         "A point is a token: certain ones are drawn colder, uncertain ones hotter; the curve moves with the "
         "statistics of the rollout batch before.",
         missing=_RECORDS
-        if tokens.empty
+        if not len(tokens)
         else "It appears with a method that adapts the temperature (HAPO with component A), from its second "
         "recorded rollout batch.",
     )
     if "temperature" not in tokens:
         return figure
-    drawn = tokens[tokens.groupby("rollout")["temperature"].transform("nunique") > 1]
-    if drawn.empty:
-        return figure
+    adapted = [
+        first for first in tokens.rollouts if tokens.batch(first, "temperature")["temperature"].nunique() > 1
+    ]
     rows, names = [], []
-    for first in spread(sorted(drawn["rollout"].unique()), 3):
+    for first in spread(adapted, 3):
         names.append(f"step {first}")
-        some = drawn[drawn["rollout"] == first].sort_values("entropy", kind="stable")
+        some = tokens.batch(first, "entropy", "temperature").sort_values("entropy", kind="stable")
         for i in spread(range(len(some)), 200):
             h, t = some["entropy"].iat[i], some["temperature"].iat[i]
             rows.append({"entropy": short(max(h, FLOOR)), "temperature": short(t), "step": names[-1]})
+    if not rows:
+        return figure
     chart = alt.Chart(alt.InlineData(values=rows)).mark_point(filled=True, size=16, opacity=0.6)
     return replace(
         figure,
@@ -391,8 +448,21 @@ def _apart(texts: pd.DataFrame) -> set[str]:
     return set(chosen)
 
 
-def _kept(tokens: pd.DataFrame) -> pd.DataFrame:
-    return tokens[tokens["kept"] & tokens["ratio"].notna()] if len(tokens) else tokens
+def _kept(tokens: Tokens, *columns: str) -> Iterator[pd.DataFrame]:
+    """These columns and the ratio, of tokens that the method keeps in the loss."""
+    for batch in tokens.batches("kept", "ratio", *columns):
+        yield batch[batch["kept"] & batch["ratio"].notna()]
+
+
+def _stems(texts: pd.Series, numbers: dict[str, int], forms: dict[int, dict[str, None]]) -> np.ndarray:
+    """Number of the stem of each text; new stems, and forms in the order of the texts, are put into the tables."""
+    texts = texts.astype("category")
+    every = texts.cat.categories
+    stems = every.str.strip().str.casefold()
+    table = np.array([numbers.setdefault(stem, len(numbers)) for stem in stems])
+    for place in texts.cat.codes.drop_duplicates():
+        forms.setdefault(int(table[place]), {})[every[place]] = None
+    return table[texts.cat.codes]
 
 
 _LOG = alt.Scale(type="log", nice=False, padding=8)

@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 import altair as alt
-import pandas as pd
 
 from .figures import Figure, short
 from .token_figures import spread
+from .tokens import Tokens
 
 COLUMNS = 60
 """Most columns of positions."""
 
 
-def unmasking(tokens: pd.DataFrame) -> Figure:
+def unmasking(tokens: Tokens) -> Figure:
     """Forward pass that drew the tokens at each position, at the start, in the middle and at the end of a run."""
     figure = Figure(
         "unmasking",
@@ -23,14 +23,19 @@ def unmasking(tokens: pd.DataFrame) -> Figure:
         "falling one from right to left, a wide band an order that each response chooses.",
         missing="Every recorded response had ended before its first forward pass.",
     )
-    drawn = tokens[tokens["unmasked"].notna()]
-    if drawn.empty:
+    batches = (batch.dropna(subset="unmasked") for batch in tokens.batches("unmasked", "position"))
+    last = {
+        first: int(batch["position"].max())
+        for first, batch in zip(tokens.rollouts, batches, strict=True)
+        if len(batch)
+    }
+    if not last:
         return figure
-    width = -(-(int(drawn["position"].max()) + 1) // COLUMNS)
+    width = -(-(max(last.values()) + 1) // COLUMNS)
     rows, names = [], []
-    for first in spread(sorted(drawn["rollout"].unique()), 3):
+    for first in spread(list(last), 3):
         names.append(f"step {first}")
-        some = drawn[drawn["rollout"] == first]
+        some = tokens.batch(first, "unmasked", "confidence", "position").dropna(subset="unmasked")
         places = some.groupby(some["position"] // width * width)
         table = places["unmasked"].quantile([0.25, 0.75]).unstack().set_axis(["low", "high"], axis=1)
         table = table.assign(mean=places["unmasked"].mean(), confidence=places["confidence"].mean())

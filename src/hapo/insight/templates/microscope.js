@@ -57,7 +57,7 @@ async function open(place, first, { response, step, position = 0 } = {}) {
 }
 
 function fillBar(entry) {
-  const { rollouts, left, methods, command } = run();
+  const { rollouts, left, methods, command, asked } = run();
   const options = (name, texts, chosen) => {
     part(name).replaceChildren(...texts.map((text) => el("option", { text })));
     part(name).selectedIndex = chosen;
@@ -77,7 +77,12 @@ function fillBar(entry) {
     notes.push(`${count} left out, at ${few(left)}. To see one: ${command} ${left[0]}`);
   }
   if (entry.responses < entry.recorded) {
-    notes.push(`Of ${entry.recorded} recorded responses the page holds the first ${entry.responses}.`);
+    const chosen = asked ? "those asked for" : "by the most mixed, the best and the worst prompt first, then by lot";
+    notes.push(
+      `Of ${entry.recorded} recorded responses of this rollout batch the page holds ${entry.responses}, ${chosen}. ` +
+        `Others are of ${plural(entry.left.length, "prompt")}: ${few(entry.left)}. ` +
+        `To see one: ${command} ${entry.rollout} --prompts ${entry.left[0]}`,
+    );
   }
   if (!entry.complete) {
     notes.push(
@@ -292,6 +297,7 @@ async function follow() {
   const asked = new URLSearchParams(location.hash.split("?")[1]);
   const get = (key) => (asked.has(key) ? Number(asked.get(key)) : undefined);
   const [first, response] = [get("rollout"), get("response")];
+  const prompt = asked.has("prompt") ? ` --prompts ${Number(asked.get("prompt"))}` : "";
   const place = index.findIndex((r) => r.name === asked.get("run"));
   const found = await open(Math.max(place, 0), first, { response, step: get("step"), position: get("position") });
   root.scrollIntoView();
@@ -299,8 +305,11 @@ async function follow() {
   if (place < 0) note([`This page has no tokens of the run ${asked.get("run")}.`]);
   else if (first !== undefined && first !== state.first) {
     const steps = few(rollouts.map((e) => e.rollout));
-    note([`This page has no rollout ${first} of ${name}, only ${steps}. To see it: ${command} ${first}`]);
-  } else if (!found) note([`This page has no response ${response} of rollout ${first}.`]);
+    note([`This page has no rollout ${first} of ${name}, only ${steps}. To see it: ${command} ${first}${prompt}`]);
+  } else if (!found) {
+    const how = prompt && ` To see its prompt: ${command} ${first}${prompt}`;
+    note([`This page has no response ${response} of rollout ${first}.${how}`]);
+  }
   else if (response !== undefined) select(state.token, { focus: true });
 }
 
