@@ -11,8 +11,7 @@ micro-batch. Token texts are a Zipf law over 20,000 made words, entropies are lo
 each word, rewards are 0 and 1. Every column holds noise, which compresses worse than a real run.
 
 Each report is a process of its own: peak resident memory and processor seconds, children included, as wait4 tells.
-Rounds of contenders run A B, B A, ...; the first round warms the files up and is in no figure, unless it is the
-only one. `--browser` opens the page in headless Chromium, offline: seconds from the request until the microscope
+Rounds of contenders run A B, B A, ...; the files are read once before, so that none pays for the disk. `--browser` opens the page in headless Chromium, offline: seconds from the request until the microscope
 answers.
 """
 
@@ -179,13 +178,13 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
     contenders = {"new": ROOT, **({} if given.against is None else {"old": given.against.resolve()})}
     pages = {name: given.folder.parent / f"{given.folder.name}-{name}.html" for name in contenders}
     turns: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
-    for number in range(1 + given.pairs):
-        names = list(contenders)[:: 1 if number % 2 else -1]
-        for name in names:
+    for file in (given.folder / "tokens").iterdir():
+        file.read_bytes()
+    for number in range(given.pairs):
+        for name in list(contenders)[:: -1 if number % 2 else 1]:
             turn = report(contenders[name], given.folder, pages[name])
             print(f"round {number}, {name}: {turn}", flush=True)
-            if number or not given.pairs:
-                turns[name].append(turn)
+            turns[name].append(turn)
     result: dict[str, Any] = {"turns": turns}
     if len(contenders) == 2 and given.pairs > 1:
         ratios = [a["cpu_s"] / b["cpu_s"] for a, b in zip(turns["new"], turns["old"], strict=True)]
@@ -195,7 +194,7 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
             key: statistics.median(turn[key] for turn in of) for key in ("cpu_s", "peak_mib", "page_mb")
         }
     if given.browser:
-        result["browser"] = {name: opened(page) for name, page in pages.items() if name == "new" or given.pairs}
+        result["browser"] = {name: opened(page) for name, page in pages.items()}
     for page in pages.values():
         if not given.keep:
             page.unlink()
@@ -210,7 +209,7 @@ def main() -> None:
     add("--batches", type=int, default=4, help="recorded rollout batches")
     add("--rows", type=int, default=128, help="answers of each")
     add("--tokens", type=int, default=8000, help="tokens of each answer")
-    add("--pairs", type=int, default=0, help="measured rounds after the first; 0 measures the first")
+    add("--pairs", type=int, default=1, help="rounds")
     add("--against", type=Path, help="an older checkout")
     add("--browser", action="store_true", help="open the page too")
     add("--keep", action="store_true", help="leave the pages there")

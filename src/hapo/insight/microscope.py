@@ -223,10 +223,11 @@ class _Batch:
             ]
             targets = self.run.tokens(self.first, READ)
             return [reweigh(targets, method) for method in own], True
-        rollout = self.run.rollout(self.first)
-        policies = [self.run.method(), *(method for method in self._others if isinstance(method, Method))]
-        push, *rest = (recompute(rollout, method) for method in policies)
-        return [push[["push"]], *rest], rollout.complete
+        push, complete = self.run.pushes(self.first)
+        methods = [method for method in self._others if isinstance(method, Method)]
+        rollout = self.run.rollout(self.first) if methods else None
+        others = [] if rollout is None else [recompute(rollout, method) for method in methods]
+        return [pd.DataFrame({"push": push}), *others], complete
 
     def encoded(self, responses: Collection[int] | None = None) -> Encoded:
         """These responses of it; all of the wanted ones unless told."""

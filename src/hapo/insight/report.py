@@ -21,7 +21,7 @@ from .doctor import SEVERITIES, examine_run
 from .figures import Figure, labels, printable
 from .microscope import microscope
 from .page import new_nonce, render
-from .run import Run, of_runs, recompute
+from .run import Run, of_runs
 from .targets import READ, extremes, method_of_targets, reweigh, target_figures
 from .token_figures import ROLLOUTS, analysed, token_figures, visible
 from .tokens import Tokens
@@ -261,18 +261,13 @@ def _pushes(run: Run, tokens: Tokens, name: str) -> tuple[Pushes, str]:
     if run.agent:
         return _drawn(_picked(tokens, tokens.batches("push", "verdict"), _most_pushed), name), ""
     try:
-        method = run.method()
+        run.method()
     except ValueError as error:
         return {}, f"Neither made nor in the microscope, as the method cannot be rebuilt: {error}."
-    complete = []
-
-    def pushed(first: int) -> pd.DataFrame:
-        rollout = run.rollout(first)
-        complete.append(rollout.complete)
-        return tokens.batch(first, "verdict").assign(push=recompute(rollout, method)["push"])
-
-    picked = _picked(tokens, map(pushed, tokens.rollouts), _most_pushed)
-    return _drawn(picked, name), "" if all(complete) else PARTIAL
+    made = (tokens.batch(first, "verdict").assign(push=run.pushes(first)[0]) for first in tokens.rollouts)
+    picked = _picked(tokens, made, _most_pushed)
+    complete = all(run.pushes(first)[1] for first in tokens.rollouts)
+    return _drawn(picked, name), "" if complete else PARTIAL
 
 
 def _extremes(run: Run, tokens: Tokens, name: str) -> tuple[Pushes, str]:

@@ -220,6 +220,18 @@ class Run:
             ),
         )
 
+    def pushes(self, first: int) -> tuple[np.ndarray, bool]:
+        """Of a rollout batch the push of the run's method on each token, as `recompute` has it, and `complete`."""
+        if first not in self._pushes:
+            rollout = self.rollout(first)
+            self._pushes[first] = recompute(rollout, self.method())["push"].to_numpy(), rollout.complete
+        return self._pushes[first]
+
+    @cached_property
+    def _pushes(self) -> dict[int, tuple[np.ndarray, bool]]:
+        """Those that were made: 4 bytes for each token, and seconds to make them again."""
+        return {}
+
     @cached_property
     def _files(self) -> TokenFiles:
         return TokenFiles(self.folder / "tokens")
@@ -308,7 +320,13 @@ def recompute(rollout: Rollout, method: Method) -> pd.DataFrame:
     places = {response: place for place, response in enumerate(sorted(first))}
     # Rows without tokens come last: their rewards count here, and no step has them.
     batch = method.prepare(_joined(whole.rows([first[response] for response in places]), rollout.without_tokens))
-    tables = []
+    row, position = whole.mask.nonzero(as_tuple=True)
+    steps = rollout.step[row]
+    table: dict[str, np.ndarray] = {
+        "response": rollout.response[row].numpy(),
+        "step": steps.numpy(),
+        "position": position.numpy(),
+    }
     for step in rollout.step.unique().tolist():
         index = (rollout.step == step).nonzero().squeeze(1)
         now = whole.rows(index)
@@ -337,15 +355,11 @@ def recompute(rollout: Rollout, method: Method) -> pd.DataFrame:
             columns["signal"] = out.tokens["signal"].masked_fill(dropped, torch.nan)
         if rows.weight is not None:
             columns["weight"] = rows.weight
-        mask = whole.mask[index]
-        row, position = mask.nonzero(as_tuple=True)
-        place = {
-            "response": rollout.response[index][row].numpy(),
-            "step": step,
-            "position": position.numpy(),
-        }
-        tables.append(pd.DataFrame({**place, **{k: x.detach()[mask].numpy() for k, x in columns.items()}}))
-    return pd.concat(tables).sort_values(["response", "step", "position"], ignore_index=True)
+        mask, taken = whole.mask[index], (steps == step).numpy()
+        for name, x in columns.items():
+            values = x.detach()[mask].numpy()
+            table.setdefault(name, np.empty(len(taken), values.dtype))[taken] = values
+    return pd.DataFrame(table)
 
 
 def _joined(one: TokenBatch, other: TokenBatch) -> TokenBatch:
