@@ -11,8 +11,8 @@ micro-batch. Token texts are a Zipf law over 20,000 made words, entropies are lo
 each word, rewards are 0 and 1. Every column holds noise, which compresses worse than a real run.
 
 Each report is a process of its own: peak resident memory and processor seconds, children included, as wait4 tells.
-Rounds of contenders run A B, B A, ...; the files are read once before, so that none pays for the disk. `--browser` opens the page in headless Chromium, offline: seconds from the request until the microscope
-answers.
+Rounds of contenders run A B, B A, ...; the files are read once before, so that none pays for the disk. `--browser`
+opens the page in headless Chromium, offline: seconds from the request until the microscope answers.
 """
 
 from __future__ import annotations

@@ -12,14 +12,12 @@ import pytest
 import vl_convert
 
 from hapo.insight.curves import POINTS, SPAN, accuracy, curves, others, times
-from hapo.insight.figures import VEGA_LITE, Figure, labels, theme
+from hapo.insight.figures import VEGA_LITE, Figure, labels, theme, visible
 from hapo.insight.run import Run
 from hapo.insight.token_figures import (
     ROLLOUTS,
     analysed,
     clipping,
-    dual_entropy,
-    landscape,
     lengths,
     positions,
     ratios,
@@ -27,9 +25,10 @@ from hapo.insight.token_figures import (
     spread,
     temperatures,
     token_figures,
-    visible,
 )
+from hapo.insight.tokens import Tokens
 from hapo.insight.unmasking import unmasking
+from hapo.insight.word_figures import dual_entropy, landscape
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +38,13 @@ def hapo_run(make_run, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokens(hapo_run):
+    """All that was recorded, as a table."""
+    return hapo_run.tokens()
+
+
+@pytest.fixture(scope="module")
+def recorded(hapo_run):
+    """The same, as figures read it."""
     return analysed(hapo_run)
 
 
@@ -54,8 +60,8 @@ def by_name(figures: list[Figure]) -> dict[str, Figure]:
     return {figure.name: figure for figure in figures}
 
 
-def test_a_run_with_everything_has_every_figure_and_vega_lite_takes_them(hapo_run, tokens):
-    figures = [*curves([hapo_run]), *token_figures(tokens), *others([hapo_run])]
+def test_a_run_with_everything_has_every_figure_and_vega_lite_takes_them(hapo_run, recorded):
+    figures = [*curves([hapo_run]), *token_figures(recorded), *others([hapo_run])]
     assert [figure.name for figure in figures if figure.chart is None] == []
     assert len({figure.name for figure in figures}) == len(figures)
     for figure in figures:
@@ -144,16 +150,16 @@ def test_one_logged_step_is_a_visible_point(make_run, tmp_path):
         assert 'opacity="1"' in svg or "mark-rect" in svg
 
 
-def test_landscape_is_frequency_and_mean_entropy_of_each_text(tokens):
-    drawn = {row["text"]: row for row in rows(landscape(tokens))}
+def test_landscape_is_frequency_and_mean_entropy_of_each_text(tokens, recorded):
+    drawn = {row["text"]: row for row in rows(landscape(recorded))}
     wait = tokens[tokens["text"] == " wait"]
     assert drawn["␣wait"]["count"] == len(wait)
     assert drawn["␣wait"]["entropy"] == pytest.approx(wait["entropy"].mean(), rel=1e-3)
     assert sum(row["count"] for row in drawn.values()) == len(tokens)
 
 
-def test_dual_entropy_joins_case_and_spaces_and_shows_words_at_both_ends(tokens):
-    drawn = {row["stem"]: row for row in rows(dual_entropy(tokens))}
+def test_dual_entropy_joins_case_and_spaces_and_shows_words_at_both_ends(tokens, recorded):
+    drawn = {row["stem"]: row for row in rows(dual_entropy(recorded))}
     both = tokens[tokens["text"].isin([" the", "The"])]["entropy"]
     assert drawn["the"]["count"] == len(both)
     assert drawn["the"]["low"] == pytest.approx(both.quantile(0.1), rel=1e-3)
@@ -161,9 +167,9 @@ def test_dual_entropy_joins_case_and_spaces_and_shows_words_at_both_ends(tokens)
     assert {"=", "7"}.isdisjoint(drawn)  # certain wherever they stand
 
 
-def test_ratios_count_each_token_that_could_have_moved(tokens):
+def test_ratios_count_each_token_that_could_have_moved(tokens, recorded):
     moved = tokens[tokens["kept"] & (tokens["step"] > tokens["rollout"])]
-    assert sum(row["tokens"] for row in rows(ratios(tokens))) == len(moved)
+    assert sum(row["tokens"] for row in rows(ratios(recorded))) == len(moved)
 
 
 def test_ratios_are_left_out_where_each_batch_served_one_step(make_run, tmp_path):
@@ -171,9 +177,9 @@ def test_ratios_are_left_out_where_each_batch_served_one_step(make_run, tmp_path
     assert figure.chart is None and "steps_per_generation" in figure.missing
 
 
-def test_clipping_shares_add_up_to_the_clipped_tokens(tokens):
+def test_clipping_shares_add_up_to_the_clipped_tokens(tokens, recorded):
     kept = tokens[tokens["kept"]]
-    drawn = rows(clipping(tokens))
+    drawn = rows(clipping(recorded))
     for bound, side in (("low", kept["ratio"] < 1), ("high", kept["ratio"] > 1)):
         shares = [row["share"] for row in drawn if row["bound"] == bound]
         assert len(shares) == 10
@@ -181,11 +187,11 @@ def test_clipping_shares_add_up_to_the_clipped_tokens(tokens):
 
 
 def test_clipping_is_left_out_where_nothing_was_clipped(tokens):
-    assert clipping(tokens.assign(clipped=False)).missing == "No recorded token met a clip bound."
+    assert clipping(Tokens.of(tokens.assign(clipped=False))).missing == "No recorded token met a clip bound."
 
 
-def test_lengths_are_distributions_of_right_and_of_wrong_responses(tokens):
-    drawn = rows(lengths(tokens))
+def test_lengths_are_distributions_of_right_and_of_wrong_responses(tokens, recorded):
+    drawn = rows(lengths(recorded))
     for kind in ("right", "wrong"):
         shares = [row["share"] for row in drawn if row["kind"] == kind]
         assert sum(shares[:-1]) == pytest.approx(1.0, abs=1e-3)  # the last only closes the outline
@@ -193,8 +199,8 @@ def test_lengths_are_distributions_of_right_and_of_wrong_responses(tokens):
     assert f"{right.median():g} tokens in {len(right)} responses" in {row["median"] for row in drawn}
 
 
-def test_positions_are_medians_of_first_middle_and_last_rollout(tokens):
-    drawn = rows(positions(tokens))
+def test_positions_are_medians_of_first_middle_and_last_rollout(tokens, recorded):
+    drawn = rows(positions(recorded))
     assert {row["step"] for row in drawn} == {"step 1", "step 9", "step 17"}
     first = tokens[(tokens["rollout"] == 1) & (tokens["position"] == 3)]["entropy"].median()
     assert [r["mid"] for r in drawn if (r["step"], r["position"]) == ("step 1", 3)] == [
@@ -202,15 +208,15 @@ def test_positions_are_medians_of_first_middle_and_last_rollout(tokens):
     ]
 
 
-def test_signal_histogram_holds_every_token(tokens):
-    assert sum(row["share"] for row in rows(signals(tokens))) == pytest.approx(1.0, abs=2e-3)
-    assert "HAPO" in signals(tokens.drop(columns="signal")).missing
+def test_signal_histogram_holds_every_token(tokens, recorded):
+    assert sum(row["share"] for row in rows(signals(recorded))) == pytest.approx(1.0, abs=2e-3)
+    assert "HAPO" in signals(Tokens.of(tokens.drop(columns="signal"))).missing
 
 
-def test_gates_have_a_histogram_where_the_run_has_gates(tokens):
-    assert "gates" not in by_name(token_figures(tokens))
+def test_gates_have_a_histogram_where_the_run_has_gates(tokens, recorded):
+    assert "gates" not in by_name(token_figures(recorded))
     gated = tokens.assign(gate=(tokens["rollout"] == 1) * 0.5 + 0.26)
-    figure = by_name(token_figures(gated))["gates"]
+    figure = by_name(token_figures(Tokens.of(gated)))["gates"]
     shown = {(row["step"], row["gate"]) for row in rows(figure) if row["share"] == 1}
     assert shown == {("step 1", 0.7625), ("step 9", 0.2625), ("step 17", 0.2625)}
     alt.Chart.from_dict(figure.spec)
@@ -219,28 +225,29 @@ def test_gates_have_a_histogram_where_the_run_has_gates(tokens):
 def test_the_order_of_unmasking_is_of_the_tokens_that_were_drawn(tokens):
     drawn = tokens.assign(unmasked=3.0 - tokens["position"] % 4, confidence=0.5)
     drawn["unmasked"] = drawn["unmasked"].mask(drawn["position"] >= 4)  # the responses had ended
-    figure = unmasking(drawn)
+    figure = unmasking(Tokens.of(drawn))
     shown = {(row["step"], row["position"]): row["mean"] for row in rows(figure)}
     assert shown == {(f"step {first}", i): 3.0 - i for first in (1, 9, 17) for i in range(4)}
     assert {(row["low"], row["high"], row["confidence"]) for row in rows(figure)} == {
         (x, x, 0.5) for x in range(4)
     }
     alt.Chart.from_dict(figure.spec)
-    assert unmasking(drawn.assign(unmasked=np.nan)).chart is None
+    assert unmasking(Tokens.of(drawn.assign(unmasked=np.nan))).chart is None
 
 
-def test_temperature_appears_where_it_was_adapted(tokens, make_run, tmp_path):
-    drawn = rows(temperatures(tokens))
+def test_temperature_appears_where_it_was_adapted(tokens, recorded, make_run, tmp_path):
+    drawn = rows(temperatures(recorded))
     assert {row["step"] for row in drawn} == {"step 9", "step 17"}  # the first rollout has no statistics yet
     hot = max(drawn, key=lambda row: row["entropy"])
     assert hot["temperature"] == max(row["temperature"] for row in drawn) > 1
-    fixed = analysed(Run(make_run(tmp_path / "dapo", "dapo")))
-    assert temperatures(fixed).chart is None and temperatures(fixed.drop(columns="temperature")).chart is None
+    fixed = Run(make_run(tmp_path / "dapo", "dapo"))
+    assert temperatures(analysed(fixed)).chart is None
+    assert temperatures(Tokens.of(fixed.tokens().drop(columns="temperature"))).chart is None
 
 
 def test_of_many_rollouts_some_are_read_first_and_last_among_them(make_run, tmp_path):
     run = Run(make_run(tmp_path / "run", rollouts=11, groups=2, size=2, length=4))
-    read = analysed(run)["rollout"].unique()
+    read = analysed(run).rollouts
     assert len(read) == ROLLOUTS
     assert (read[0], read[-1]) == (run.rollouts[0], run.rollouts[-1])
     assert spread([1, 2, 3], 8) == [1, 2, 3] and spread([], 8) == []

@@ -16,8 +16,9 @@ import pytest
 from markupsafe import Markup
 
 import hapo
+from hapo.insight import microscope as module
 from hapo.insight.excerpt import excerpt
-from hapo.insight.microscope import SHARED, encode, microscope
+from hapo.insight.microscope import SHARED, encode, microscope, sample
 from hapo.insight.run import Run, parse_method, recompute
 from tests.insight.conftest import make_run
 
@@ -137,18 +138,89 @@ def test_several_runs_share_the_budget(run: Run) -> None:
     assert [len(entry["rollouts"]) for entry in entries] == [2, 2]
 
 
-def test_of_a_rollout_too_large_the_first_responses(run: Run) -> None:
+def test_of_rollouts_too_large_whole_prompts_of_the_first_and_the_last(run: Run) -> None:
     whole = encode(run, 1, [hapo.method("dapo")])
-    page = microscope([run], against=["dapo"], nonce="n", budget=len(whole.data) // 2)
-    (shown,) = index_of(page)[0]["rollouts"]
-    assert (shown["recorded"], shown["responses"]) == (16, 8)
-    part = encode(run, 1, [hapo.method("dapo")], 8)
+    assert whole.left == []
+    page = microscope([run], against=["dapo"], nonce="n", budget=int(0.7 * len(whole.data)))
+    assert size_of(page) <= 0.7 * len(whole.data)
+    first, last = index_of(page)[0]["rollouts"]
+    assert (first["rollout"], last["rollout"]) == (1, 33)
+    for shown in (first, last):
+        assert (shown["recorded"], shown["responses"]) == (16, 4)
+        assert len(shown["left"]) == 3
+    (held,) = {0, 1, 2, 3} - set(first["left"])
+    tokens = run.tokens(1)
+    chosen = tokens[tokens["group"] == held]["response"].unique().tolist()
+    part = encode(run, 1, [hapo.method("dapo")], chosen)
     a, b = Unpacked(whole.data), Unpacked(part.data)
-    assert b.head["responses"] == a.head["responses"][:8]
-    n = b.head["responses"][-1]["end"]
+    places = [r for r in a.head["responses"] if r["response"] in chosen]
+    assert [r["response"] for r in b.head["responses"]] == [r["response"] for r in places]
+    there = np.concatenate([np.arange(r["start"], r["end"]) for r in places])
     for one, other in zip(a.head["methods"], b.head["methods"], strict=True):
         for name in other:  # the methods saw the whole rollout batch
-            np.testing.assert_array_equal(a.numbers(one[name])[:n], b.numbers(other[name]))
+            np.testing.assert_array_equal(a.numbers(one[name])[there], b.numbers(other[name]))
+
+
+def test_a_response_is_shown_however_small_the_budget(run: Run) -> None:
+    (shown,) = index_of(microscope([run], nonce="n", budget=10))[0]["rollouts"]
+    assert (shown["rollout"], shown["responses"], shown["left"]) == (1, 1, [0, 1, 2, 3])
+
+
+def test_a_large_rollout_is_not_encoded_whole_to_see_that_it_is_too_large(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+    pack = module._pack
+    monkeypatch.setattr(module, "PROBE", 20)
+    monkeypatch.setattr(module, "_pack", lambda tokens, tables: sizes.append(len(tokens)) or pack(tokens, tables))
+    microscope([run], nonce="n", budget=len(encode(run, 1, []).data) // 3)
+    del sizes[0]
+    assert max(sizes) <= run.count(1) / 2
+
+
+HEADS = pd.DataFrame(
+    {
+        "response": range(12),
+        "group": np.repeat([0, 1, 2, 3], 3),
+        "tokens": 10,
+        "verdict": [0, 0, 0, 1, 1, 1, 1, 0, 1, 1, 1, 0],
+        "reward": [0.0, 0, 0, 1, 1, 1, 0.5, 0, 1, 1, 1, 0],
+    }
+)
+"""Four prompts: all wrong, all right, and two with mixed verdicts."""
+
+
+@pytest.mark.parametrize(
+    ("most", "groups"), [(35, [2]), (65, [2, 1]), (95, [2, 1, 0]), (120, [2, 1, 0, 3]), (10**6, [2, 1, 0, 3])]
+)
+def test_the_most_mixed_the_best_and_the_worst_prompt_come_first(most: int, groups: list[int]) -> None:
+    chosen = sample(HEADS, most, seed=0)
+    assert chosen == [response for group in groups for response in range(3 * group, 3 * group + 3)]
+
+
+def test_where_no_prompt_fits_right_and_wrong_responses_take_turns() -> None:
+    assert sample(HEADS, 25, seed=0) == [6, 7]
+    assert sample(HEADS, 5, seed=0) == [6]
+
+
+def test_a_prompt_that_does_not_fit_leaves_room_for_another_and_the_others_are_drawn() -> None:
+    long = HEADS.assign(tokens=HEADS["tokens"].where(HEADS["group"] != 1, 1000))
+    assert set(sample(long, 65, seed=0)) == {6, 7, 8, 0, 1, 2}
+    targets = pd.DataFrame({"response": range(50), "group": range(50), "tokens": 10})
+    one, again, other = (sample(targets, 100, seed) for seed in (1, 1, 2))
+    assert one == again != other and len(one) == 10
+
+
+def test_prompts_by_number(run: Run) -> None:
+    page = microscope([run], nonce="n", rollouts=[9], prompts=[2])
+    (entry,) = index_of(page)
+    (shown,) = entry["rollouts"]
+    assert entry["asked"] and (shown["rollout"], shown["responses"], shown["left"]) == (9, 4, [0, 1, 3])
+    (data,) = re.findall(r'<script type="application/octet-stream"[^>]*>(.*?)</script>', page)
+    tokens = run.tokens(9).query("group == 2")
+    assert {r["response"] for r in Unpacked(data).head["responses"]} == set(tokens["response"])
+    with pytest.raises(ValueError, match=re.escape("mine: no prompt 7 in the rollout batches [9]")):
+        microscope([run], nonce="n", rollouts=[9], prompts=[2, 7])
 
 
 def test_rollouts_by_name(run: Run) -> None:

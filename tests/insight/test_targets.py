@@ -10,6 +10,7 @@ from hapo.insight.microscope import encode
 from hapo.insight.report import write_report
 from hapo.insight.run import Run
 from hapo.insight.targets import extremes, method_of_targets, parse_supervised, ranks, reweigh, target_figures
+from hapo.insight.token_figures import analysed
 from tests.insight.conftest import make_run
 from tests.insight.demonstrations import make_demonstrations
 
@@ -66,9 +67,9 @@ def test_methods_of_the_other_kind_are_refused(demonstrations, tmp_path):
 
 
 def test_figures_say_what_is_missing_without_records(demonstrations):
-    empty = demonstrations(steps=()).tokens()
+    empty = analysed(demonstrations(steps=()))
     assert all(figure.chart is None for figure in target_figures(empty))
-    tokens = demonstrations("s").tokens()
+    tokens = analysed(demonstrations("s"))
     cells = ranks(tokens).chart.layer[0].data.values
     assert sum(cell["targets"] for cell in cells) == len(tokens) == 44
     assert all(cell["x"] <= cell["x2"] and cell["y"] <= cell["y2"] for cell in cells)

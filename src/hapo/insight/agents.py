@@ -8,8 +8,9 @@ from typing import Any
 import altair as alt
 
 from .figures import Figure, short
-from .token_figures import dual_entropy, landscape, lengths, positions
+from .token_figures import lengths, positions
 from .tokens import Tokens
+from .word_figures import dual_entropy, landscape
 
 LOOP_OPTIONS = ("beta", "gamma", "polyak", "lam", "critic", "target")
 """What a page says of the loop, where a run was told other than its defaults."""

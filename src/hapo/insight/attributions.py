@@ -20,10 +20,9 @@ import pyarrow.parquet as pq
 
 from ..outputs import write_page, write_whole
 from ..tasks.attribution import Attribution
-from .figures import short
+from .figures import short, visible
 from .microscope import ATTRIBUTION
 from .page import new_nonce, render
-from .token_figures import visible
 
 STEPS = 10
 """Depths of colour on each side of 0."""

@@ -6,9 +6,8 @@ from dataclasses import replace
 
 import altair as alt
 
-from .figures import Figure, short
+from .figures import Figure, short, visible
 from .run import Run, recompute
-from .token_figures import visible
 
 WIDTH = 80
 """Characters of an answer that are shown."""

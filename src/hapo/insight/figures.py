@@ -20,6 +20,10 @@ SIZE = {"width": 480, "height": 240}
 """Pixels of an exported figure at scale 1; in the page the width is that of the column."""
 VEGA_LITE = "6.4"
 """Version of Vega-Lite that draws the figures."""
+FLOOR = 1e-4
+"""Entropies below it, nats, are drawn at it."""
+NO_RECORDS = "It is made of token records (`record_tokens_every`), and none were found."
+"""Why a figure of tokens is missing."""
 
 
 @dataclass(frozen=True)
@@ -124,3 +128,43 @@ def printable(name: str) -> str:
 def short(value: float) -> float | None:
     """Six digits are more than a figure shows; what is no number has no place in it."""
     return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def visible(text: str, most: int = 40, *, marks: bool = True, tail: bool = False) -> str:
+    """A text for readers: cut to its first, or last, `most` characters, its control characters shown.
+
+    White space becomes a sign with `marks`, else blanks. Characters that do not print, such as those which turn
+    the direction of writing, are written as their escapes.
+    """
+    cut = text[-most:] if tail else text[:most]
+    signs = {" ": "␣", "\n": "↵", "\t": "⇥"} if marks else {" ": " ", "\n": " ", "\t": " "}
+    shown = "".join(signs.get(c, c if c.isprintable() else f"\\u{ord(c):04x}") for c in cut)
+    if len(cut) == len(text):
+        return shown
+    return f"…{shown}" if tail else f"{shown}…"
+
+
+LOG = alt.Scale(type="log", nice=False, padding=8)
+"""A logarithmic scale that ends where the data end."""
+
+
+def entropy_channel(channel: type[alt.X] | type[alt.Y], shorthand: str, title: str) -> Any:
+    """An axis of entropies, logarithmic."""
+    return channel(shorthand, title=title, scale=LOG, axis=powers(-4, 2))
+
+
+def powers(low: int, high: int) -> alt.Axis:
+    """An axis with 1, 2 and 5 in each power of ten."""
+    return alt.Axis(values=[m * 10.0**k for k in range(low, high) for m in (1, 2, 5)], format="~g")
+
+
+def kinds(shorthand: str, names: list[str], symbol: str = "stroke") -> alt.Color:
+    """A colour for each of these names, with a legend."""
+    key = alt.Legend(title=None, symbolType=symbol, symbolStrokeWidth=3 if symbol == "stroke" else 0)
+    return alt.Color(shorthand, legend=key, scale=alt.Scale(domain=names))
+
+
+def rule_at(at: float, axis: str = "y") -> alt.Chart:
+    """A dashed line across the figure."""
+    rule = alt.Chart(alt.InlineData(values=[{"at": short(at)}])).mark_rule(strokeDash=[3, 3])
+    return rule.encode(**{axis: "at:Q"})

@@ -18,12 +18,12 @@ from ..tasks import TaskConfig
 from .agents import LOOP_OPTIONS, agent_figures
 from .curves import POINTS, SPAN, curves, others
 from .doctor import SEVERITIES, examine_run
-from .figures import Figure, labels, printable
+from .figures import Figure, labels, printable, visible
 from .microscope import microscope
 from .page import new_nonce, render
 from .run import Run, of_runs
 from .targets import READ, extremes, method_of_targets, reweigh, target_figures
-from .token_figures import ROLLOUTS, analysed, token_figures, visible
+from .token_figures import ROLLOUTS, analysed, token_figures
 from .tokens import Tokens
 from .unmasking import unmasking
 

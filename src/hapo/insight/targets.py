@@ -11,8 +11,9 @@ import pandas as pd
 
 from .figures import Figure, short
 from .run import Run, parse_arm
-from .token_figures import dual_entropy, gates, landscape, positions
+from .token_figures import gates, positions
 from .tokens import Tokens, parts_of
+from .word_figures import dual_entropy, landscape
 
 if TYPE_CHECKING:
     from ..supervised import Supervised

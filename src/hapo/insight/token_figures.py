@@ -4,24 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import altair as alt
 import numpy as np
 import pandas as pd
 
-from .figures import Figure, short
+from .figures import FLOOR, NO_RECORDS, Figure, entropy_channel, kinds, short
 from .run import Run
 from .tokens import Tokens, gather, parts_of, quantiles_by
+from .word_figures import dual_entropy, landscape
 
 ROLLOUTS = 8
 """Most rollout batches that are read, evenly spaced over the recorded ones, first and last among them."""
-LEAST = 5
-"""Least occurrences of a token text, or of a stem, that a figure shows."""
-FLOOR = 1e-4
-"""Entropies below it, nats, are drawn at it."""
-
-_RECORDS = "It is made of token records (`record_tokens_every`), and none were found."
 
 
 def spread(values: Sequence[int], most: int) -> list[int]:
@@ -47,100 +41,6 @@ def token_figures(tokens: Tokens) -> list[Figure]:
     return [figure(tokens) for figure in (*figures, *([gates] if "gate" in tokens else []))]
 
 
-def landscape(tokens: Tokens) -> Figure:
-    """Mean entropy of each token text against how often it occurs."""
-    figure = Figure(
-        "landscape",
-        "Entropy and frequency of tokens",
-        "A point is a token text: the frequent certain ones carry the form, the uncertain ones (above the line, "
-        "the upper fifth of all tokens) are where answers part.",
-        missing=_RECORDS if not len(tokens) else f"It needs a token text that occurs at least {LEAST} times.",
-    )
-    if not len(tokens):
-        return figure
-    found = [
-        batch.astype({"entropy": float}).groupby("text", observed=True)["entropy"].agg(["size", "sum"])
-        for batch in tokens.batches("text", "entropy")
-    ]
-    texts = pd.concat([some.set_axis(some.index.astype(str)) for some in found]).groupby(level=0).sum()
-    texts = texts.assign(mean=texts.pop("sum") / texts["size"]).query(f"size >= {LEAST}")
-    if texts.empty:
-        return figure
-    texts = texts.sort_values("size", ascending=False, kind="stable").head(800)
-    named = _apart(texts.loc[[*texts.index[:8], *texts["mean"].nlargest(12).index]])
-    rows = [
-        {"text": visible(t), "count": n, "entropy": short(max(h, FLOOR)), "name": visible(t) if t in named else ""}
-        for t, n, h in texts.itertuples()
-    ]
-    base = alt.Chart(alt.InlineData(values=rows)).encode(
-        x=alt.X("count:Q", title="occurrences, log scale", scale=_LOG, axis=_powers(0, 9)),
-        y=_entropy(alt.Y, "entropy:Q", "mean entropy, nats, log scale"),
-    )
-    tip = [alt.Tooltip("text:N", title="token"), "count:Q", alt.Tooltip("entropy:Q", title="mean entropy")]
-    chart = alt.layer(
-        base.mark_point(filled=True, size=40, opacity=0.55).encode(tooltip=tip),
-        base.mark_text(align="left", dx=6).encode(text="name:N"),
-        _line(max(float(np.nanquantile(tokens.column("entropy"), 0.8)), FLOOR)),
-    )
-    return replace(figure, chart=chart)
-
-
-def dual_entropy(tokens: Tokens, most: int = 20) -> Figure:
-    """The stems with the widest spread of entropy: certain in one place, uncertain in another."""
-    figure = Figure(
-        "dual-entropy",
-        "The same word, certain here and a fork there",
-        "Bars run from the 10th to the 90th percentile of the entropies of a word's tokens, whatever their case "
-        "and spaces: a bar that crosses the line is no matter of the word, only of the place.",
-        missing=_RECORDS
-        if not len(tokens)
-        else f"No word of at least {LEAST} tokens is among the certain half and the upper fifth by entropy.",
-    )
-    if not len(tokens):
-        return figure
-    middle, pivot = np.nanquantile(tokens.column("entropy"), [0.5, 0.8])
-    numbers: dict[str, int] = {}
-    forms: dict[int, dict[str, None]] = {}
-    table = quantiles_by(
-        (
-            (_stems(batch["text"], numbers, forms), batch["entropy"].to_numpy())
-            for batch in tokens.batches("text", "entropy")
-        ),
-        len(tokens),
-        [0.1, 0.5, 0.9],
-    )
-    table = table.set_axis(["count", "low", "mid", "high"], axis=1)
-    table = table.assign(stem=np.array([*numbers], object)[table.index]).sort_values("stem")
-    table = table[(table["count"] >= LEAST) & (table["low"] < middle) & (table["high"] > pivot)]
-    if table.empty:
-        return figure
-    floored = table[["low", "high"]].clip(lower=FLOOR)
-    table = table.loc[(floored["high"] / floored["low"]).sort_values(ascending=False, kind="stable").index[:most]]
-    rows = [
-        {
-            "order": order,
-            "stem": visible(line["stem"]) or "(white space)",
-            "forms": "   ".join(visible(form) for form in list(forms[number])[:8]),
-            "count": int(line["count"]),
-            **{k: short(max(line[k], FLOOR)) for k in ("low", "mid", "high")},
-        }
-        for order, (number, line) in enumerate(table.iterrows())
-    ]
-    tip = ["stem:N", "forms:N", "count:Q", *(f"{k}:Q" for k in ("low", "mid", "high"))]
-    base = alt.Chart(alt.InlineData(values=rows)).encode(
-        y=alt.Y("stem:N", title=None, sort=alt.EncodingSortField("order", op="min"), axis=alt.Axis(labelLimit=110))
-    )
-    x = "entropy, nats, log scale"
-    chart = alt.layer(
-        base.mark_bar(height=6, cornerRadius=3, opacity=0.45).encode(
-            x=_entropy(alt.X, "low:Q", x), x2="high:Q", tooltip=tip
-        ),
-        base.mark_point(filled=True, size=40, opacity=1).encode(x=_entropy(alt.X, "mid:Q", x), tooltip=tip),
-        _line(max(float(pivot), FLOOR), "x"),
-    )
-    return replace(figure, chart=chart)
-
-
 def ratios(tokens: Tokens) -> Figure:
     """Density of log ratio and entropy, with its median and the median clip bounds."""
     figure = Figure(
@@ -148,7 +48,7 @@ def ratios(tokens: Tokens) -> Figure:
         "Importance ratio against entropy",
         "Ratios move most where the policy is uncertain: bounds that are the same for all tokens (outer lines) "
         "cut there, and hardly touch the certain tokens. The outermost cells hold what lies beyond.",
-        missing=_RECORDS
+        missing=NO_RECORDS
         if not len(tokens)
         else "Every recorded ratio is 1: each rollout batch served one optimiser step. It appears with "
         "`steps_per_generation` or `num_iterations` large enough for several.",
@@ -181,7 +81,7 @@ def ratios(tokens: Tokens) -> Figure:
     axis = "log ratio, nats"
     density = alt.Chart(alt.InlineData(values=cells)).mark_rect()
     density = density.encode(
-        x=_entropy(alt.X, "x:Q", "entropy, nats, log scale"),
+        x=entropy_channel(alt.X, "x:Q", "entropy, nats, log scale"),
         x2="x2:Q",
         y=alt.Y("y:Q", title=axis),
         y2="y2:Q",
@@ -232,7 +132,7 @@ def clipping(tokens: Tokens) -> Figure:
         "Who meets a clip bound",
         "Share of the tokens of each tenth by entropy, the most certain first: with bounds that are the same for "
         "all it rises to the right, where the exploring tokens are.",
-        missing=_RECORDS if not len(tokens) else "No recorded token met a clip bound.",
+        missing=NO_RECORDS if not len(tokens) else "No recorded token met a clip bound.",
     )
     sides = gather((_sides(batch) for batch in _kept(tokens, "clipped")), (len(tokens), 2), bool)
     if not sides.any():
@@ -251,7 +151,7 @@ def clipping(tokens: Tokens) -> Figure:
             x=alt.X("tenth:O", title="tenth by entropy", axis=alt.Axis(labelAngle=0)),
             xOffset=alt.XOffset("bound:N", sort=["low", "high"]),
             y=alt.Y("share:Q", title="clipped share of tokens", axis=alt.Axis(format="~%")),
-            color=_kinds("bound:N", ["low", "high"], "square"),
+            color=kinds("bound:N", ["low", "high"], "square"),
             tooltip=["tenth:O", "range:N", "bound:N", "share:Q"],
         ),
     )
@@ -269,7 +169,7 @@ def lengths(tokens: Tokens) -> Figure:
         "Length of right and wrong responses",
         "Each outline is a distribution of its own: where wrong answers are the longer ones, a token mean lets "
         "them weigh more than a mean of responses would.",
-        missing=_RECORDS,
+        missing=NO_RECORDS,
     )
     if not len(tokens):
         return figure
@@ -288,7 +188,7 @@ def lengths(tokens: Tokens) -> Figure:
     base = alt.Chart(alt.InlineData(values=rows)).encode(
         x=alt.X("length:Q", title="tokens", scale=alt.Scale(nice=False, zero=False)),
         y=alt.Y("share:Q", title="share of responses", stack=None, axis=alt.Axis(format="~%")),
-        color=_kinds("kind:N", ["right", "wrong"]),
+        color=kinds("kind:N", ["right", "wrong"]),
         tooltip=["kind:N", "median:N"],
     )
     return replace(figure, chart=base.mark_area(interpolate="step-after", opacity=0.3, line={"strokeWidth": 2}))
@@ -301,7 +201,7 @@ def positions(tokens: Tokens) -> Figure:
         "Entropy along the response",
         "Medians, in bands from the 25th to the 75th percentile, as far as a twentieth of the responses reach: "
         "where in an answer the policy decides, and whether training takes its choice away.",
-        missing=_RECORDS,
+        missing=NO_RECORDS,
     )
     if not len(tokens):
         return figure
@@ -318,7 +218,7 @@ def positions(tokens: Tokens) -> Figure:
             rows.append({"position": position, "step": names[-1], **drawn})
     base = alt.Chart(alt.InlineData(values=rows)).encode(
         x=alt.X("position:Q", title="position, tokens", scale=alt.Scale(nice=False)),
-        color=_kinds("step:N", names),
+        color=kinds("step:N", names),
         tooltip=["step:N", "position:Q", alt.Tooltip("mid:Q", title="median entropy")],
     )
     chart = alt.layer(
@@ -335,7 +235,9 @@ def signals(tokens: Tokens) -> Figure:
         "Signal of the method",
         "HAPO's h: above 0 a token counts as uncertain and may explore, below 0 as certain; at its rho of 0.8 "
         "a fifth lies above.",
-        missing=_RECORDS if not len(tokens) else "The method gives tokens no number (HAPO, Archer and others do).",
+        missing=NO_RECORDS
+        if not len(tokens)
+        else "The method gives tokens no number (HAPO, Archer and others do).",
     )
     batches = (batch["signal"].dropna() for batch in tokens.batches("signal") if "signal" in tokens)
     values = gather(batches, len(tokens), np.float32)
@@ -379,7 +281,7 @@ def gates(tokens: Tokens) -> Figure:
         chart=chart.encode(
             x=alt.X("gate:Q", title="mean gate", scale=alt.Scale(domain=[0, 1])),
             y=alt.Y("share:Q", title="share of tokens", stack=None, axis=alt.Axis(format="~%")),
-            color=_kinds("step:N", names),
+            color=kinds("step:N", names),
             tooltip=["step:N", "gate:Q", "share:Q"],
         ),
     )
@@ -392,7 +294,7 @@ def temperatures(tokens: Tokens) -> Figure:
         "Temperature against entropy",
         "A point is a token: certain ones are drawn colder, uncertain ones hotter; the curve moves with the "
         "statistics of the rollout batch before.",
-        missing=_RECORDS
+        missing=NO_RECORDS
         if not len(tokens)
         else "It appears with a method that adapts the temperature (HAPO with component A), from its second "
         "recorded rollout batch.",
@@ -415,72 +317,15 @@ def temperatures(tokens: Tokens) -> Figure:
     return replace(
         figure,
         chart=chart.encode(
-            x=_entropy(alt.X, "entropy:Q", "entropy, nats, log scale"),
+            x=entropy_channel(alt.X, "entropy:Q", "entropy, nats, log scale"),
             y=alt.Y("temperature:Q", scale=alt.Scale(zero=False)),
-            color=_kinds("step:N", names, "circle"),
+            color=kinds("step:N", names, "circle"),
             tooltip=["step:N", "entropy:Q", "temperature:Q"],
         ),
     )
-
-
-def visible(text: str, most: int = 40, *, marks: bool = True, tail: bool = False) -> str:
-    """A text for readers: cut to its first, or last, `most` characters, its control characters shown.
-
-    White space becomes a sign with `marks`, else blanks. Characters that do not print, such as those which turn
-    the direction of writing, are written as their escapes.
-    """
-    cut = text[-most:] if tail else text[:most]
-    signs = {" ": "␣", "\n": "↵", "\t": "⇥"} if marks else {" ": " ", "\n": " ", "\t": " "}
-    shown = "".join(signs.get(c, c if c.isprintable() else f"\\u{ord(c):04x}") for c in cut)
-    if len(cut) == len(text):
-        return shown
-    return f"…{shown}" if tail else f"{shown}…"
-
-
-def _apart(texts: pd.DataFrame) -> set[str]:
-    """Of the texts, in their order, those whose names would not lie upon one another."""
-    places = np.log(texts[["size", "mean"]].clip(lower=FLOOR))
-    places = (places - places.min()) / (places.max() - places.min()).clip(lower=1e-9)
-    chosen: dict[str, tuple[float, float]] = {}
-    for text, x, y in places.itertuples():
-        if all(abs(x - there) > 0.15 or abs(y - high) > 0.06 for there, high in chosen.values()):
-            chosen[text] = (x, y)
-    return set(chosen)
 
 
 def _kept(tokens: Tokens, *columns: str) -> Iterator[pd.DataFrame]:
     """These columns and the ratio, of tokens that the method keeps in the loss."""
     for batch in tokens.batches("kept", "ratio", *columns):
         yield batch[batch["kept"] & batch["ratio"].notna()]
-
-
-def _stems(texts: pd.Series, numbers: dict[str, int], forms: dict[int, dict[str, None]]) -> np.ndarray:
-    """Number of the stem of each text; new stems, and forms in the order of the texts, are put into the tables."""
-    texts = texts.astype("category")
-    every = texts.cat.categories
-    stems = every.str.strip().str.casefold()
-    table = np.array([numbers.setdefault(stem, len(numbers)) for stem in stems])
-    for place in texts.cat.codes.drop_duplicates():
-        forms.setdefault(int(table[place]), {})[every[place]] = None
-    return table[texts.cat.codes]
-
-
-_LOG = alt.Scale(type="log", nice=False, padding=8)
-
-
-def _entropy(channel: type[alt.X] | type[alt.Y], shorthand: str, title: str) -> Any:
-    return channel(shorthand, title=title, scale=_LOG, axis=_powers(-4, 2))
-
-
-def _powers(low: int, high: int) -> alt.Axis:
-    return alt.Axis(values=[m * 10.0**k for k in range(low, high) for m in (1, 2, 5)], format="~g")
-
-
-def _kinds(shorthand: str, names: list[str], symbol: str = "stroke") -> alt.Color:
-    key = alt.Legend(title=None, symbolType=symbol, symbolStrokeWidth=3 if symbol == "stroke" else 0)
-    return alt.Color(shorthand, legend=key, scale=alt.Scale(domain=names))
-
-
-def _line(at: float, axis: str = "y") -> alt.Chart:
-    rule = alt.Chart(alt.InlineData(values=[{"at": short(at)}])).mark_rule(strokeDash=[3, 3])
-    return rule.encode(**{axis: "at:Q"})

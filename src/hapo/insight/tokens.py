@@ -103,14 +103,14 @@ def quantiles_by(
         place = share * last
         below = np.floor(place).astype(np.intp)
         a, b = (_values(packed[start + np.minimum(i, last)]) for i in (below, below + 1))
-        with np.errstate(invalid="ignore"):  # between infinities there is nothing
-            found[share] = a + (b - a) * (place - below)
+        with np.errstate(invalid="ignore"):  # of infinities
+            found[share] = np.where(place == below, a, a + (b - a) * (place - below))
     return found
 
 
 def _ordered(values: np.ndarray) -> np.ndarray:
-    """Whole numbers of 32 bits in the order of these float32 values."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    """Whole numbers of 32 bits in the order of these float32 values; zeros of either sign are equal."""
+    bits = (np.ascontiguousarray(values, np.float32) + np.float32(0)).view(np.uint32)
     return np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
 
 
