@@ -99,12 +99,12 @@ def test_strings_that_repeat_are_categories_and_a_column_may_be_missing_in_a_fil
     run = Run(make_run(tmp_path / "run", rollouts=2))
     first, second, *_ = sorted((run.folder / "tokens").iterdir())
     table = pq.ParquetFile(second).read()
-    pq.write_table(table.drop_columns("signal"), second)
+    pq.write_table(table.drop_columns("entropy_new"), second)
     tokens = run.tokens(1)
     assert tokens["text"].dtype == "category" and tokens["prompt"].dtype == "category"
-    assert tokens["signal"].isna().sum() == len(table)
+    assert tokens["entropy_new"].isna().sum() == len(table)
     assert pq.ParquetFile(first).metadata.num_rows + len(table) == run.count(1) == len(tokens)
-    assert analysed(run).batch(1, "signal")["signal"].isna().sum() == len(table)
+    assert analysed(run).batch(1, "entropy_new")["entropy_new"].isna().sum() == len(table)
 
 
 def test_a_folder_of_an_earlier_version_opens(make_run, tmp_path):

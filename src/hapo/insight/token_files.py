@@ -72,11 +72,12 @@ class TokenFiles:
         wanted = {name for file in self.of(rollout) for name in file.columns if columns is None or name in columns}
         if responses is not None:
             table = self._unordered(rollout, wanted.union(KEYS), pa.array(responses, pa.int64()))
-            return table.select([name for name in table.column_names if name in wanted]).take(_order(table))
+            return table.take(_order(table)).select([name for name in table.column_names if name in wanted])
         if rollout not in self._orders:
             self._orders[rollout] = _runs(_order(self._unordered(rollout, KEYS)))
         first, length = self._orders[rollout]
-        table, ends = self._unordered(rollout, wanted), length.cumsum()
+        table = self._unordered(rollout, wanted.union(KEYS[:1]))  # a file that has none of the others has rows
+        table, ends = table.select([name for name in table.column_names if name in wanted]), length.cumsum()
         return (
             table
             if len(first) == 1
