@@ -456,7 +456,7 @@ HEALTHY_RUNS = [
     {"method": "rloo", "seed": 4}
     | put(kl_old=0.0, ratio__mean=1.0, clip_ratio__low_mean=0.0, clip_ratio__high_mean=0.0),
     {"method": "hapo", "seed": 5} | put(sampling__sampling_logp_difference__mean=0.2),
-    {"method": "dapo", "seed": 6, "config": {"top_p": 0.9}} | put(sampling__sampling_logp_difference__mean=0.2),
+    {"method": "dapo", "seed": 6, "config": {"top_p": 0.9, "top_k": 20, "sampling_support": True}},
     {"method": "dapo", "seed": 7} | put(frac_reward_zero_std=0.85, dynamic_sampling__kept=1.0),
     put(entropy=lambda done, step: 0.6 if step <= 40 else 0.03),  # while the reward rises
     put(completions__mean_length_wrong=40.0, completions__mean_length_right=17.0),
