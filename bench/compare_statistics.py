@@ -1,6 +1,6 @@
 """How often 95 % intervals of a mean paired difference cover, and how often a comparison names a false winner.
 
-    python bench/compare_statistics.py --output bench/results/compare_statistics.json
+    python -m bench.compare_statistics --output bench/results/compare_statistics.json
 
 Coverage and median width (of the finite ones, relative to the t interval's) of six schemes on 5,000 simulated sets
 of differences, BCa on 2,000, and of `paired_difference` as shipped on 2,000. Then the share of 2,000 simulated
@@ -20,10 +20,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from paired import machine
 from scipy import stats
 
 from hapo.insight.statistics import MIN_SEEDS, compare_arms, paired_difference
+
+from .paired import machine
 
 Array = NDArray[np.float64]
 Limits = tuple[Array, Array]

@@ -1,6 +1,6 @@
 """Cost of the adaptive temperature in reads of the logits: paired and alternating, in one process.
 
-    python bench/temperature.py --output bench/results/temperature_cpu.json
+    python -m bench.temperature --output bench/results/temperature_cpu.json
 
 A pair times one read of the logits (their sum) and then one form; its ratio is reported, as median and quartiles
 over the pairs: in processor seconds on CPU, with wall seconds beside; between two events on CUDA.
@@ -13,13 +13,14 @@ import json
 from pathlib import Path
 
 import torch
-from paired import machine, seconds, summary
 from torch import Tensor
 
 from hapo.batch import EntropyStats
 from hapo.methods._options import TemperatureOptions
 from hapo.parts.entropy import entropy_from_logits
 from hapo.samplers.rule import TemperatureRule, temper_
+
+from .paired import machine, seconds, summary
 
 RULE = TemperatureRule(TemperatureOptions(tau=0.1), EntropyStats(pivot=0.3, sigma=1.0, h_max=2.0, h_min=-8.0))
 

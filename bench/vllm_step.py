@@ -1,6 +1,6 @@
 """Share that the adaptive temperature adds to a decode step of a real vLLM engine on CPU: paired and alternating.
 
-    VLLM_CPU_KVCACHE_SPACE=1 python bench/vllm_step.py --vocabulary 49152 --output bench/results/vllm_49152.json
+    VLLM_CPU_KVCACHE_SPACE=1 python -m bench.vllm_step --vocabulary 49152 --output bench/results/vllm_49152.json
 
 A Llama of random weights, in the shape of a published model, is served in this process. A pair generates the
 same number of tokens from the same prompts without a rule and with one, in turns first and second. Reported, as
@@ -23,7 +23,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 import vllm
-from paired import machine, seconds, summary
 from transformers import LlamaConfig, LlamaForCausalLM
 from vllm import LLM, SamplingParams
 
@@ -31,6 +30,8 @@ import hapo.samplers.vllm as plugin
 from hapo.batch import EntropyStats
 from hapo.methods._options import TemperatureOptions
 from hapo.samplers.rule import TemperatureRule
+
+from .paired import machine, seconds, summary
 
 RULE = TemperatureRule(TemperatureOptions(tau=0.1), EntropyStats(pivot=0.3, sigma=1.0, h_max=2.0, h_min=-8.0))
 

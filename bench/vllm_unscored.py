@@ -1,6 +1,6 @@
 """Seconds that a rollout saves when vLLM hands over entropies and log-probs of its draws: paired and alternating.
 
-    python bench/vllm_unscored.py --output bench/results/vllm_unscored.json
+    python -m bench.vllm_unscored --output bench/results/vllm_unscored.json
 
 A trainer with colocated vLLM and random weights in the shape of SmolLM2-135M makes the same rollout batch again
 and again, with `score_rollouts` on and off in turns, at a learning rate of 0. Reported, as median and quartiles
@@ -22,12 +22,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import trl.generation.vllm_generation as backend
 from datasets import Dataset
-from paired import machine, seconds, summary
 from transformers import AutoTokenizer
-from vllm_step import model
 
 from hapo.assets import tiny_model_path
 from hapo.trl import HAPOConfig, HAPOTrainer
+
+from .paired import machine, seconds, summary
+from .vllm_step import model
 
 backend.LLM = partial(backend.LLM, dtype="float32")
 
@@ -40,7 +41,7 @@ def make_trainer(folder: str, rows: int, tokens: int) -> HAPOTrainer:
         f"{folder}/run", method="hapo", score_rollouts=False, per_device_train_batch_size=rows, num_generations=8,
         steps_per_generation=1, num_iterations=2, max_completion_length=tokens, max_steps=2, learning_rate=0.0,
         use_cpu=True, bf16=False, use_vllm=True, report_to="none", save_strategy="no", vllm_max_model_length=128,
-        vllm_gpu_memory_utilization=0.3, activation_checkpointing=False,
+        vllm_gpu_memory_utilization=0.3,
     )  # fmt: skip
     data = Dataset.from_list([{"prompt": f"{a}+{b}="} for a in range(100, 140) for b in range(100, 140)])
     return HAPOTrainer(folder, lambda completions, **_: [0.0] * len(completions), args=args, train_dataset=data)
