@@ -298,8 +298,9 @@ def _before(place: pd.DataFrame, rows: Sequence[int]) -> list[str]:
     at, words = np.array(rows, int), [""] * len(rows)
     of = place[["response", "step"]].to_numpy()
     for n in range(BEFORE, 0, -1):
-        there = (of[at - n] == of[at]).all(1) & (at >= n)
-        texts = place["text"].iloc[at - n]
+        earlier = np.maximum(at - n, 0)
+        there = (of[earlier] == of[at]).all(1) & (at >= n)
+        texts = place["text"].iloc[earlier]
         words = [word + text if same else word for word, text, same in zip(words, texts, there, strict=True)]
     return words
 
