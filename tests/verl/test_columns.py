@@ -37,9 +37,17 @@ class Memory:
         return meta_of(keys)
 
 
+class Meta(SimpleNamespace):
+    """verl's handle on rows of the queue."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
 def meta_of(keys: list[str]) -> Any:
-    tags = [{"is_padding": key.startswith("c")} for key in keys]
-    return SimpleNamespace(keys=keys, partition_id="train", extra_info={}, tags=tags)
+    """Of a batch; verl itself added c and the second session of b, to fill its ranks."""
+    tags = [{"is_padding": key.startswith(("c", "b_1"))} for key in keys]
+    return Meta(keys=keys, partition_id="train", extra_info={}, tags=tags)
 
 
 @pytest.fixture
