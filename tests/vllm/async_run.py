@@ -22,12 +22,10 @@ import hapo.engines.trl.asynchronous.trainer as module  # noqa: E402
 from hapo.assets import tiny_model_path  # noqa: E402
 from hapo.trl import AsyncHAPOConfig, AsyncHAPOTrainer, DiskWeightTransfer  # noqa: E402
 
-GOLD = ";"
 
-
-def right(completions: list[Any], **_: Any) -> list[float]:
-    """A reward that the bundled model earns sometimes."""
-    return [float(GOLD in answer[-1]["content"]) for answer in completions]
+def even(completions: list[Any], **_: Any) -> list[float]:
+    """A reward that about half of the answers earn."""
+    return [float(sum(map(ord, answer[-1]["content"])) % 2 == 0) for answer in completions]
 
 
 class KeptQueue(module.SeenQueue):
@@ -108,7 +106,7 @@ def main(url: str, options: dict[str, Any]) -> dict[str, Any]:
         )
         trainer = AsyncHAPOTrainer(
             str(tiny_model_path()),
-            right,
+            even,
             args,
             Dataset.from_dict({"prompt": prompts}),
             processing_class=tokenizer,

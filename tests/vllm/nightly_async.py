@@ -26,7 +26,8 @@ SAME = 1e-4
 
 RUNS: dict[str, dict[str, Any]] = {
     "dapo": {"method": "dapo", "method_options": {"filter_groups": False}, "learning_rate": 1e-3},
-    "hapo": {"method": "hapo", "method_options": {"temperature": {"tau": 0.3}}, "learning_rate": 1e-4},
+    # With a learning rate of 0 the policy stays, so that the temperature alone parts sampler and policy.
+    "hapo": {"method": "hapo", "method_options": {"temperature": {"tau": 0.3}}, "learning_rate": 0.0},
 }
 
 
