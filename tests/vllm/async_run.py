@@ -98,6 +98,7 @@ def main(url: str, options: dict[str, Any]) -> dict[str, Any]:
             num_generations=8,
             max_completion_length=24,
             max_inflight_tasks=16,
+            max_staleness=1,  # the fourth step's answers were begun after the first step
             vllm_server_base_url=url,
             heartbeat_stale_after_s=1800,
             run_records=True,

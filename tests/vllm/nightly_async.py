@@ -79,7 +79,7 @@ def test_three_steps_and_more_learn_from_labelled_tokens(runs, name):
     assert all(np.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in found["lines"])
     assert found["labels"][:3] == [-1, 1, 2]  # context, and the weights of the first two syncs
     staleness = np.array(found["records"]["staleness"])
-    assert staleness.min() >= 0 and staleness.max() >= 1
+    assert staleness.min() == 0 and staleness.max() in (1, 2)  # max_staleness, and one more
     assert [line["batch/groups_per_step"] for line in found["lines"]] == [2.0] * 4
 
 
