@@ -109,11 +109,12 @@ def _placed(batch: pd.DataFrame) -> np.ndarray:
 
 def _medians(tokens: Tokens, column: str, edges: np.ndarray) -> pd.Series:
     """Of the log ratio, or the log of what a bound lets it be, between these common logarithms of entropy."""
-    of: Callable[[np.ndarray], np.ndarray] = {
+    logs: dict[str, Callable[[np.ndarray], np.ndarray]] = {
         "ratio": lambda x: np.log(x.clip(1e-9)),
         "bound_low": lambda x: np.log(1 - x),
-        "bound_high": np.log1p,
-    }[column]
+        "bound_high": lambda x: np.log1p(x),
+    }
+    of = logs[column]
     with np.errstate(divide="ignore"):  # a method without a lower bound has it at 0
         parts = (
             (

@@ -90,7 +90,7 @@ class LabelledTransfer:
     def init_weight_transfer(self) -> None:
         """As the transfer does, then ask the server."""
         self.transfer.init_weight_transfer()
-        request = {"token_ids": [1], "sampling_params": {"max_tokens": 1, "detokenize": False}}
+        request: dict[str, Any] = {"token_ids": [1], "sampling_params": {"max_tokens": 1, "detokenize": False}}
         answer = requests.post(self.url + GENERATE, json=request, timeout=SECONDS)
         self.labelled = answer.status_code == 200 and bool(answer.json()["choices"][0].get("weight_versions"))
         if not self.labelled:
