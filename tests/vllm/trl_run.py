@@ -1,4 +1,7 @@
-"""Short training runs of HAPOTrainer with vLLM in the same process, on a CPU: trl_run.py RUNS.json OUT.json."""
+"""Short training runs of HAPOTrainer with vLLM in the same process, on a CPU: trl_run.py RUNS.json OUT.json [v2].
+
+With `v2` the engine has Model Runner V2, by Triton's interpreter.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,10 @@ from typing import Any
 os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
 warnings.filterwarnings("ignore", "TRL currently supports vLLM")
 
+V2 = sys.argv[3:] == ["v2"]
+if V2:
+    import interpreted
+
 import torch  # noqa: E402
 import trl.generation.vllm_generation as backend  # noqa: E402
 from datasets import Dataset  # noqa: E402
@@ -24,7 +31,9 @@ from hapo.scoring import score_tokens  # noqa: E402
 from hapo.trl import HAPOConfig, HAPOTrainer  # noqa: E402
 
 # vLLM takes float32 checkpoints down to bfloat16; what is compared here is the plumbing, so it stays.
-backend.LLM = partial(backend.LLM, dtype="float32")
+backend.LLM = partial(backend.LLM, dtype="float32", **(interpreted.ENGINE if V2 else {}))
+if V2:
+    interpreted.without_the_kernel()
 
 
 def right(completions: list[str], answer: list[str], **_: Any) -> list[float]:
@@ -62,7 +71,7 @@ def old_gaps(trainer: HAPOTrainer) -> dict[str, float]:
 
 
 def main(options: dict[str, Any]) -> dict[str, Any]:
-    """Log lines of the run, and how far the last rollout's log-probs are from a replay."""
+    """Log lines of the run, how far the last rollout's log-probs are from a replay, and its supports."""
     synced = options.pop("synced", None)
     pairs = [(a, b) for a in range(100, 1000, 17) for b in range(100, 1000, 19)]
     data = Dataset.from_list([{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in pairs])
@@ -106,10 +115,11 @@ def main(options: dict[str, Any]) -> dict[str, Any]:
     lines = [line for line in trainer.state.log_history if "loss" in line]
     still = given.get("learning_rate") == 0.0
     replayed = {"replayed_gap": replayed_gap(trainer), **old_gaps(trainer)} if still else {"replayed_gap": None}
-    return {"lines": lines, "scored": scored, **replayed}
+    supports = [x["support"].tolist() for x in trainer._buffered_inputs if "support" in x]
+    return {"lines": lines, "scored": scored, "supports": supports, **replayed}
 
 
 if __name__ == "__main__":
-    source, target = map(Path, sys.argv[1:])
+    source, target = map(Path, sys.argv[1:3])
     runs = json.loads(source.read_text())
     target.write_text(json.dumps({name: main(options) for name, options in runs.items()}))
