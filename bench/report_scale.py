@@ -12,8 +12,8 @@ each word, rewards are 0 and 1. Every column holds noise, which compresses worse
 
 Each report is a process of its own: peak resident memory and processor seconds, children included, as wait4 tells.
 Rounds of contenders run A B, B A, ...; the files are read once before, so that none pays for the disk. `--browser`
-opens the page in headless Chromium, offline: seconds from the request until the microscope answers, and of the
-processor's seconds those of the page's main thread, which other work on the machine stretches less.
+opens the page in headless Chromium, offline: seconds from the request until the microscope answers, and of those
+the processor's in the page's main thread, which other work on the machine stretches less.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 import hapo
-from hapo.insight.microscope import microscope
+from hapo.insight.microscope import encode, microscope
 from hapo.insight.run import Run, recompute
 from tests.browser.conftest import Opened
 from tests.insight.conftest import make_run
@@ -421,6 +421,45 @@ def test_of_64_responses_of_1000_tokens_only_those_of_one_prompt_are_written(
     row = own[own.response == 7].iloc[999]
     follow(page, run="large", rollout=1, response=7, position=row.position)
     assert same(numbers(page)["ratio", "0"], row.ratio)
+
+
+def test_a_long_response_is_written_a_piece_at_a_time_and_goes_to_any_token_at_once(
+    tmp_path: Path, open_page: Open
+) -> None:
+    run = Run(make_run(tmp_path / "long", "dapo", rollouts=1, groups=1, size=2, length=5500))
+    page = open_page(page_of(tmp_path, [run])).page
+    tokens = run.tokens(1)
+    last = tokens[tokens["response"] == 1].iloc[-1]
+    follow(page, run="long", rollout=1, response=1, position=last.position)
+    expect(page.locator("[data-place='1'] .t.on")).to_have_count(1)
+    for place in (0, 1):
+        written = page.locator(f"[data-place='{place}'] .mx-body .t")
+        expect(written).to_have_count(int((tokens["response"] == place).sum()))
+    page.click("[data-key=entropy]")
+    coloured = page.eval_on_selector_all(
+        "[data-place='1'] .mx-body .t", "a => a.filter(x => / k/.test(x.className)).length"
+    )
+    assert coloured > 1000  # beyond the first piece
+
+
+def test_what_a_page_left_out_is_said_with_the_command_that_shows_it(tmp_path: Path, open_page: Open) -> None:
+    run = Run(make_run(tmp_path / "mine", "dapo", rollouts=1))
+    some = page_of(tmp_path, [run], rollouts=[1], budget=int(0.4 * len(encode(run, 1, []).data)))
+    page = open_page(some).page
+    note = page.locator("#mx-note")
+    expect(note).to_contain_text("Of 16 recorded responses of this rollout batch the page holds 4")
+    command = f"hapo report {run.folder} --rollouts 1 --prompts "
+    expect(note).to_contain_text(command)
+    shown = {int(x) for x in page.eval_on_selector_all(".mx-row", "a => a.map(x => x.ariaLabel.match(/\\d+/)[0])")}
+    tokens = run.tokens(1)
+    away = tokens[~tokens["response"].isin(shown)].iloc[0]
+    page.evaluate(
+        "hash => { location.hash = hash }",
+        link(run="mine", rollout=1, response=away.response, position=0, prompt=away.group),
+    )
+    expect(note).to_contain_text(
+        f"no response {away.response} of rollout 1. To see its prompt: {command}{away.group}"
+    )
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

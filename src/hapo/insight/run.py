@@ -224,7 +224,8 @@ class Run:
         """Of a rollout batch the push of the run's method on each token, as `recompute` has it, and `complete`."""
         if first not in self._pushes:
             rollout = self.rollout(first)
-            self._pushes[first] = recompute(rollout, self.method())["push"].to_numpy(), rollout.complete
+            push = recompute(rollout, self.method())["push"].to_numpy().copy()  # not a view of the whole table
+            self._pushes[first] = push, rollout.complete
         return self._pushes[first]
 
     @cached_property

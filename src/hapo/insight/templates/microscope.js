@@ -155,7 +155,7 @@ function select(i, { focus = false, render = false } = {}) {
   state.token = i;
   if (render || !cardOf(r)) fillGroup(r);
   const node = cardOf(r);
-  write(node);
+  write(node, i);
   for (const other of part("text").querySelectorAll(".mx-card")) other.classList.toggle("on", other === node);
   const span = spans.get(r.place)[i - r.start];
   span.classList.add("on");

@@ -1,6 +1,7 @@
 // The responses of a group as texts: a card each, a span a token.
 
-const spans = new Map(); // place of a response -> its spans, once it is written
+const spans = new Map(); // place of a response -> its spans, as far as it is written
+const PIECE = 1000; // tokens that are written at once
 const watcher = new IntersectionObserver(
   (entries) => entries.forEach((entry) => entry.isIntersecting && write(entry.target)),
   { rootMargin: "300px", scrollMargin: "300px" },
@@ -40,27 +41,42 @@ function card(r) {
 
 const cardOf = (r) => part("text").querySelector(`[data-place="${r.place}"]`);
 
-// The text of a card; a card far from the screen has none yet.
-function write(node) {
+// The text of a card, as far as a token at least, and the rest a piece at a time, so that the page stays at the
+// reader's service; a card far from the screen has none yet.
+function write(node, until = 0) {
   const place = Number(node.dataset.place);
-  if (spans.has(place)) return;
+  const { start, end } = state.rollout.responses[place];
+  const begun = spans.get(place), nodes = begun ?? [];
+  spans.set(place, nodes);
+  const next = () => piece(node, nodes, start + nodes.length, end);
+  if (!begun) next();
+  while (start + nodes.length <= Math.min(until, end - 1)) next();
+  const rest = () => {
+    if (spans.get(place) !== nodes || start + nodes.length >= end) return; // another group is shown, or all of it
+    next();
+    setTimeout(rest);
+  };
+  if (!begun) setTimeout(rest);
+}
+
+function piece(node, nodes, from, end) {
   const { rollout } = state;
-  const r = rollout.responses[place];
+  const r = rollout.responses[node.dataset.place];
   const body = document.createDocumentFragment();
-  const nodes = [];
-  for (let i = r.start; i < r.end; i++) {
+  const written = [];
+  for (let i = from; i < Math.min(from + PIECE, end); i++) {
     if (i > r.start && !rollout.said(i - 1) && rollout.position[i] > rollout.position[i - 1] + 1) {
       body.append(el("i", { cls: "mx-gap", text: " ⋯ ", title: "not written by the model" }));
     }
     const span = el("span", { tabIndex: -1 }, ...marked(rollout.text(i), rollout.id(i)));
     span.token = i;
-    nodes.push(span);
+    written.push(span);
     body.append(span);
     if (rollout.said(i)) body.append(answer(rollout.said(i)));
   }
-  spans.set(place, nodes);
-  paint([place]);
-  node.querySelector(".mx-body").replaceChildren(body);
+  nodes.push(...written);
+  paint([written]);
+  node.querySelector(".mx-body").append(body);
 }
 
 // What is not the model's: without a colour, under its own heading.
@@ -78,14 +94,14 @@ function plain(text) {
 }
 
 // Colours and marks of the tokens on the page.
-function paint(places = spans.keys()) {
+function paint(lists = spans.values()) {
   const { rollout, view } = state;
   const shown = values();
   const side = rollout.column("side", method()) ?? rollout.none;
   const kept = rollout.column("kept", method());
   const there = view.as === "difference" ? rollout.column("side", view.other) ?? rollout.none : rollout.none;
-  for (const place of places) {
-    for (const span of spans.get(place)) {
+  for (const list of lists) {
+    for (const span of list) {
       const i = span.token;
       const marks = [hue(scale.step(shown[i]))];
       if (side[i] && !there[i]) marks.push(side[i] > 0 ? "hi" : "lo");
