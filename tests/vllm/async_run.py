@@ -113,6 +113,7 @@ def main(url: str, options: dict[str, Any]) -> dict[str, Any]:
             processing_class=tokenizer,
             weight_transfer=KeptTransfer(url, Path(folder) / "weights", timeout=1800),
         )
+        trainer.rollout_worker._child_ready_timeout = 1800  # its imports take minutes on a machine with other work
         trainer.train()
         records = pq.read_table(out / "tokens").to_pandas()
     columns = records[["step", "staleness", "logp_old", "logp_new", *({"logp_sampler"} & {*records})]]
