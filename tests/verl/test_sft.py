@@ -149,7 +149,7 @@ def test_replay(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = AutoModelForCausalLM.from_pretrained(inputs / "model", dtype=torch.float32)
     optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.999), eps=EPS, weight_decay=0.01)
     method = hapo.method("dft")
-    assert len(seen) == STEPS
+    assert len(seen) == STEPS and not any("hapo" in name for name in seen[0])  # verl would log lists of objects
     for step in seen:
         assert len(step["rows"]) == ROWS
         logps = []

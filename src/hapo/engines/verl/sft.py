@@ -15,7 +15,6 @@ from omegaconf import OmegaConf
 from tensordict import TensorDict
 from torch import Tensor
 from verl.trainer.sft_trainer import SFTTrainer
-from verl.utils.metric import AggregationType, Metric
 
 import hapo
 
@@ -76,9 +75,7 @@ def supervised_loss(
         logp=model_output["log_probs"].values().unsqueeze(0),
         totals=StepTotals(rows, tokens, tokens),
     )
-    out = method.loss(batch)
-    told = {name: out.metrics[name] * ranks for name in ("nll", "weight")}
-    return out.loss * ranks, {f"{NAME}/{name}": Metric(AggregationType.SUM, x) for name, x in told.items()}
+    return method.loss(batch).loss * ranks, {}  # verl's SFT trainer adds up no metrics over micro-batches
 
 
 def targets(loss_mask: Any) -> Bool[Tensor, " N"]:
