@@ -293,7 +293,7 @@ def test_rows_that_are_equal_are_drawn_as_often_as_they_stand_in_the_data():
 
 
 def test_a_sampler_far_from_the_policy_is_said_once_with_its_cause(tmp_path, caplog):
-    trainer = tiny.trainer(tmp_path, top_k=1, max_steps=2, method="grpo", beta=0.0)
+    trainer = tiny.trainer(tmp_path, top_k=1, sampling_support=False, max_steps=2, method="grpo", beta=0.0)
     trainer.train()
     assert trainer.state.log_history[0]["sampler_weight/mean"] < 0.5
     assert caplog.text.count("the mean importance weight of sampled tokens is 0.") == 1
