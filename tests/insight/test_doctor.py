@@ -347,7 +347,8 @@ BROKEN_RUNS = [
     (
         "truncated_ratios",
         "warning",
-        {"config": {"top_p": 0.9, "sampling_support": False}} | put(sampler_weight__mean=0.91),
+        {"method": "dapo", "config": {"top_p": 0.9, "sampling_support": False}}
+        | put(sampler_weight__mean=0.91, sampling__sampling_logp_difference__mean=0.2),  # no mismatch of engines
         "the mean importance weight was 0.91",
     ),
     (
@@ -355,6 +356,13 @@ BROKEN_RUNS = [
         "warning",
         {"config": {"top_p": 0.9, "engine": "verl"}} | put(sampler_weight__mean=0.91),
         "actor_rollout_ref.rollout.top_p 1",
+    ),
+    (
+        "sampler_mismatch",
+        "warning",
+        {"method": "dapo", "config": {"top_p": 0.9, "sampling_support": True}}
+        | put(sampling__sampling_logp_difference__mean=0.2),
+        "0.2 at the end",
     ),
     (
         "ratio_always_one",
@@ -456,7 +464,8 @@ HEALTHY_RUNS = [
     {"method": "rloo", "seed": 4}
     | put(kl_old=0.0, ratio__mean=1.0, clip_ratio__low_mean=0.0, clip_ratio__high_mean=0.0),
     {"method": "hapo", "seed": 5} | put(sampling__sampling_logp_difference__mean=0.2),
-    {"method": "dapo", "seed": 6, "config": {"top_p": 0.9, "top_k": 20, "sampling_support": True}},
+    {"method": "dapo", "seed": 6, "config": {"top_p": 0.9, "sampling_support": True}}
+    | put(sampling__sampling_logp_difference__mean=0.001),
     {"method": "dapo", "seed": 7} | put(frac_reward_zero_std=0.85, dynamic_sampling__kept=1.0),
     put(entropy=lambda done, step: 0.6 if step <= 40 else 0.03),  # while the reward rises
     put(completions__mean_length_wrong=40.0, completions__mean_length_right=17.0),
