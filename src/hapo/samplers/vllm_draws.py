@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
@@ -19,9 +18,7 @@ from torch import Tensor
 
 from ..parts.entropy import entropy_and_normaliser
 from .decoding import Draws
-
-if TYPE_CHECKING:
-    from .rule import TemperatureRule
+from .rule import TemperatureRule
 
 UNKNOWN = -1
 """vLLM's place holder for a token that is still on the device."""
@@ -65,17 +62,12 @@ class DrawLog:
     """
 
     def __init__(self) -> None:
-        self._asked: list[Asked] = []
+        self._asked: dict[int, Asked] = {}  # by the identity of `drawn`
         self._steps: list[_Step] = []
 
     def begin(self, prompt: list[int] | None, drawn: list[int]) -> Asked:
         """A request enters the batch, or comes back with what it has drawn."""
-        for known in self._asked:
-            if known.drawn is drawn:
-                return known
-        asked = Asked(prompt, drawn)
-        self._asked.append(asked)
-        return asked
+        return self._asked.setdefault(id(drawn), Asked(prompt, drawn))
 
     def temper_(
         self,
@@ -111,7 +103,7 @@ class DrawLog:
         """
         self._read()
         of_prompt: dict[tuple[int, ...], list[Asked]] = defaultdict(list)
-        for asked in self._asked:
+        for asked in self._asked.values():
             of_prompt[tuple(asked.prompt or ())].append(asked)
         size = (len(completions), max(map(len, completions), default=0))
         tokens, table = torch.zeros(size, dtype=torch.long), torch.zeros(5, *size, dtype=torch.float64)
