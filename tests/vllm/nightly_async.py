@@ -6,19 +6,15 @@ Not one of `make test-vllm`: server, trainer and worker import what takes more t
 from __future__ import annotations
 
 import json
-import os
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from hapo.assets import tiny_model_path
+from .serving import serving
 
 ROOT = Path(__file__).parents[2]
 SAME = 1e-4
@@ -35,40 +31,12 @@ RUNS: dict[str, dict[str, Any]] = {
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What `async_run.py` wrote of each run, one after the other on one server."""
     folder = tmp_path_factory.mktemp("async")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{s.getsockname()[1]}"
-    flags = ["--dtype=float32", "--enforce-eager", "--max-model-len=64", "--max-num-seqs=16"]
-    flags += [
-        "--logprobs-mode=processed_logprobs",
-        "--enable-scale-out",
-        "--host=127.0.0.1",
-        f"--port={url.rpartition(':')[2]}",
-    ]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny_model_path())]
-    given, out, log = folder / "in.json", folder / "out.json", folder / "log"
+    given, out = folder / "in.json", folder / "out.json"
     given.write_text(json.dumps(RUNS))
-    with log.open("w") as text:
-        server = subprocess.Popen(
-            [*command, *flags],
-            env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_SERVER_DEV_MODE": "1"},
-            stdout=text,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        for _ in range(1200):  # seconds on a free machine, minutes on one with other work
-            assert server.poll() is None, log.read_text()[-3000:]
-            try:
-                urllib.request.urlopen(url + "/health", timeout=5).close()
-                break
-            except OSError:
-                time.sleep(0.5)
+    with serving(folder / "log", "--enable-scale-out", VLLM_SERVER_DEV_MODE="1") as url:
         run = [sys.executable, str(ROOT / "tests/vllm/async_run.py"), url, str(given), str(out)]
         done = subprocess.run(run, capture_output=True, text=True, timeout=1800)
         assert done.returncode == 0, done.stderr[-3000:]
-    finally:
-        server.terminate()
-        server.wait(30)
     return json.loads(out.read_text())
 
 

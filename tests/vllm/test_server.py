@@ -1,11 +1,6 @@
 """The real HTTP server, in its own processes, asked by the OpenAI client."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +13,7 @@ from transformers import AutoTokenizer
 from hapo.assets import tiny_model_path
 
 from .reference import BOUNDED, FORWARD, ZSCORE, largest_error, logps
+from .serving import serving
 from .test_engine import BAD, NAME
 
 # Prompt, rule, T_base, top-p, n, tokens.
@@ -34,31 +30,10 @@ MIXED = [
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
     """A server that names the processor besides the entry point."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "log"
-    flags = ["--dtype=float32", "--enforce-eager", "--max-model-len=64", "--max-num-seqs=16", "--max-logprobs=98"]
-    flags += ["--logprobs-mode=processed_logprobs", f"--logits-processors={NAME}"]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny_model_path())]
-    with log.open("w") as out:
-        server = subprocess.Popen(
-            [*command, *flags, "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port)],
-            env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
-            stdout=out,
-            stderr=subprocess.STDOUT,
-        )
-    url = f"http://127.0.0.1:{port}"
-    for _ in range(1200):  # seconds on a free machine, minutes on one with other work
-        assert server.poll() is None, log.read_text()[-3000:]
-        try:
-            urllib.request.urlopen(url + "/health", timeout=5).close()
-            break
-        except OSError:
-            time.sleep(0.5)
-    yield url
-    server.terminate()
-    server.wait(30)
+    flags = ["--max-logprobs=98", f"--logits-processors={NAME}", "--served-model-name=tiny"]
+    with serving(log, *flags) as url:
+        yield url
 
 
 def ask(url, prompt, rule, t_base=1.0, top_p=1.0, n=1, tokens=24, **xargs):
