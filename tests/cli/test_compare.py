@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 
 from hapo.cli import UsageError, main
 from hapo.cli.arms import Arm
+from hapo.cli.recipe import read_recipe
 from tests.cli.small import flags
 from tests.insight.conftest import make_run
 
@@ -83,8 +85,12 @@ def test_a_comparison_killed_at_any_point_goes_on_to_the_same_results(tmp_path, 
 
 @pytest.mark.slow
 def test_tuning_takes_the_best_rate_of_each_arm_on_problems_of_its_own(tmp_path, capsys):
-    argv = compare(tmp_path, "dapo", "grpo:learning_rate=1e-4", seeds=1, tune_size=16, tune_seeds=1)
-    assert main([*argv, "--tune", "1e-5", "1e-3"]) == 0
+    # A recipe may hold the arms, too.
+    told = {"arms": ["dapo", "grpo:learning_rate=1e-4"], "seeds": 1, "tune": ["1e-5", 1e-3]}  # as YAML reads 1e-5
+    recipe = tmp_path / "recipe.yaml"
+    small = {name: value for name, value in SMALL.items() if name != "config"}
+    recipe.write_text(yaml.safe_dump(read_recipe("demo") | small | told))
+    assert main(["compare", *flags(config=recipe, output_dir=tmp_path, tune_size=16, tune_seeds=1)]) == 0
     tuning = pd.read_csv(tmp_path / "tuning.csv")
     assert tuning.arm.tolist() == ["dapo", "dapo"]  # the other arm has a rate of its own
     best = tuning.set_index("learning_rate").sampled.idxmax()

@@ -22,15 +22,16 @@ from .arms import PLAN, TRL, Arm, Job, Recipe, content_of, parse_flags, split_ta
 from .finished import finished_runs, split_named
 from .jobs import alone, check_jobs, check_no_run, find_gpus, make_room, run_all
 from .model import AdaptedModelConfig
-from .recipe import RecipeParser, recipe_of, without
+from .recipe import RecipeParser, read_recipe, recipe_of, without
 from .train import TrainOptions, config_for, config_of, embedded_for
 
 if TYPE_CHECKING:
     import pandas as pd
 
 DESCRIPTION = """Compare methods on one recipe: same problems, initial weights and sampling seeds, paired by seed.
-Takes the flags of `hapo train`, which hold for every arm. An arm is a method with options, hapo:components=BCD, or
-trl:LOSS_TYPE, TRL's own loss in TRL's own trainer. Run again with the same output_dir it goes on where it was
+Takes the flags of `hapo train`, which hold for every arm; a recipe may also hold arms, seeds, tune and the other
+options below. An arm is a method with options, hapo:components=BCD, or trl:LOSS_TYPE, TRL's own loss in TRL's own
+trainer. Run again with the same output_dir it goes on where it was
 stopped; with more arms or seeds it adds them; finished runs stay as they are. With --runs it trains nothing, and
 compares runs that are there."""
 
@@ -95,6 +96,7 @@ class CompareOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        self.tune = [float(rate) for rate in self.tune]  # YAML reads 1e-5, without a point, as text
         if any(rate <= 0 for rate in self.tune):
             raise ValueError(f"tune must be learning rates above 0, got {self.tune}")
         if self.ablation:
@@ -139,7 +141,8 @@ def main(argv: list[str]) -> int:
         own = {*vars(options), "no_ablation", "output_dir", "config", "replace"}
         config, words = without(argv, own)
         model = model_config.model_name_or_path if given & {"model", "model_name_or_path"} else None
-        recipe = Recipe(recipe_of(config, model, embedded_for(kind)), words)
+        of_runs = {k: v for k, v in recipe_of(config, model, embedded_for(kind)).items() if k not in vars(options)}
+        recipe = Recipe(of_runs, words)
         return _compare(
             recipe, folder, task_config, args, model_config, training, options, arms, told.replace, console
         )
@@ -151,8 +154,11 @@ def config_of_arms(argv: list[str]) -> type[HAPOConfig]:
     Raises:
         UsageError: some arms are methods of masked-diffusion models and others are not.
     """
-    at = argv.index("--arms") + 1 if "--arms" in argv else len(argv)
-    labels = list(takewhile(lambda word: not word.startswith("--"), argv[at:]))
+    if "--arms" in argv:
+        labels = list(takewhile(lambda word: not word.startswith("--"), argv[argv.index("--arms") + 1 :]))
+    else:
+        config, _ = without(argv, ())
+        labels = read_recipe(config).get("arms", []) if config is not None else []
     kinds = {label: config_for(label.partition(":")[0]) for label in labels}
     if len(set(kinds.values())) > 1:
         some = ", ".join(label for label, kind in kinds.items() if kind is not HAPOConfig)
