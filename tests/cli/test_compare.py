@@ -90,7 +90,8 @@ def test_tuning_takes_the_best_rate_of_each_arm_on_problems_of_its_own(tmp_path,
     recipe = tmp_path / "recipe.yaml"
     small = {name: value for name, value in SMALL.items() if name != "config"}
     recipe.write_text(yaml.safe_dump(read_recipe("demo") | small | told))
-    assert main(["compare", *flags(config=recipe, output_dir=tmp_path, tune_size=16, tune_seeds=1)]) == 0
+    argv = flags(config=recipe, output_dir=tmp_path, tune_size=16, tune_seeds=1, target=0.5)
+    assert main(["compare", *argv]) == 0
     tuning = pd.read_csv(tmp_path / "tuning.csv")
     assert tuning.arm.tolist() == ["dapo", "dapo"]  # the other arm has a rate of its own
     best = tuning.set_index("learning_rate").sampled.idxmax()
@@ -104,6 +105,16 @@ def test_tuning_takes_the_best_rate_of_each_arm_on_problems_of_its_own(tmp_path,
     assert rates == {"dapo": best, "grpo_learning_rate=1e-4": 1e-4}
     measured = (tmp_path / "tuning/dapo/1e-05/seed-1001/evaluations.jsonl").read_text().splitlines()
     assert json.loads(measured[0])["problems"] == 16
+
+    # Where every arm has a rate, nothing is tuned, and the problems for tuning stay set aside.
+    known = f"dapo:learning_rate={best:g}"
+    again = flags(config=recipe, output_dir=tmp_path / "again", tune_size=16, tune_seeds=1, target=0.5)
+    assert main(["compare", *again, "--arms", known]) == 0
+    assert not (tmp_path / "again/tuning").exists()
+    before, after = results(tmp_path).iloc[0], results(tmp_path / "again").iloc[0]
+    # what does not depend on other runs
+    alone = ["seed", "start", "sampled", "greedy", "num_tokens", "entropy", "kl_old"]
+    assert after[alone].equals(before[alone])
 
 
 def test_a_run_that_fails_is_named_and_the_others_stay(tmp_path, capsys):

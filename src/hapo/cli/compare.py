@@ -238,8 +238,9 @@ def _compare(
         make_room(tuning.values(), folder, why, replace, console)
         if not run_all(list(tuning.values()), at_once, "tuning", console):
             return 1
-        tuned = _tuning_table(tuning)
-        rates = _choose(tuned, console)
+        if tuning:  # else every arm has a rate of its own
+            tuned = _tuning_table(tuning)
+            rates = _choose(tuned, console)
     runs = jobs(rates)
     make_room(runs.values(), folder, why, replace, console)
     complete = run_all(list(runs.values()), at_once, "runs", console)
