@@ -11,7 +11,6 @@ About four minutes of one core.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import warnings
 from collections.abc import Callable
@@ -176,7 +175,6 @@ def main() -> None:
                 f"{n:26}" + "".join(f"{s['covers']:>13} % x{s['width']}".rjust(22) for s in schemes.values()),
                 flush=True,
             )
-    gc.freeze()  # statsmodels collects garbage in every correction
     winners = [
         false_winners(shape, n, 2_000)
         for shape in ("normal", "t, 4 degrees", "exponential, skewness 2", "accuracy, sd 0.5 steps")

@@ -1,8 +1,6 @@
-import gc
 import itertools
 import math
 import statistics
-from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
@@ -43,15 +41,6 @@ def test_intervals_cover_95_percent_of_2000_simulations(shape: str, n: int) -> N
     assert 0.93 <= np.mean(covered) <= 0.97
 
 
-@pytest.fixture
-def _frozen_garbage() -> Iterator[None]:
-    """statsmodels collects garbage in every correction: a tenth of a second each beside torch."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.mark.usefixtures("_frozen_garbage")
 def test_five_equal_arms_have_a_false_winner_in_at_most_5_percent_of_2000_comparisons() -> None:
     rng, n = np.random.default_rng(0), 8
     named = 0

@@ -9,12 +9,13 @@ import pandas as pd
 
 from ..outputs import write_made
 from .compare import Comparison, Measure
-from .figures import Figure, printable, short
+from .figures import Figure, printable, short, unchecked
 from .finding import counted
 from .page import new_nonce, render
 from .statistics import MIN_SEEDS, Interval, mean_interval
 
 
+@unchecked()
 def write_comparison(
     comparison: Comparison,
     folder: Path,

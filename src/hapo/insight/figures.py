@@ -6,12 +6,13 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import altair as alt
 import vl_convert
+from altair.utils import schemapi
 
 from ..outputs import write_whole
 from .run import Run
@@ -22,6 +23,9 @@ VEGA_LITE = "6.4"
 """Version of Vega-Lite that draws the figures."""
 FLOOR = 1e-4
 """Entropies below it, nats, are drawn at it."""
+unchecked = partial(schemapi.debug_mode, False)
+"""Decorates what makes charts: Altair does not check each part of each, half the time of a page. The tests do."""
+
 NO_RECORDS = "It is made of token records (`record_tokens_every`), and none were found."
 """Why a figure of tokens is missing."""
 
@@ -49,7 +53,8 @@ class Figure:
         if self.chart is None:
             raise ValueError(f"there is no figure {self.name!r}: {self.missing}")
         words = f"{self.title}. {self.look}"
-        return self.chart.properties(width="container", height=SIZE["height"], description=words).to_dict()
+        chart = self.chart.properties(width="container", height=SIZE["height"], description=words)
+        return chart.to_dict(validate=False)
 
     def _repr_png_(self) -> bytes | None:
         """In a notebook the figure shows itself; where it has no chart, its name and the reason stand there."""

@@ -18,7 +18,7 @@ from ..tasks import TaskConfig
 from .agents import LOOP_OPTIONS, agent_figures
 from .curves import POINTS, SPAN, curves, others
 from .doctor import SEVERITIES, examine_run
-from .figures import Figure, labels, printable, visible
+from .figures import Figure, labels, printable, unchecked, visible
 from .microscope import microscope
 from .page import new_nonce, render
 from .run import Run, of_runs
@@ -37,6 +37,7 @@ BEFORE = 5
 """Tokens shown before each of them."""
 
 
+@unchecked()
 def write_report(
     folders: Sequence[Path | str],
     output: Path | str,
@@ -92,6 +93,7 @@ def write_report(
     return output
 
 
+@unchecked()
 def write_figures(
     folders: Sequence[Path | str], output: Path, kind: Literal["png", "svg"] = "png", replace: bool = False
 ) -> list[Path]:

@@ -13,7 +13,7 @@ import torch
 
 from ..tasks.search import GaussianProcess
 from .compare import Comparison
-from .figures import Figure, short
+from .figures import Figure, short, unchecked
 from .finding import counted
 from .page import new_nonce, render
 from .statistics import compare_arms
@@ -86,6 +86,7 @@ class Found:
         return mean.tolist(), deviation.tolist()
 
     @cached_property
+    @unchecked()
     def figures(self) -> list[Figure]:
         """Expected score and its deviation over the simplex, slices through the best weights, every trial."""
         return [*_triangles(self), _slices(self), _trials(self)]

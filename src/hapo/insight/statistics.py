@@ -19,6 +19,7 @@ a seed shows it.
 from __future__ import annotations
 
 import functools
+import gc
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -113,7 +114,13 @@ def holm(p: ArrayLike) -> Array:
     values = np.asarray(p, float)
     if not ((values >= 0) & (values <= 1)).all():
         raise ValueError(f"p-values must lie in [0, 1], got {values.tolist()}")
-    return np.asarray(multipletests(values, method="holm")[1]) if values.size else values
+    if not values.size:
+        return values
+    gc.freeze()  # statsmodels collects garbage in every correction, which takes long beside torch
+    try:
+        return np.asarray(multipletests(values, method="holm")[1])
+    finally:
+        gc.unfreeze()
 
 
 def verdict(
