@@ -1,26 +1,54 @@
 """What vLLM knew of its draws, without a scoring pass: entropies and the policy's log-probs are those of a forward."""
 
+import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from vllm import SamplingParams
+from vllm.platforms.cpu import CpuPlatform
 
 from hapo.samplers.vllm import AdaptiveTemperature, logging_draws
 
+from . import draws_run
+from .draws_run import engine, logged, scheduled_ahead
 from .reference import BOUNDED, ZSCORE, model, tempered
 from .runners import CPU, needs_v2
-from .test_engine import engine, shut
+from .test_engine import shut
 
-# Prompt, rule, T_base, tokens: equal prompts are told apart by what was drawn.
+# Prompt, rule, T_base, tokens, whether an end of sequence ends it: equal prompts are told apart by what was drawn.
 ASKED = [
-    ("12+34=", BOUNDED, 0.7, 20),
-    ("12+34=", BOUNDED, 0.7, 20),
-    ("907+1=", None, 1.0, 5),
-    ("5+5=", ZSCORE, 1.3, 24),
-    ("12+34=", None, 1.0, 20),
+    ("12+34=", BOUNDED, 0.7, 20, False),
+    ("12+34=", BOUNDED, 0.7, 20, False),
+    ("907+1=", None, 1.0, 5, False),
+    ("5+5=", ZSCORE, 1.3, 24, False),
+    ("12+34=", None, 1.0, 20, False),
 ]
+ENDING = [
+    ("12+34=", BOUNDED, 2.0, 14, True),
+    ("12+34=", BOUNDED, 2.0, 14, True),
+    ("12+34=", BOUNDED, 2.0, 14, False),
+    ("5+5=", ZSCORE, 1.3, 20, True),
+    ("7+", None, 1.0, 14, True),
+]
+END = 1
+
+
+def requests(asked):
+    """As `logged` takes them."""
+    return [
+        (
+            prompt,
+            {
+                "temperature": t, "max_tokens": tokens, "ignore_eos": not ends,
+                "extra_args": None if rule is None else rule.to_args(),
+            },
+        )
+        for prompt, rule, t, tokens, ends in asked
+    ]  # fmt: skip
 
 
 @torch.no_grad()
@@ -32,29 +60,28 @@ def policy(prompt, drawn, t_base):
     return logp.gather(1, torch.tensor(drawn).unsqueeze(1)).squeeze(1), entropy
 
 
+def check(asked, prompts, tokens, policy_logp, entropies):
+    """Against a forward of transformers."""
+    for b, (_, _, t_base, length, ends) in enumerate(asked):
+        drawn = len(tokens[b])
+        logp, entropy = policy(prompts[b], tokens[b], t_base)
+        assert drawn == length or (ends and tokens[b][-1] == END)
+        assert (policy_logp[b, :drawn] - logp).abs().max() < 1e-4
+        assert (entropies[b, :drawn] - entropy).abs().max() < 1e-4
+        assert not entropies[b, drawn:].any() and not policy_logp[b, drawn:].any()
+
+
 @pytest.fixture(scope="module")
 def drawn():
-    """Two calls of one engine: (request, completion, draws of it), and outputs without a log."""
+    """Two calls of one engine, what another answer gets of the log, and tokens without a log."""
     llm = engine()
-    params = [
-        SamplingParams(
-            temperature=t, max_tokens=tokens, logprobs=0, ignore_eos=True, seed=seed,
-            extra_args=None if rule is None else rule.to_args(),
-        )
-        for seed, (_, rule, t, tokens) in enumerate(ASKED)
-    ]  # fmt: skip
-    found = []
-    for _ in range(2):
-        with logging_draws(llm) as log:
-            outputs = llm.generate([a[0] for a in ASKED], params, use_tqdm=False)
-        prompts = [list(output.prompt_token_ids) for output in outputs]
-        tokens = [list(output.outputs[0].token_ids) for output in outputs]
-        logps = [
-            [step[t].logprob for step, t in zip(output.outputs[0].logprobs, row, strict=True)]
-            for output, row in zip(outputs, tokens, strict=True)
-        ]
-        found.append((prompts, tokens, log.draws(prompts, tokens, logps)))
-        lost = log.draws(prompts, [[*row[:-2], 3, row[-1]] for row in tokens], logps)
+    found = [logged(llm, requests(ASKED)) for _ in range(2)]
+    last = found[-1]
+    lost = [
+        last["log"].draws(last["prompts"], [[*row[:-2], *end] for row in last["tokens"]], last["logps"])
+        for end in ([3, 4], [5])
+    ]
+    params = [SamplingParams(seed=seed, **p) for seed, (_, p) in enumerate(requests(ASKED))]
     plain = [list(o.outputs[0].token_ids) for o in llm.generate([a[0] for a in ASKED], params, use_tqdm=False)]
     shut(llm)
     return found, plain, lost
@@ -62,22 +89,48 @@ def drawn():
 
 def test_the_policy_s_log_probs_and_entropies(drawn):
     """Under the temperature rule and without one; T_base of each request."""
-    for prompts, tokens, draws in drawn[0]:
-        for b, (_, _, t_base, length) in enumerate(ASKED):
-            logp, entropy = policy(prompts[b], tokens[b], t_base)
-            assert len(logp) == length
-            assert (draws.policy_logp[b, :length] - logp).abs().max() < 1e-4
-            assert (draws.entropy[b, :length] - entropy).abs().max() < 1e-4
-            assert not draws.entropy[b, length:].any() and not draws.policy_logp[b, length:].any()
+    for found in drawn[0]:
+        check(ASKED, found["prompts"], found["tokens"], found["draws"].policy_logp, found["draws"].entropy)
 
 
 def test_a_log_changes_no_draw(drawn):
     """With the same seeds the same tokens."""
-    assert [tokens for _, tokens, _ in drawn[0]] == [drawn[1], drawn[1]]
+    assert [found["tokens"] for found in drawn[0]] == [drawn[1], drawn[1]]
 
 
 def test_other_tokens_than_those_drawn_are_not_in_the_log(drawn):
-    assert drawn[2] is None
+    """Another token before the last, or another length."""
+    assert drawn[2] == [None, None]
+
+
+def test_answers_that_end_before_the_engine_knows(monkeypatch):
+    """Asynchronous scheduling, the rule on GPUs: one step too many of each, whose tokens come a step later."""
+    monkeypatch.setattr(CpuPlatform, "check_and_update_config", scheduled_ahead)
+    llm = engine()
+    assert llm.llm_engine.vllm_config.scheduler_config.async_scheduling
+    found = logged(llm, requests(ENDING))
+    shut(llm)
+    ended = [len(row) < a[3] for row, a in zip(found["tokens"], ENDING, strict=True)]
+    assert any(ended) and not all(ended)
+    check(ENDING, found["prompts"], found["tokens"], found["draws"].policy_logp, found["draws"].entropy)
+
+
+@needs_v2
+def test_an_engine_with_runner_v2(tmp_path):
+    """The same of its log, with both schedulers."""
+    given, out = tmp_path / "in.json", tmp_path / "out.json"
+    given.write_text(json.dumps({"in turn": requests(ENDING), "ahead": requests(ENDING)}))
+    command = [sys.executable, draws_run.__file__, str(given), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, found in json.loads(out.read_text()).items():
+        assert found["runner"] == "vllm.v1.worker.cpu.model_runner" and found["ahead"] is (name == "ahead")
+        assert any(len(row) < a[3] for row, a in zip(found["tokens"], ENDING, strict=True))
+        drawn = found["draws"]
+        check(
+            ENDING, found["prompts"], found["tokens"],
+            torch.tensor(drawn["policy_logp"]), torch.tensor(drawn["entropy"]),
+        )  # fmt: skip
 
 
 @needs_v2

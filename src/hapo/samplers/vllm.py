@@ -251,11 +251,17 @@ def logging_draws(llm: Any) -> Iterator[DrawLog]:
         raise RuntimeError(NOT_LOADED)
     if llm.llm_engine.vllm_config.speculative_config is not None:
         raise ValueError("under speculative decoding vLLM draws several tokens a step: score the rollouts")
+    batch = getattr(llm.llm_engine.model_executor.driver_worker.model_runner, "input_batch", None)
+    needed = getattr(batch, "logitsprocs_need_output_token_ids", False)
     processor.log = log = DrawLog()
     try:
+        if batch is not None:  # Runner V1: else asynchronous scheduling never tells which tokens it drew
+            batch.logitsprocs_need_output_token_ids = True
         yield log
     finally:
         processor.log = None
+        if batch is not None:
+            batch.logitsprocs_need_output_token_ids = needed
 
 
 NOT_LOADED = (

@@ -36,10 +36,15 @@ class Asked:
     """Position in the answer -> entropy, its factor on T_base, normalisers at T_base and as it was drawn."""
 
     def is_of(self, completion: list[int]) -> bool:
-        """Whether every position was seen, and no token contradicts; the last one is known to no later step."""
-        before = completion[:-1]
-        known = all(a in (b, UNKNOWN) for a, b in zip(self.drawn, before, strict=False))
-        return known and set(self.figures) == set(range(len(completion)))
+        """Whether every position was seen, with the tokens before it.
+
+        The last token is known where a further step was begun before the engine had read that this one ends the
+        answer (asynchronous scheduling); that step's position lies behind the answer.
+        """
+        length = len(completion)
+        drawn, last = self.drawn[: length - 1], self.drawn[length - 1 : length]
+        seen = set(self.figures) - {length} == set(range(length))
+        return seen and drawn == completion[:-1] and last in ([], [UNKNOWN], completion[-1:])
 
 
 @dataclass(frozen=True)
