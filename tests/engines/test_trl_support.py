@@ -149,12 +149,27 @@ def test_a_server_is_asked_where_it_tells_its_masks():
     assert asked[0][1]["sampling_params"]["extra_args"]["hapo_pivot"] == 0.3
 
 
-@pytest.mark.parametrize(("told", "reasons"), [({"return_sampling_mask": True}, 0), ({}, 1)])
-def test_a_server_says_whether_it_tells_them(told, reasons):
-    client = SimpleNamespace(get_server_info=lambda: {"model_config": told})
+@pytest.mark.parametrize(
+    ("told", "status", "lacking"),
+    [
+        ({"return_sampling_mask": True}, 400, None),
+        ({}, 400, "--return-sampling-mask (vLLM"),
+        ({"return_sampling_mask": True}, 403, "--enable-scale-out (vLLM"),
+        ({}, 404, "--return-sampling-mask --enable-scale-out (vLLM"),
+    ],
+)
+def test_a_server_says_whether_it_tells_them(told, status, lacking):
+    """It makes masks, and its endpoint reads the request, which is wrong; without --enable-scale-out it answers 403."""
+    asked = []
+    client = SimpleNamespace(
+        get_server_info=lambda: {"model_config": told},
+        base_url="http://server",
+        session=SimpleNamespace(post=lambda url, json: asked.append(url) or SimpleNamespace(status_code=status)),
+    )
     found = [*vllm.against_server(SimpleNamespace(mode="server", vllm_client=client), is_main=True)]
-    assert len(found) == reasons
-    assert all("--return-sampling-mask" in why for why in found)
+    assert asked == ["http://server/inference/v1/generate"]
+    assert len(found) == (lacking is not None)
+    assert all(f"start it with {lacking}" in why for why in found)
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ def test_a_server_is_asked_for_a_wrong_and_for_a_right_rule(answers, message):
     asked = []
 
     def post(url, json):
+        assert json["top_k"] > 0  # or a server that tells supports of draws answers 500
         asked.append(json["vllm_xargs"])
         status, text = answers[len(asked) - 1]
         return SimpleNamespace(status_code=status, text=text)

@@ -12,14 +12,20 @@ from pathlib import Path
 
 from hapo.assets import tiny_model_path
 
+V2 = Path(__file__).with_name("interpreted_server.py")
+
 
 @contextmanager
-def serving(log: Path, *flags: str, **env: str) -> Iterator[str]:
-    """The address of a server that is up, with these flags and variables; what it prints goes to `log`."""
+def serving(log: Path, *flags: str, runner_v2: bool = False, **env: str) -> Iterator[str]:
+    """The address of a server that is up, with these flags and variables; what it prints goes to `log`.
+
+    `runner_v2`: its engine has Model Runner V2, by Triton's interpreter.
+    """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny_model_path())]
+    program = [str(V2)] if runner_v2 else ["-m", "vllm.entrypoints.openai.api_server"]
+    command = [sys.executable, *program, "--model", str(tiny_model_path())]
     command += ["--dtype=float32", "--enforce-eager", "--max-model-len=64", "--max-num-seqs=16"]
     command += ["--logprobs-mode=processed_logprobs", "--host=127.0.0.1", f"--port={port}", *flags]
     with log.open("w") as out:

@@ -1,6 +1,7 @@
-"""Short training runs of HAPOTrainer with vLLM in the same process, on a CPU: trl_run.py RUNS.json OUT.json [v2].
+"""Short training runs of HAPOTrainer with vLLM on a CPU: trl_run.py RUNS.json OUT.json [v2 | URL].
 
-With `v2` the engine has Model Runner V2, by Triton's interpreter.
+The engine is in the same process, with `v2` by Model Runner V2 in Triton's interpreter; with URL it is a server's,
+whose weights stay: TRL sends them by NCCL.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": 
 warnings.filterwarnings("ignore", "TRL currently supports vLLM")
 
 V2 = sys.argv[3:] == ["v2"]
+SERVER = {"vllm_mode": "server", "vllm_server_base_url": sys.argv[3]} if sys.argv[3:] and not V2 else {}
 if V2:
     import interpreted
 
@@ -34,6 +36,9 @@ from hapo.trl import HAPOConfig, HAPOTrainer  # noqa: E402
 backend.LLM = partial(backend.LLM, dtype="float32", **(interpreted.ENGINE if V2 else {}))
 if V2:
     interpreted.without_the_kernel()
+if SERVER:
+    backend.VLLMClient.init_communicator = lambda *_, **__: None
+    backend.VLLMGeneration.sync_weights = lambda _: None
 
 
 def right(completions: list[str], answer: list[str], **_: Any) -> list[float]:
@@ -88,6 +93,7 @@ def main(options: dict[str, Any]) -> dict[str, Any]:
             "lr_scheduler_type": "constant",
             "vllm_max_model_length": 64,
             "vllm_gpu_memory_utilization": 0.3,
+            **SERVER,
             **options,
         }
         args = HAPOConfig(
@@ -111,7 +117,8 @@ def main(options: dict[str, Any]) -> dict[str, Any]:
 
         trainer.scorer.drawn.scores, trainer.scorer.text = watched, seen  # type: ignore[method-assign]
         trainer.train()
-        trainer.vllm_generation.llm.llm_engine.engine_core.shutdown()  # room for the next run's
+        if not SERVER:
+            trainer.vllm_generation.llm.llm_engine.engine_core.shutdown()  # room for the next run's
     lines = [line for line in trainer.state.log_history if "loss" in line]
     still = given.get("learning_rate") == 0.0
     replayed = {"replayed_gap": replayed_gap(trainer), **old_gaps(trainer)} if still else {"replayed_gap": None}

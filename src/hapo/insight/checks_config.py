@@ -109,7 +109,7 @@ def uncorrected_sampler(plan: Plan) -> Finding | None:
 def truncated_ratios(plan: Plan) -> Finding | None:
     """Tokens are left out of the draw, and log-probs are over all."""
     from ..engines.trl.support import before_model, of_model, truncations
-    from ..engines.trl.vllm import against_engine
+    from ..engines.trl.vllm import SERVER_FLAGS, against_engine
 
     args = plan.args
     cut = truncations(args)
@@ -122,7 +122,7 @@ def truncated_ratios(plan: Plan) -> Finding | None:
         reasons += of_model(args, vocabulary=sizes.vocab_size, images=False, router_loss=False)
     serves = args.use_vllm and args.vllm_mode == "server"
     if serves:
-        reasons.append("a server tells what is left only if it is started with --return-sampling-mask")
+        reasons.append(f"a server tells what is left only if it is started with {' '.join(SERVER_FLAGS)}")
     if not reasons:
         return None
     return Finding(

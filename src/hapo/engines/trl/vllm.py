@@ -28,6 +28,12 @@ from .support import LogpOver
 FINAL_ONLY = 2
 """vLLM's output kind: all samples of a prompt once they are finished."""
 
+GENERATE = "/inference/v1/generate"
+"""Where a server tells supports."""
+
+MASKS, SCALE_OUT = SERVER_FLAGS = "--return-sampling-mask", "--enable-scale-out"
+"""What it is to be started with for that: to make them, and to be asked."""
+
 MOST_REQUESTS = 64
 """Prompts that a server is asked for at a time."""
 
@@ -103,7 +109,7 @@ def _ask_with_supports(
 
     def ask(prompt: list[int]) -> list[dict[str, Any]]:
         request = {"model": client.model, "token_ids": prompt, "sampling_params": params}
-        answer: dict[str, Any] = client._post(f"{client.base_url}/inference/v1/generate", json=request)
+        answer: dict[str, Any] = client._post(client.base_url + GENERATE, json=request)
         return answer["choices"]
 
     with ThreadPoolExecutor(MOST_REQUESTS) as pool:
@@ -135,9 +141,17 @@ def against_server(generation: Any, is_main: bool) -> Iterator[str]:
     """Why the server does not tell supports; the same on all ranks."""
     if generation.mode != "server":
         return
-    told = [is_main and generation.vllm_client.get_server_info()["model_config"].get("return_sampling_mask")]
-    if not broadcast_object_list(told, from_process=0)[0]:
-        yield "the server does not tell it: start it with --return-sampling-mask (vLLM 0.31 or newer, Runner V2)"
+    lacking = [_flags_lacking(generation.vllm_client) if is_main else []]
+    if flags := broadcast_object_list(lacking, from_process=0)[0]:
+        yield f"the server does not tell it: start it with {' '.join(flags)} (vLLM 0.31 or newer, Runner V2)"
+
+
+def _flags_lacking(client: Any) -> list[str]:
+    """What a server was not started with that supports are told by: masks, and where they are asked for."""
+    flags = [] if client.get_server_info()["model_config"].get("return_sampling_mask") else [MASKS]
+    # The request is wrong, so that nothing is drawn: 400 where there is somebody to read it.
+    answer = client.session.post(client.base_url + GENERATE, json={})
+    return flags if answer.status_code == 400 else [*flags, SCALE_OUT]
 
 
 def check_images(generation: Any, method: Method) -> None:
@@ -220,7 +234,8 @@ def _check_server(client: Any) -> None:
     """The server refuses a wrong rule, as one without the processor does not, and takes a right one."""
 
     def ask(args: dict[str, Any]) -> Any:
-        request = {"model": client.model, "prompt": [0], "max_tokens": 1, "vllm_xargs": args}
+        # A server that tells supports refuses what has no top_k.
+        request = {"model": client.model, "prompt": [0], "max_tokens": 1, "top_k": 1, "vllm_xargs": args}
         return client.session.post(f"{client.base_url}/v1/completions", json=request)
 
     wrong = ask({f"{PREFIX}tau": 2.0})
