@@ -8,6 +8,7 @@ import inspect
 from pathlib import Path
 
 import pytest
+import verl
 from verl.experimental.agent_loop import AgentLoopManager
 from verl.experimental.reward_loop.reward_manager.naive import NaiveRewardManager
 from verl.trainer import main_ppo_v0
@@ -15,6 +16,7 @@ from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.trainer.sft_trainer import SFTTrainer
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
+from verl.workers.rollout.replica import TokenOutput
 
 import hapo.engines.verl
 import hapo.verl_cpu
@@ -131,3 +133,12 @@ def test_one_file_knows_the_queue() -> None:
     assert [name for name, found in importers.items() if "transfer_queue" in found] == ["queue.py"]
     assert [name for name, found in importers.items() if "queue" in found] == ["trainer.py"]
     assert [name for name, found in importers.items() if "trainer" in found] == ["__init__.py"]
+
+
+def test_no_rollout_hands_on_the_support_of_a_draw() -> None:
+    """As docs/sampling.md and the table of hapo.versions say; once one does, log-probs can be taken over it."""
+    told = {"token_ids", "log_probs", "routed_experts", "stop_reason", "num_preempted", "extra_fields"}
+    assert set(TokenOutput.model_fields) == told
+    files = [*Path(verl.__file__).parent.rglob("*.py")]
+    assert len(files) > 100
+    assert [file for file in files if "sampling_mask" in file.read_text()] == []
