@@ -22,7 +22,7 @@ import hapo.parts
 from hapo.cli.cards import REFERENCE, differences
 from hapo.engines.trl.options import DECIDED_BY_METHOD, READ
 from hapo.methods import options_of
-from hapo.versions import ACCEPTED, SETS, VLLM
+from hapo.versions import ACCEPTED, ENGINES, SETS, VLLM
 
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "docs/methods"
@@ -137,57 +137,20 @@ def trl_options() -> str:
     return table(["option", "", "instead, or how"], rows)
 
 
-# Engine, the package whose release is accepted, methods, adaptive temperature, log-probs of the draw, page.
-ENGINES = [
-    ("TRL, `generate`", "trl", "all", "yes", "yes", "trl.md"),
-    ("TRL, continuous batching", "trl", "all", "yes", "yes", "trl.md"),
-    ("TRL, vLLM `colocate`", "trl", "all", "rules by options", "yes", "trl_reference.md#vllm-rollouts"),
-    (
-        "TRL, vLLM `server`",
-        "trl",
-        "all",
-        "rules by options; not with images",
-        "yes",
-        "trl_reference.md#vllm-rollouts",
-    ),
-    (
-        "TRL, asynchronous",
-        "trl",
-        "policy methods without a KL penalty",
-        "rules by options",
-        "yes",
-        "trl_reference.md#the-asynchronous-trainer",
-    ),
-    ("verl, vLLM rollout", "verl", "all policy methods", "yes", "yes", "verl.md"),
-    ("verl, SFT", "verl", "supervised, but for RankTuner", "no rollouts", "no rollouts", "verl.md#demonstrations"),
-    (
-        "verl, SGLang rollout",
-        "verl",
-        "those without a temperature",
-        "refused",
-        "as verl has them",
-        "verl_reference.md",
-    ),
-    ("vLLM alone", "vllm", "no training", "yes", "`processed_logprobs`", "vllm.md"),
-    (
-        "SGLang alone",
-        "sglang",
-        "no training",
-        "yes; not with speculative decoding",
-        "yes, before top-p",
-        "sglang.md",
-    ),
-    ("transformers alone", None, "a loop of your own", "yes", "yes", "sampling.md"),
-]
-
-
 def engines() -> str:
     """What each engine can do, and the releases that hapo accepts of it."""
-    rows = [
-        [f"[{name}]({page})", f"{package} {ACCEPTED[package]}" if package else "any", *cells]
-        for name, package, *cells, page in ENGINES
-    ]
-    return table(["engine", "accepted", "methods", "adaptive temperature", "log-probs of the draw"], rows)
+    rows = []
+    for engine in ENGINES:
+        package = engine.packages[0]
+        accepted = f"{package} {ACCEPTED[package]}" if package in ACCEPTED else "any"
+        rows.append([f"[{engine.name}]({engine.page})", accepted, engine.methods, engine.temperature])
+    return table(["engine", "accepted", "methods", "adaptive temperature"], rows)
+
+
+def told() -> str:
+    """What each engine with rollouts tells of a draw."""
+    rows = [[e.name, e.logps, e.support, e.entropies] for e in ENGINES if e.draws]
+    return table(["engine", "log-probs", "support of a truncated draw", "entropies"], rows)
 
 
 def tested_sets() -> str:
@@ -213,6 +176,7 @@ MADE = {
     "<!-- made: the stages -->": stages,
     "<!-- made: TRL's options -->": trl_options,
     "<!-- made: the engines -->": engines,
+    "<!-- made: what is told of a draw -->": told,
     "<!-- made: the tested sets -->": tested_sets,
     "<!-- made: the releases of vLLM -->": vllm_releases,
 }

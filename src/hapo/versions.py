@@ -1,6 +1,6 @@
 """Which releases go together: what was tested beside what, and what the packages ask of each other.
 
-The one table behind the guards, `hapo doctor --engine` and docs/engines.md. What a package asks for is copied from
+The tables behind the guards, `hapo doctor --engine` and docs/engines.md. What a package asks for is copied from
 the metadata of its released wheel.
 """
 
@@ -78,6 +78,125 @@ ACCEPTED = {
     "peft": Span("0.21", "0.21"),
 }
 """Package -> the releases that are accepted. vLLM's and SGLang's bound the adaptive temperature only."""
+
+SERVER_FLAGS = MASKS, SCALE_OUT = "--return-sampling-mask", "--enable-scale-out"
+"""What a vLLM server is started with to tell the support of a draw: to keep it, and to be asked for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """What hapo does in an engine, and what that engine tells of a draw, in words for a table."""
+
+    name: str
+    packages: tuple[str, ...]
+    """What has to be installed; releases of the first one are the accepted ones of the engine."""
+    methods: str
+    temperature: str
+    """Whether the adaptive temperature acts."""
+    logps: str = "yes"
+    """Whether it tells log-probs of the distribution that drew a token."""
+    support: str = "no"
+    """Whether it tells what top-p, top-k and min-p left to a draw."""
+    entropies: str = "no"
+    """Whether it tells the policy's entropy at a draw, with the policy's own log-prob."""
+    page: str
+    draws: bool = True
+    """Whether it has rollouts."""
+    support_in_v2: bool = False
+    """Whether it tells the support in Model Runner V2 of the vLLM in this environment alone."""
+
+
+_VLLM_ROLLOUTS = "trl_reference.md#vllm-rollouts"
+
+ENGINES = (
+    Engine(
+        name="TRL, `generate`",
+        packages=("trl",),
+        methods="all",
+        temperature="yes",
+        support="yes; a vocabulary above 1,024 tokens needs `top_k`",
+        entropies="yes; used where weights are in float32",
+        page="trl.md",
+    ),
+    Engine(name="TRL, continuous batching", packages=("trl",), methods="all", temperature="yes", page="trl.md"),
+    Engine(
+        name="TRL, vLLM `colocate`",
+        packages=("trl", "vllm"),
+        methods="all",
+        temperature="rules by options",
+        support="with `top_k`, in Model Runner V2 (vLLM 0.31 or newer)",
+        entropies="with `score_rollouts=False`, without truncation",
+        page=_VLLM_ROLLOUTS,
+        support_in_v2=True,
+    ),
+    Engine(
+        name="TRL, vLLM `server`",
+        packages=("trl", "vllm"),
+        methods="all",
+        temperature="rules by options; not with images",
+        support=f"with `top_k`, of a server in Model Runner V2 with `{' '.join(SERVER_FLAGS)}`",
+        page=_VLLM_ROLLOUTS,
+    ),
+    Engine(
+        name="TRL, asynchronous",
+        packages=("trl", "vllm"),
+        methods="policy methods without a KL penalty",
+        temperature="rules by options",
+        page="trl_reference.md#the-asynchronous-trainer",
+    ),
+    Engine(
+        name="verl, vLLM rollout",
+        packages=("verl", "vllm"),
+        methods="all policy methods",
+        temperature="yes",
+        page="verl.md",
+    ),
+    Engine(
+        name="verl, SFT",
+        packages=("verl",),
+        methods="supervised, but for RankTuner",
+        temperature="no rollouts",
+        page="verl.md#demonstrations",
+        draws=False,
+    ),
+    Engine(
+        name="verl, SGLang rollout",
+        packages=("verl", "sglang"),
+        methods="those without a temperature",
+        temperature="refused",
+        logps="as verl has them",
+        page="verl_reference.md",
+    ),
+    Engine(
+        name="vLLM alone",
+        packages=("vllm",),
+        methods="no training",
+        temperature="yes",
+        logps="`processed_logprobs`",
+        support="`return_sampling_mask=True` and `top_k`, in Model Runner V2 (0.31 or newer)",
+        entropies="`hapo.samplers.vllm.logging_draws`, of an engine in this process, without truncation",
+        page="vllm.md",
+        support_in_v2=True,
+    ),
+    Engine(
+        name="SGLang alone",
+        packages=("sglang",),
+        methods="no training",
+        temperature="yes; not with speculative decoding",
+        logps="yes, before top-p",
+        page="sglang.md",
+    ),
+    Engine(
+        name="transformers alone",
+        packages=("transformers",),
+        methods="a loop of your own",
+        temperature="yes",
+        support="`sampling(..., support=True)` around `generate`",
+        entropies="`record.draws`, after `generate`",
+        page="sampling.md",
+    ),
+)
+"""In the order of the table."""
 
 REQUIRES: dict[str, dict[str, dict[str, str]]] = {
     "vllm": {release.minor: {"torch": release.torch, "transformers": release.transformers} for release in VLLM},

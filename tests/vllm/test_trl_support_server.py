@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 
-from hapo.engines.trl.vllm import SERVER_FLAGS
+from hapo.versions import SERVER_FLAGS
 from tests.vllm.runners import needs_v2
 from tests.vllm.serving import serving
 from tests.vllm.test_trl import GAP, ROOT

@@ -12,7 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 
 from ..assets import embedded
-from ..insight.checks_engine import Installed, examine_engines, what_works
+from ..insight.checks_engine import Installed, examine_engines, what_is_told, what_works
 from ..insight.finding import Finding
 from ..versions import PAGE
 from . import UsageError
@@ -51,9 +51,13 @@ def main(argv: list[str]) -> int:
 
 def _engines(installed: Installed, as_json: bool) -> int:
     """What is installed, what of it works together, and what does not."""
-    works, findings = what_works(installed), examine_engines(installed)
+    works, told, findings = what_works(installed), what_is_told(installed), examine_engines(installed)
     if as_json:
-        parts = {"installed": dict(installed.versions), "works": [answer._asdict() for answer in works]}
+        parts = {
+            "installed": dict(installed.versions),
+            "works": [answer._asdict() for answer in works],
+            "told": [answer._asdict() for answer in told],
+        }
         print(json.dumps({**parts, "findings": [asdict(finding) for finding in findings]}, indent=2))
     else:
         console = Console(highlight=False, markup=False)
@@ -62,6 +66,13 @@ def _engines(installed: Installed, as_json: bool) -> int:
         for answer in works:
             table.add_row("yes" if answer.works else "no", answer.wanted, answer.because)
         console.print(Padding(table, (1, 0, 1, 2)))
+        if told:
+            of_draws = Table(box=None, padding=(0, 1), pad_edge=False, header_style="")
+            for head in ("told of a draw by", "support, where truncated", "entropies"):
+                of_draws.add_column(head)
+            for of_engine in told:
+                of_draws.add_row(*of_engine)
+            console.print(Padding(of_draws, (0, 0, 1, 2)))
         _print(findings, console)
         console.print(f"Which engine, which release, which features: {PAGE}")
     return _code(findings)

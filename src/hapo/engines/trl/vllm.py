@@ -22,7 +22,7 @@ from ...batch import EntropyStats
 from ...method import Method
 from ...samplers.decoding import Draws
 from ...samplers.rule import HARMLESS, PREFIX, rule_of, temperature_of
-from ...versions import minor
+from ...versions import MASKS, SCALE_OUT, minor
 from .support import LogpOver
 
 FINAL_ONLY = 2
@@ -30,9 +30,6 @@ FINAL_ONLY = 2
 
 GENERATE = "/inference/v1/generate"
 """Where a server tells supports."""
-
-MASKS, SCALE_OUT = SERVER_FLAGS = "--return-sampling-mask", "--enable-scale-out"
-"""What it is to be started with for that: to make them, and to be asked."""
 
 MOST_REQUESTS = 64
 """Prompts that a server is asked for at a time."""
