@@ -11,7 +11,7 @@ from trl.generation.vllm_generation import extract_logprobs
 import hapo
 from hapo.engines.trl import vllm
 from hapo.engines.trl.gather import concat_rows
-from hapo.engines.trl.support import LogpOver, over, support_of
+from hapo.engines.trl.support import LogpOver, decide, over, support_of
 from hapo.samplers.decoding import MOST_SUPPORT
 from hapo.scoring import score_tokens
 from tests.engines import tiny
@@ -191,6 +191,25 @@ def test_what_cannot_be_had_is_refused_by_name(tmp_path, options, why):
     net = tiny.model(**options.pop("net", {}))
     with pytest.raises(ValueError, match=why):
         tiny.trainer(tmp_path, net, **options)
+
+
+@pytest.mark.parametrize(
+    ("asked", "reasons", "why"),
+    [
+        (
+            None,
+            ["this engine tells none: take another"],
+            "over what is left, and this engine tells none: take ano",
+        ),
+        (False, [], "and sampling_support=False rules them out: leave it away; or score the rollouts"),
+    ],
+)
+def test_rollouts_of_truncated_draws_go_unscored_with_their_supports_alone(asked, reasons, why):
+    args = SimpleNamespace(top_p=0.9, top_k=20, min_p=None, score_rollouts=False)
+    assert decide(None, args, [])
+    with pytest.raises(ValueError, match=f"score_rollouts=False with top_p=0.9, top_k=20 takes .*{why}"):
+        decide(asked, args, reasons)
+    assert not decide(asked, SimpleNamespace(top_p=1.0, top_k=0, min_p=None, score_rollouts=False), reasons)
 
 
 def test_where_it_cannot_be_had_the_weight_stays_and_a_word_is_said(tmp_path):

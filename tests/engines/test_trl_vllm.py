@@ -106,7 +106,7 @@ def test_weights_go_out_as_they_are_while_an_adapter_is_merged():
 
 
 PLAIN = {
-    "use_vllm": True, "vllm_mode": "colocate", "top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0,
+    "use_vllm": True, "vllm_mode": "colocate", "repetition_penalty": 1.0,
     "generation_kwargs": None, "vllm_structured_outputs_regex": None,
 }  # fmt: skip
 
@@ -116,8 +116,7 @@ PLAIN = {
     [
         ({"use_vllm": False}, {}, "use_vllm=False"),
         ({"vllm_mode": "server"}, {}, "vllm_mode='server'"),
-        ({"top_p": 0.9, "top_k": 20}, {}, "top_p=0.9, top_k=20"),
-        ({"min_p": 0.1}, {}, "min_p=0.1"),
+        ({"repetition_penalty": 1.1}, {}, "repetition_penalty=1.1"),
         ({"generation_kwargs": {"presence_penalty": 1.0}}, {}, "generation_kwargs="),
         ({}, {"tools": [len]}, "drop tools"),
     ],

@@ -109,7 +109,7 @@ def test_what_engines_tell_of_a_draw_is_said():
     server = f"with top_k, of a server in Model Runner V2 with {' '.join(SERVER_FLAGS)}"
     assert new["TRL, vLLM server"] == old["TRL, vLLM server"] == (server, "no")
     for engine in ("TRL, vLLM colocate", "vLLM alone"):
-        assert "top_k" in new[engine][0] and "without truncation" in new[engine][1]
+        assert "top_k" in new[engine][0] and new[engine][1] != "no"
         assert old[engine] == ("no: Model Runner V1 does not keep it", new[engine][1])
     assert told({**TORCH, "verl": "0.9.1", "vllm": "0.32.0"})["verl, vLLM rollout"] == ("no", "no")
 
@@ -126,14 +126,13 @@ def test_what_engines_do_not_tell_is_refused():
     names = {field.name for field in fields(AsyncHAPOConfig)}
     assert not {"sampling_support", "score_rollouts"} & names
     assert (says["TRL, asynchronous"].support, says["TRL, asynchronous"].entropies) == ("no", "no")
-    plain = dict.fromkeys(("min_p", "vllm_structured_outputs_regex", "generation_kwargs"))
-    plain |= {"use_vllm": True, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
+    plain = {"use_vllm": True, "vllm_structured_outputs_regex": None, "generation_kwargs": None}
+    plain |= {"repetition_penalty": 1.0}
     with pytest.raises(ValueError, match="drop vllm_mode='server', or"):
         check_unscored(SimpleNamespace(vllm_mode="server", **plain), {})
     assert says["TRL, vLLM server"].entropies == "no"
-    with pytest.raises(ValueError, match="drop top_k=20, or"):
-        check_unscored(SimpleNamespace(vllm_mode="colocate", **{**plain, "top_k": 20}), {})
-    assert "without truncation" in says["TRL, vLLM colocate"].entropies
+    check_unscored(SimpleNamespace(vllm_mode="colocate", **plain), {})
+    assert "score_rollouts=False" in says["TRL, vLLM colocate"].entropies
     client = SimpleNamespace(
         get_server_info=lambda: {"model_config": {}}, base_url="",
         session=SimpleNamespace(post=lambda url, json: SimpleNamespace(status_code=403)),

@@ -68,7 +68,7 @@ def old_gaps(trainer: HAPOTrainer) -> dict[str, float]:
     for inputs in trainer._buffered_inputs:
         rows = Sequences.of(inputs)
         with torch.no_grad():
-            scores = score_tokens(trainer.model, rows.ids, rows.attention, rows.mask, t_base=trainer.temperature)
+            scores = score_tokens(trainer.model, *rows.columns, t_base=trainer.temperature, support=rows.support)
         of = {"old_gap": (scores.logp, "old_per_token_logps"), "entropy_gap": (scores.entropy, "old_entropies")}
         for name, (ours, theirs) in of.items():
             gaps[name] = max(gaps[name], (ours - inputs[theirs])[rows.mask].abs().max().item())

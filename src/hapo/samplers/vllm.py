@@ -143,7 +143,9 @@ class AdaptiveTemperature(ProcessorV1, ProcessorV2):
         if (rule is None and self.log is None) or sampling_params.sampling_type == SamplingType.GREEDY:
             self._requests.pop(req_idx, None)
             return False
-        asked = None if self.log is None else self.log.begin(prompt, [] if drawn is None else drawn)
+        asked = None
+        if self.log is not None:
+            asked = self.log.begin(prompt, [] if drawn is None else drawn, sampling_params.top_k)
         self._requests[req_idx] = Tempered(rule, sampling_params.temperature, asked)
         return True
 

@@ -3,7 +3,7 @@
 An engine in this process hands them over through the logits processor (`hapo.samplers.vllm`): no pass scores the
 rollout again.
 
-Shapes: N rows of logits, n logged rows of them, V vocabulary, B sequences, T tokens.
+Shapes: N rows of logits, n logged rows of them, V vocabulary, B sequences, T tokens, K a request's top-k.
 """
 
 from __future__ import annotations
@@ -32,8 +32,12 @@ class Asked:
     """None until its first row comes (Runner V2)."""
     drawn: list[int]
     """Its tokens so far, in Runner V1 vLLM's own list, which grows; in V2 filled in when the log is read."""
+    top_k: int = 0
+    """0: none."""
     figures: dict[int, list[float]] = field(default_factory=dict)
     """Position in the answer -> entropy, its factor on T_base, normalisers at T_base and as it was drawn."""
+    largest: dict[int, tuple[Int[Tensor, " K"], Float[Tensor, " K"]]] = field(default_factory=dict)
+    """With top-k: position -> the tokens with the largest logits, and these at T_base."""
 
     def is_of(self, completion: list[int]) -> bool:
         """Whether every position was seen, with the tokens before it.
@@ -54,6 +58,8 @@ class _Step:
     figures: Float[Tensor, "4 n"]
     fed: Int[Tensor, " n"] | None
     """The tokens before, in Runner V2."""
+    largest: tuple[Int[Tensor, "n most"], Float[Tensor, "n most"]] | None
+    """Of the largest top-k among the rows."""
 
 
 class DrawLog:
@@ -64,15 +70,18 @@ class DrawLog:
 
         H = entropy of softmax(z / T_base),   q = z_a / (T_base f) - logsumexp(z / (T_base f)),
         log p_a = f (q + logsumexp(z / (T_base f))) - logsumexp(z / T_base).
+
+    Of a truncated draw the policy is over the support S, which vLLM tells after the draw. S is among the top-k
+    logits, and they are kept: log p_S(a) = z_a / T_base - logsumexp over S of z / T_base.
     """
 
     def __init__(self) -> None:
         self._asked: dict[int, Asked] = {}  # by the identity of `drawn`
         self._steps: list[_Step] = []
 
-    def begin(self, prompt: list[int] | None, drawn: list[int]) -> Asked:
+    def begin(self, prompt: list[int] | None, drawn: list[int], top_k: int = 0) -> Asked:
         """A request enters the batch, or comes back with what it has drawn."""
-        return self._asked.setdefault(id(drawn), Asked(prompt, drawn))
+        return self._asked.setdefault(id(drawn), Asked(prompt, drawn, max(0, top_k)))
 
     def temper_(
         self,
@@ -92,19 +101,34 @@ class DrawLog:
             fed: the token before each, where the engine tells (Runner V2).
         """
         entropy, normaliser = entropy_and_normaliser(logits, t_base)
+        most, largest = min(max(asked.top_k for asked, _ in rows), logits.shape[1]), None
+        if most > 0:
+            values, tokens = logits.topk(most)
+            largest = tokens.int(), values / t_base.unsqueeze(1)
         factor = torch.ones_like(entropy)
         for rule, which in factors:
             factor[which] = rule.factor(entropy[which])
         logits.div_(factor.unsqueeze(1))
         drawn_from = entropy_and_normaliser(logits, t_base)[1]
-        self._steps.append(_Step(rows, torch.stack([entropy, factor, normaliser, drawn_from]), fed))
+        self._steps.append(_Step(rows, torch.stack([entropy, factor, normaliser, drawn_from]), fed, largest))
 
     def draws(
-        self, prompts: Sequence[list[int]], completions: Sequence[list[int]], logps: Sequence[list[float]]
+        self,
+        prompts: Sequence[list[int]],
+        completions: Sequence[list[int]],
+        logps: Sequence[list[float]],
+        supports: Sequence[Sequence[Sequence[int]]] | None = None,
     ) -> Draws | None:
         """What was drawn for these prompts, with their log-probs as vLLM returned them.
 
         None where the log does not hold every token of them: a request that vLLM put off and began again.
+
+        Args:
+            prompts: token ids.
+            completions: what was drawn, and is looked for.
+            logps: of each token of them.
+            supports: where top-k, top-p or min-p left out tokens, what they left to each; log-probs of the policy
+                are then over it. The requests have a top-k.
         """
         self._read()
         of_prompt: dict[tuple[int, ...], list[Asked]] = defaultdict(list)
@@ -112,6 +136,7 @@ class DrawLog:
             of_prompt[tuple(asked.prompt or ())].append(asked)
         size = (len(completions), max(map(len, completions), default=0))
         tokens, table = torch.zeros(size, dtype=torch.long), torch.zeros(5, *size, dtype=torch.float64)
+        over = torch.zeros(size, dtype=torch.float64)
         for b, (prompt, completion, logp) in enumerate(zip(prompts, completions, logps, strict=True)):
             candidates = of_prompt[tuple(prompt)]
             found = next((asked for asked in candidates if asked.is_of(completion)), None)
@@ -122,8 +147,11 @@ class DrawLog:
             tokens[b, :length] = torch.tensor(completion)
             table[0, b, :length] = torch.tensor(logp, dtype=torch.float64)
             table[1:, b, :length] = torch.tensor([found.figures[t] for t in range(length)]).double().T
+            if supports is not None and length > 0:
+                ids, values = map(torch.stack, zip(*(found.largest[t] for t in range(length)), strict=True))
+                over[b, :length] = logp_over(tokens[b, :length], supports[b], ids.long(), values.double())
         q, entropy, factor, normaliser, drawn_from = table
-        policy = factor * (q + drawn_from) - normaliser
+        policy = factor * (q + drawn_from) - normaliser if supports is None else over
         return Draws(tokens, q.float(), policy.float(), entropy.float())
 
     def _read(self) -> None:
@@ -131,8 +159,40 @@ class DrawLog:
         for step in self._steps:
             figures = step.figures.T.tolist()
             fed = [None] * len(step.rows) if step.fed is None else step.fed.tolist()
-            for (asked, position), values, token in zip(step.rows, figures, fed, strict=True):
+            largest = None if step.largest is None else [x.cpu() for x in step.largest]
+            for row, ((asked, position), values, token) in enumerate(zip(step.rows, figures, fed, strict=True)):
                 asked.figures[position] = values
+                if largest is not None:
+                    ids, logits = (x[row, : asked.top_k] for x in largest)
+                    asked.largest[position] = ids, logits
                 if token is not None and position > 0:
                     asked.drawn[position - 1 :] = [token]
         self._steps = []
+
+
+def logp_over(
+    tokens: Int[Tensor, " T"],
+    support: Sequence[Sequence[int]],
+    ids: Int[Tensor, "T K"],
+    logits: Float[Tensor, "T K"],
+) -> Float[Tensor, " T"]:
+    """Log-probs of tokens, nats, over the support of each.
+
+    A member that is not among the K is as likely as the last of them: top-k keeps what ties with it.
+
+    Args:
+        tokens: each in its support.
+        support: token ids.
+        ids: of the K largest logits.
+        logits: these, at the temperature of the log-probs.
+    """
+    members = torch.full((len(tokens), 1 + max(map(len, support))), -1)
+    members[:, 0] = tokens
+    for row, of_token in zip(members, support, strict=True):
+        row[1 : 1 + len(of_token)] = torch.tensor(of_token)
+    ids, order = ids.sort(-1)
+    place = torch.searchsorted(ids, members).clamp(max=ids.shape[1] - 1)
+    known = ids.gather(1, place) == members
+    logit = logits.gather(1, order).gather(1, place).where(known, logits.amin(1, keepdim=True))
+    inside = logit[:, 1:].masked_fill(members[:, 1:] < 0, -torch.inf)
+    return logit[:, 0] - inside.logsumexp(1)

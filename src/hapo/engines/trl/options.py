@@ -111,16 +111,15 @@ def check_unscored(args: Any, others: dict[str, Any]) -> None:
     Raises:
         ValueError: which option is in the way.
     """
-    plain = {"use_vllm": True, "vllm_mode": "colocate", "top_p": 1.0, "repetition_penalty": 1.0}
-    plain |= dict.fromkeys(("min_p", "vllm_structured_outputs_regex"))
+    plain = {"use_vllm": True, "vllm_mode": "colocate", "repetition_penalty": 1.0}
+    plain |= {"vllm_structured_outputs_regex": None}
     given = [f"{name}={getattr(args, name)!r}" for name, value in plain.items() if getattr(args, name) != value]
-    given += [f"top_k={args.top_k}"] if args.top_k and args.top_k > 0 else []
     given += [f"generation_kwargs={args.generation_kwargs}"] if args.generation_kwargs else []
     given += [name for name in ("rollout_func", "environment_factory", "tools") if others.get(name)]
     if given:
         raise ValueError(
             "score_rollouts=False takes the policy's log-probs from a vLLM in this process, which draws answers "
-            f"of one turn from the whole distribution: drop {', '.join(given)}, or score the rollouts"
+            f"of one turn, without penalties: drop {', '.join(given)}, or score the rollouts"
         )
 
 

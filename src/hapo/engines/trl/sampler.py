@@ -139,7 +139,8 @@ class VLLMSampler(Sampler):
             return Turn(*asked.generate())
         if asked.images is not None:
             raise ValueError("score_rollouts=False takes text, and these prompts hold images: score the rollouts")
-        turn = Turn(*vllm.generate_logged(self.generation.llm, asked.generate, asked.prompt_ids))
+        drawn = vllm.generate_logged(self.generation.llm, asked.generate, asked.prompt_ids, support=self.support)
+        turn = Turn(*drawn)
         if turn.draws is None and not self._said:
             self._said = True
             LOG.warning(

@@ -113,7 +113,7 @@ def truncations(args: GRPOConfig) -> list[str]:
     return [f"{name}={x}" for name, x in given.items() if x not in (TRUNCATIONS[name], None, 0)]
 
 
-def decide(asked: bool | None, args: GRPOConfig, reasons: Iterable[str]) -> bool:
+def decide(asked: bool | None, args: Any, reasons: Iterable[str]) -> bool:
     """Whether log-probs are taken over the supports, and a word where they are not though tokens are left out.
 
     Args:
@@ -122,7 +122,7 @@ def decide(asked: bool | None, args: GRPOConfig, reasons: Iterable[str]) -> bool
         reasons: why it cannot be had, with the remedy.
 
     Raises:
-        ValueError: it was asked for, and cannot be had.
+        ValueError: it was asked for, or the rollouts are not scored, and it cannot be had.
     """
     why, cut = next(iter(reasons), None), truncations(args)
     if asked and not cut:
@@ -131,6 +131,11 @@ def decide(asked: bool | None, args: GRPOConfig, reasons: Iterable[str]) -> bool
         )
     if asked and why is not None:
         raise ValueError(f"sampling_support=True cannot be honoured: {why}")
+    if cut and not args.score_rollouts and (why is not None or asked is False):
+        raise ValueError(
+            f"score_rollouts=False with {', '.join(cut)} takes log-probs over what is left, and "
+            f"{why or 'sampling_support=False rules them out: leave it away'}; or score the rollouts"
+        )
     if cut and asked is None and why is not None:
         warnings.warn(
             f"{', '.join(cut)}: log-probs are over the whole vocabulary, so the mean importance weight is the "

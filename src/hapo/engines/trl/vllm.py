@@ -206,14 +206,18 @@ def attach(generation: Any, method: Method, is_main: bool) -> None:
 
 
 def generate_logged(
-    llm: Any, generate: Callable[[], tuple[Any, Any]], prompt_ids: list[list[int]]
+    llm: Any, generate: Callable[[], tuple[Any, Any]], prompt_ids: list[list[int]], *, support: bool = False
 ) -> tuple[list[list[int]], list[list[float]], Draws | None]:
-    """What `generate` gives, and what the engine knew of each token at its draw; None where that is not whole."""
+    """What `generate` gives, and what the engine knew of each token at its draw; None where that is not whole.
+
+    `support`: log-probs come with supports, and the policy's are over them.
+    """
     from ...samplers.vllm import logging_draws
 
     with logging_draws(llm) as log:
         completion_ids, logps = generate()
-    return completion_ids, logps, log.draws(prompt_ids, completion_ids, logps)
+    supports = [[x.support for x in row] for row in logps] if support else None
+    return completion_ids, logps, log.draws(prompt_ids, completion_ids, logps, supports)
 
 
 def _check_engine(llm: Any) -> None:
