@@ -216,7 +216,7 @@ def generate_logged(
 
     with logging_draws(llm) as log:
         completion_ids, logps = generate()
-    supports = [[x.support for x in row] for row in logps] if support else None
+    supports = [[getattr(x, "support", ()) for x in row] for row in logps] if support else None
     return completion_ids, logps, log.draws(prompt_ids, completion_ids, logps, supports)
 
 
