@@ -7,6 +7,7 @@ A test holds the page to the tables.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import altair as alt
@@ -27,14 +28,14 @@ def runs() -> pd.DataFrame:
     return rows.assign(name=[method.partition(":")[0] for method in rows.method])
 
 
-def differences(rows: pd.DataFrame) -> pd.DataFrame:
+def differences(rows: pd.DataFrame, measures: Sequence[str] = ("sampled", "greedy")) -> pd.DataFrame:
     """Each method against DAPO, where MIN_SEEDS pairs have run: points with interval, Holm over all of `rows`.
 
     One row for each regime, method and measure; the family of `p_holm` is one measure's comparisons.
     """
     found = []
     for regime, of_regime in rows.groupby("regime"):
-        for measure in ("sampled", "greedy"):
+        for measure in measures:
             wide = of_regime.pivot(index="seed", columns="name", values=measure)
             for name in wide.columns.drop(REFERENCE):
                 pairs = wide[[name, REFERENCE]].dropna()
