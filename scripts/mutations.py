@@ -67,9 +67,9 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("engines/trl/stages.py", "seed + 1_000_003 * stage + turn", "seed + 1_000_003 * stage", "tests/engines/test_stages.py"),
     ("engines/trl/rollout.py", "0 if self.stages is None else self.stages.of(inputs[0])", "0", "tests/cli/test_curriculum.py"),
     # scoring
-    ("scoring.py", "gain = self.scale / (self.softcap or self.t_base)", "gain = self.scale / self.t_base", SCORES),
+    ("head.py", "gain = self.scale / (self.softcap or self.t_base)", "gain = self.scale / self.t_base", SCORES),
     ("scoring.py", "return (scaling if config.model_type == \"hyperclovax\" else 1.0 / scaling), softcap", "return scaling, softcap", SCORES),
-    ("scoring.py", "cooler = 1 / factor(entropy[rows])", "cooler = factor(entropy[rows])", SCORES),
+    ("head.py", "cooler = 1 / factor(entropy[rows])", "cooler = factor(entropy[rows])", SCORES),
     ("scoring.py", "return parameter.full_tensor(grad_placements=[Partial(\"avg\")] * parameter.device_mesh.ndim)", "return parameter.full_tensor()", SCORES + " -k ddp"),
     # the TRL engine
     ("engines/trl/entropy_term.py", "float(add_up(self._sum))", "float(self._sum)", "tests/engines/test_trl_parts.py"),

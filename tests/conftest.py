@@ -15,7 +15,16 @@ import pytest
 from jaxtyping import install_import_hook
 
 TENSOR_CODE = [
-    *("hapo.adapters", "hapo.batch", "hapo.method", "hapo.methods", "hapo.parts", "hapo.samplers", "hapo.scoring"),
+    *(
+        "hapo.adapters",
+        "hapo.batch",
+        "hapo.head",
+        "hapo.method",
+        "hapo.methods",
+        "hapo.parts",
+        "hapo.samplers",
+        "hapo.scoring",
+    ),
     "hapo.supervised",
 ]
 install_import_hook(TENSOR_CODE, "beartype.beartype")

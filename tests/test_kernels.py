@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hapo import kernels, scoring
+from hapo import head, kernels
 from hapo.kernels import plain
 from hapo.scoring import score_hidden
 
@@ -198,7 +198,7 @@ def stand_ins(monkeypatch, scores=lambda x: x, gradient=lambda x: x):
         )  # fmt: skip
 
     module = SimpleNamespace(scores=checked_scores, gradient=checked_gradient)
-    monkeypatch.setattr(scoring, "_kernels", lambda like: module)
+    monkeypatch.setattr(head, "_kernels", lambda like: module)
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])

@@ -27,7 +27,7 @@ ROWS = """
     methods
     hapo
     kernels
-    prompts
+    prompts head
     scoring
     masked
     adapters optim

@@ -30,7 +30,7 @@ from transformers import (
 )
 from trl.trainer.utils import add_fused_lm_head
 
-from hapo import scoring
+from hapo import head
 from hapo.parts.entropy import EntropyStats
 from hapo.parts.rank import expected_rank, target_rank
 from hapo.parts.temperature import bounded_factor
@@ -122,7 +122,7 @@ def test_values_and_gradients_are_those_of_a_plain_float64_computation(t_base, s
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("chunk", [None, 3])
 def test_ranks_are_those_of_all_logits_in_float64(dtype, chunk, monkeypatch):
-    monkeypatch.setitem(scoring.SORTED, "cpu", 700)  # two rows a sort
+    monkeypatch.setitem(head.SORTED, "cpu", 700)  # two rows a sort
     hidden, weight, bias, tokens = inputs(n=9, v=300, dtype=dtype)
     with torch.no_grad():
         weight[7] = weight[8]  # ties, of the bias too
