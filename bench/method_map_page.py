@@ -19,6 +19,16 @@ from hapo.insight.statistics import MIN_SEEDS, holm, mean_interval, paired_diffe
 from .method_map import REGIMES, RESULTS
 
 REFERENCE = "dapo"
+STEPS = RESULTS.with_name("steps.csv")
+ARMS = {
+    "dapo": "dapo",
+    "dapo:filter_groups=false": "dapo, no filter",
+    "dapo:learning_rate=8.7e-5": "dapo, rate 8.7e-5",
+    "hapo": "hapo",
+    "hapo:filter_groups=false": "hapo, no filter",
+    "grpo:beta=0.0": "grpo",
+}
+"""Of the test of the filter, as the page calls them."""
 PICTURE = Path(__file__).parents[1] / "docs" / "evidence" / "map.svg"
 
 
@@ -26,6 +36,12 @@ def runs() -> pd.DataFrame:
     """The rows of the map, a method by its name alone: the options of a regime are in its recipe."""
     rows = pd.read_csv(RESULTS)
     return rows.assign(name=[method.partition(":")[0] for method in rows.method])
+
+
+def filter_runs() -> pd.DataFrame:
+    """The rows of the test of the filter, in the same form."""
+    rows = pd.read_csv(STEPS)
+    return rows.assign(name=rows.arm.map(ARMS), regime="filter")
 
 
 def differences(rows: pd.DataFrame, measures: Sequence[str] = ("sampled", "greedy")) -> pd.DataFrame:
@@ -49,52 +65,57 @@ def differences(rows: pd.DataFrame, measures: Sequence[str] = ("sampled", "greed
 
 
 def tables() -> dict[str, list[str]]:
-    """Regime -> the lines of its table, in Markdown."""
-    rows = runs()
-    against = differences(rows).set_index(["regime", "name", "measure"])
+    """Regime -> the lines of its table, in Markdown; "filter" is the test of the filter."""
     made = {}
-    for regime in (regime for regime in REGIMES if regime in against.index.get_level_values(0)):
-        of_regime = rows[rows.regime == regime]
-        seeds = of_regime.seed.nunique()
-        start = 100 * of_regime.start.mean()
-        lines = [
-            f"| {seeds} seeds, start {start:.1f} % | rate | sampled, % | sampled − DAPO [95 %], p after Holm | "
-            "greedy, % | greedy − DAPO | length | collapsed |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
-        for name in of_regime.name.unique():
-            mine = of_regime[of_regime.name == name]
-            sampled = mean_interval(100 * mine.sampled)
-            cells = [name, f"{mine.learning_rate.iloc[0]:.0e}"]
-            cells += [f"{sampled.mean:.1f} [{sampled.low:.1f}, {sampled.high:.1f}]"]
-            cells += [_told(against, regime, name, "sampled"), f"{100 * mine.greedy.mean():.1f}"]
-            cells += [_told(against, regime, name, "greedy"), f"{mine.length.mean():.1f}"]
-            lines.append(f"| {' | '.join([*cells, str(int(mine.collapsed.sum()))])} |")
-        made[regime] = lines
-    return made
+    for rows in (runs(), filter_runs()):
+        against = differences(rows).set_index(["regime", "name", "measure"])
+        for regime in against.index.unique("regime"):
+            made[regime] = _table(rows[rows.regime == regime], against.loc[regime])
+    return {regime: made[regime] for regime in (*REGIMES, "filter") if regime in made}
 
 
-def _told(against: pd.DataFrame, regime: str, name: str, measure: str) -> str:
-    if (regime, name, measure) not in against.index:
+def _table(rows: pd.DataFrame, against: pd.DataFrame) -> list[str]:
+    tuned = ["rate"] if "learning_rate" in rows else []
+    start = f"{rows.seed.nunique()} seeds, start {100 * rows.start.mean():.1f} %"
+    names = ["sampled, %", "sampled − DAPO [95 %], p after Holm", "greedy, %", "greedy − DAPO", "length"]
+    lines = [f"| {' | '.join([start, *tuned, *names, 'gradient norm', 'collapsed'])} |"]
+    lines.append("|" + "---|" * (len(tuned) + 8))
+    for name in rows.name.unique():
+        mine = rows[rows.name == name]
+        sampled = mean_interval(100 * mine.sampled)
+        cells = [name, *(f"{mine[column].iloc[0]:.0e}" for column in ("learning_rate",) if tuned)]
+        cells += [f"{sampled.mean:.1f} [{sampled.low:.1f}, {sampled.high:.1f}]", _told(against, name, "sampled")]
+        cells += [f"{100 * mine.greedy.mean():.1f}", _told(against, name, "greedy"), f"{mine.length.mean():.1f}"]
+        lines.append(f"| {' | '.join([*cells, f'{mine.grad_norm.mean():.2f}', str(mine.collapsed.sum())])} |")
+    return lines
+
+
+def _told(against: pd.DataFrame, name: str, measure: str) -> str:
+    if (name, measure) not in against.index:
         return ""
-    row = against.loc[(regime, name, measure)]
+    row = against.loc[(name, measure)]
     words = f"{row.points:.1f} [{row.low:.1f}, {row.high:.1f}], {row.p_holm:.2g}".replace("-", "−")
     return f"**{words}**" if row.p_holm <= 0.05 else words
 
 
 def picture() -> Figure:
     """Methods x regimes: the difference to DAPO in sampled accuracy, with its interval."""
-    table = differences(runs())
-    table = table[table.measure == "sampled"]
+    rows = runs()
+    table = differences(rows, ("sampled",))
     table = table.assign(shown=["yes" if p <= 0.05 else "no" for p in table.p_holm])
-    data = alt.Chart(alt.Data(values=table.round(4).to_dict("records")))
-    y = alt.Y("name:N", title=None, sort=list(runs().name.unique()))
-    colour = alt.Color("shown:N", title="difference shown, after Holm", sort=["no", "yes"])
-    zero = alt.Chart(alt.Data(values=[{"x": 0}])).mark_rule(strokeDash=[3, 3]).encode(x="x:Q")
-    bar = data.mark_rule(strokeWidth=2).encode(x=alt.X("low:Q", title="points"), x2="high:Q", y=y, color=colour)
-    dot = data.mark_point(filled=True, size=60, opacity=1).encode(x="points:Q", y=y, color=colour)
+    y = alt.Y("name:N", title=None, sort=list(rows.name.unique()))
+    colour = alt.Color("shown:N", title="difference shown, after Holm").scale(domain=["no", "yes"])
+    data = alt.Data(values=table.round(4).to_dict("records"))
+    zero = alt.Chart().mark_rule(strokeDash=[3, 3]).encode(x=alt.datum(0))
+    bar = (
+        alt.Chart()
+        .mark_rule(strokeWidth=2)
+        .encode(x=alt.X("low:Q", title="points"), x2="high:Q", y=y, color=colour)
+    )
+    dot = alt.Chart().mark_point(filled=True, size=60, opacity=1).encode(x="points:Q", y=y, color=colour)
     order = [regime for regime in REGIMES if regime in set(table.regime)]
-    chart = alt.layer(zero, bar, dot, data=alt.Data(values=[])).facet(column=alt.Column("regime:N", sort=order))
+    column = alt.Column("regime:N", sort=order, title=None)
+    chart = alt.layer(zero, bar, dot, data=data).properties(width=150, height=260).facet(column=column)
     return Figure("map", "The map", "Intervals that hold 0 show nothing.", chart)
 
 

@@ -37,7 +37,8 @@ def write_run(
     (folder / "manifest.json").write_text(json.dumps(told))
     metrics = {"loss": 0.0, "entropy": 0.5, "completions/mean_length": 20.0, "kl_old": kl_old}
     metrics |= {"clip_ratio/low_mean": clipped, "clip_ratio/high_mean": 0.0}
-    (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": s, **metrics}) + "\n" for s in range(1, 11)))
+    logged = [*({"step": step, **metrics} for step in range(1, 11)), {"step": 10, "train_loss": 0.0}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in logged))
     lines = []
     for k, accuracy in enumerate(accuracies):
         solved = round(20 * accuracy)
@@ -78,6 +79,7 @@ def test_figures_of_a_run_are_those_of_its_measurements(comparison):
     assert row.tokens_to_target == pytest.approx(1500)
     assert row.seconds_to_target == pytest.approx(3.0)
     assert row.reached and not row.collapsed
+    assert (row.entropy, row.length) == (0.5, 20)  # the last line that has them
     # 0.6 of 20 answers are 6 problems with both right: one of two drawn is right as often as both.
     assert (row["pass@1"], row["pass@2"]) == (pytest.approx(0.6), pytest.approx(0.6))
     assert row.gradient_cosine == pytest.approx(1.0)

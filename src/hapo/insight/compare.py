@@ -207,12 +207,13 @@ def _row(
 
 
 def _training(metrics: pd.DataFrame) -> dict[str, float]:
-    """Figures of training: the last tenth of the steps for the state, all of them for the shares."""
-    tail = metrics.tail(max(1, len(metrics) // 10))
+    """Figures of training: the last tenth of a metric's lines for the state, all of them for the means."""
     ends = {"entropy": "entropy", "length": "completions/mean_length"}
-    shares = {"clip_low": "clip_ratio/low_mean", "clip_high": "clip_ratio/high_mean", "kl_old": "kl_old"}
-    values = {name: float(tail[key].mean()) for name, key in ends.items() if key in metrics}
-    values |= {name: float(metrics[key].mean()) for name, key in shares.items() if key in metrics}
+    means = {"clip_low": "clip_ratio/low_mean", "clip_high": "clip_ratio/high_mean", "kl_old": "kl_old"}
+    means |= {"grad_norm": "grad_norm"}
+    lines = {name: metrics[key].dropna() for name, key in ends.items() if key in metrics}  # not every line has each
+    values = {name: float(of.tail(max(1, len(of) // 10)).mean()) for name, of in lines.items()}
+    values |= {name: float(metrics[key].mean()) for name, key in means.items() if key in metrics}
     return values
 
 

@@ -1,0 +1,14 @@
+"""The page of the map says what its runs say."""
+
+from pathlib import Path
+
+from bench.method_map_page import tables
+
+PAGE = Path(__file__).parents[1] / "docs/evidence/map.md"
+
+
+def test_every_table_of_the_page_is_made_of_the_runs():
+    page, made = PAGE.read_text(), tables()
+    assert "near" in made and "filter" in made
+    for regime, lines in made.items():
+        assert "\n".join(lines) in page, f"the page lacks the table of {regime}: python -m bench.method_map_page"
