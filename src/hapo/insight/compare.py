@@ -211,7 +211,8 @@ def _training(metrics: pd.DataFrame) -> dict[str, float]:
     ends = {"entropy": "entropy", "length": "completions/mean_length"}
     means = {"clip_low": "clip_ratio/low_mean", "clip_high": "clip_ratio/high_mean", "kl_old": "kl_old"}
     means |= {"grad_norm": "grad_norm"}
-    lines = {name: metrics[key].dropna() for name, key in ends.items() if key in metrics}  # not every line has each
+    # Not every line has each: of a rollout batch that is used twice, the second time has none of the rollout's.
+    lines = {name: metrics[key].dropna() for name, key in ends.items() if key in metrics}
     values = {name: float(of.tail(max(1, len(of) // 10)).mean()) for name, of in lines.items()}
     values |= {name: float(metrics[key].mean()) for name, key in means.items() if key in metrics}
     return values
