@@ -31,9 +31,8 @@ if TYPE_CHECKING:
 DESCRIPTION = """Compare methods on one recipe: same problems, initial weights and sampling seeds, paired by seed.
 Takes the flags of `hapo train`, which hold for every arm; a recipe may also hold arms, seeds, tune and the other
 options below. An arm is a method with options, hapo:components=BCD, or trl:LOSS_TYPE, TRL's own loss in TRL's own
-trainer. Run again with the same output_dir it goes on where it was
-stopped; with more arms or seeds it adds them; finished runs stay as they are. With --runs it trains nothing, and
-compares runs that are there."""
+trainer. Run again with the same output_dir it goes on where it was stopped; with more arms or seeds it adds them;
+finished runs stay as they are. With --runs it trains nothing, and compares runs that are there."""
 
 OUTPUT = "runs/compare"
 """Folder of a comparison that names none; a recipe's own is that of its run."""
