@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import hapo
-from hapo.outputs import MADE, check_free, check_made, check_page, write_made, write_page, write_whole
+from hapo.outputs import MADE, check_free, check_made, check_page, remembered, write_made, write_page, write_whole
 
 KILLED = """
 import os, signal, sys
@@ -179,3 +179,17 @@ def test_nothing_of_the_library_writes_a_file_in_another_way():
         if calls.search(line)
     }
     assert found == set()
+
+
+def test_a_text_is_made_once_for_each_key_and_anew_where_it_was_cut_short(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    texts = iter(["one\nline", "two", "three\r\n"])
+
+    def make():
+        return next(texts)
+
+    assert [remembered("kept.js", "v1", make) for _ in range(2)] == ["one\nline"] * 2
+    assert remembered("kept.js", "v2", make) == "two"
+    file = tmp_path / "hapo/kept.js"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert [remembered("kept.js", "v2", make) for _ in range(2)] == ["three\r\n"] * 2

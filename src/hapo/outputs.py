@@ -12,7 +12,8 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,30 @@ def write_whole(file: Path, data: str | bytes) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def remembered(name: str, key: str, make: Callable[[], str]) -> str:
+    """What `make` returns: from the user's cache, where it lies under this key and whole, else made and put there.
+
+    Args:
+        name: of the file in `$XDG_CACHE_HOME/hapo`, or `~/.cache/hapo`.
+        key: one line, another one for whatever else the text depends on.
+        make: what takes seconds.
+    """
+    given = os.environ.get("XDG_CACHE_HOME")
+    try:
+        file = (Path(given) if given else Path.home() / ".cache") / "hapo" / name
+    except RuntimeError:  # no home
+        return make()
+    with suppress(OSError, UnicodeError):
+        head, _, kept = file.read_bytes().partition(b"\n")
+        if head.decode() == f"{key} {hashlib.sha256(kept).hexdigest()}":
+            return kept.decode()
+    made = make()
+    with suppress(OSError):  # a cache that cannot be written to is no error
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, f"{key} {hashlib.sha256(made.encode()).hexdigest()}\n{made}")
+    return made
 
 
 def check_free(*files: Path, inputs: Iterable[Path] = (), replace: bool = False) -> None:

@@ -10,14 +10,14 @@ import ast
 import hashlib
 import inspect
 import json
-import os
 import textwrap
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hapo
+
+from ..outputs import remembered
 
 if TYPE_CHECKING:
     from ..methods._options import MethodOptions
@@ -66,20 +66,11 @@ class Cards:
 def cards() -> Cards:
     """The cards, from the cache if it is there and of these very sources; otherwise made, and put there."""
     try:
-        key, file = _key(), _cache() / "methods.json"
-    except (OSError, RuntimeError):  # no sources, as in a zip file; no home
+        key = _key()
+    except OSError:  # no sources, as in a zip file
         return make_cards()
-    with suppress(Exception):  # whatever is wrong with the file, the cards are made anew
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        if kept["key"] == key:
-            return Cards({name: Card(**card) for name, card in kept["methods"].items()}, kept["rule"])
-    made = make_cards()
-    with suppress(OSError):  # a cache that cannot be written to is no error
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f"{file.name}.{os.getpid()}")
-        partial.write_text(json.dumps({"key": key, **asdict(made)}), encoding="utf-8")
-        os.replace(partial, file)
-    return made
+    kept = json.loads(remembered("methods.json", key, lambda: json.dumps(asdict(make_cards()))))
+    return Cards({name: Card(**card) for name, card in kept["methods"].items()}, kept["rule"])
 
 
 def _key() -> str:
@@ -87,11 +78,6 @@ def _key() -> str:
     for file in sorted(file for pattern in SOURCES for file in PACKAGE.glob(pattern)):
         digest.update(f"\0{file.relative_to(PACKAGE)}\0".encode() + file.read_bytes())
     return digest.hexdigest()
-
-
-def _cache() -> Path:
-    given = os.environ.get("XDG_CACHE_HOME")
-    return (Path(given) if given else Path.home() / ".cache") / "hapo"
 
 
 def make_cards() -> Cards:

@@ -6,10 +6,12 @@ Text of models and users reaches a page through autoescape or as JSON with < > &
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from collections.abc import Sequence
 from functools import cache
 from importlib import resources
+from importlib.metadata import version
 from typing import Any
 
 import vl_convert
@@ -17,6 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import hapo
 
+from ..outputs import remembered
 from .figures import VEGA_LITE, Figure, theme
 
 
@@ -55,6 +58,11 @@ def _environment() -> Environment:
 
 @cache
 def _script() -> str:
-    """Vega, Vega-Lite and Vega-Embed, with the script that draws the figures, as one script."""
+    """Vega, Vega-Lite and Vega-Embed, with the script that draws the figures, as one script.
+
+    Bundling them takes seconds, hence once for each version of what they are made of.
+    """
     figures = resources.files(__package__).joinpath("templates", "figures.js").read_text(encoding="utf-8")
-    return vl_convert.javascript_bundle(figures, VEGA_LITE).replace("</script", "<\\/script")
+    of = hashlib.sha256(f"{version('vl-convert-python')} {VEGA_LITE} {figures}".encode()).hexdigest()
+    bundle = remembered("figures.js", of, lambda: vl_convert.javascript_bundle(figures, VEGA_LITE))
+    return bundle.replace("</script", "<\\/script")

@@ -224,7 +224,7 @@ class Run:
         """Of a rollout batch the push of the run's method on each token, as `recompute` has it, and `complete`."""
         if first not in self._pushes:
             rollout = self.rollout(first)
-            push = recompute(rollout, self.method())["push"].to_numpy().copy()  # not a view of the whole table
+            push = recompute(rollout, self.method(), ["push"])["push"].to_numpy()
             self._pushes[first] = push, rollout.complete
         return self._pushes[first]
 
@@ -300,7 +300,7 @@ def parse_arm(spec: str) -> tuple[str, dict[str, Any]]:
     return name, options
 
 
-def recompute(rollout: Rollout, method: Method) -> pd.DataFrame:
+def recompute(rollout: Rollout, method: Method, columns: Collection[str] | None = None) -> pd.DataFrame:
     """What `method` does to the tokens of a rollout batch: prepare over the batch, step and loss a step.
 
     One row a token, in the order of `Run.tokens`: response, step, position, advantage, advantage_used, ratio,
@@ -309,6 +309,11 @@ def recompute(rollout: Rollout, method: Method) -> pd.DataFrame:
 
     push = −N dL/dlogp with N the valid tokens of the optimiser step: how strongly the step raises (> 0) or
     lowers (< 0) the log-prob of the token; ratio times advantage under a token mean with nothing clipped.
+
+    Args:
+        rollout: whose tokens.
+        method: to apply.
+        columns: of these, those to make; all of them unless told.
 
     Raises:
         ValueError: the records lack a column that the method reads.
@@ -328,6 +333,7 @@ def recompute(rollout: Rollout, method: Method) -> pd.DataFrame:
         "step": steps.numpy(),
         "position": position.numpy(),
     }
+    table = {name: values for name, values in table.items() if columns is None or name in columns}
     for step in rollout.step.unique().tolist():
         index = (rollout.step == step).nonzero().squeeze(1)
         now = whole.rows(index)
@@ -342,7 +348,7 @@ def recompute(rollout: Rollout, method: Method) -> pd.DataFrame:
             (gradient,) = torch.autograd.grad(out.loss, logp)
             push = -gradient * max(totals.tokens, 1)
         dropped = ~rows.mask
-        columns: dict[str, Tensor] = {
+        made: dict[str, Tensor] = {
             "advantage": advantage,
             "advantage_used": out.tokens["advantage"].masked_fill(dropped, 0.0),
             "ratio": out.tokens["ratio"].masked_fill(dropped, torch.nan),
@@ -353,12 +359,12 @@ def recompute(rollout: Rollout, method: Method) -> pd.DataFrame:
             "push": push,
         }
         if "signal" in out.tokens:
-            columns["signal"] = out.tokens["signal"].masked_fill(dropped, torch.nan)
+            made["signal"] = out.tokens["signal"].masked_fill(dropped, torch.nan)
         if rows.weight is not None:
-            columns["weight"] = rows.weight
+            made["weight"] = rows.weight
         mask, taken = whole.mask[index], (steps == step).numpy()
-        for name, x in columns.items():
-            values = x.detach()[mask].numpy()
+        for name in made.keys() if columns is None else made.keys() & set(columns):
+            values = made[name].detach()[mask].numpy()
             table.setdefault(name, np.empty(len(taken), values.dtype))[taken] = values
     return pd.DataFrame(table)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import altair as alt
@@ -54,28 +54,32 @@ def ratios(tokens: Tokens) -> Figure:
         "`steps_per_generation` or `num_iterations` large enough for several.",
     )
 
-    points = gather((_placed(batch) for batch in _moved(tokens, "entropy", "ratio")), (len(tokens), 2), np.float32)
+    moved: list[np.ndarray] = []  # of each rollout batch, which of its tokens
+    points = gather(_placed(tokens, moved), (len(tokens), 2), np.float32)
     if np.abs(points[:, 1]).max(initial=0) < 1.1e-5:  # or there is none
         return figure
     reach = max(float(np.quantile(np.abs(points[:, 1]), 0.999)), 1e-3)
-    points[:, 1].clip(-reach, reach, out=points[:, 1])
-    edges = [
-        np.linspace(low, high, n + 1) for low, high, n in zip(points.min(0), points.max(0), (32, 27), strict=True)
-    ]
+    beyond = np.array([[-np.inf, -reach], [np.inf, reach]], np.float32)
+    ends = np.clip([points.min(0), points.max(0)], *beyond)
+    xs, ys = (np.linspace(low, high, n + 1) for (low, high), n in zip(ends.T, (32, 27), strict=True))
     count = np.zeros((32, 27))
     for some in np.array_split(points, len(points) // 2**20 + 1):
-        count += np.histogramdd(some, edges)[0]
-    del points
-    xs, ys = edges
+        count += np.histogramdd(some.clip(*beyond), [xs, ys])[0]
     cells = [
         {"x": short(10 ** xs[i]), "x2": short(10 ** xs[i + 1]), "y": short(ys[j]), "y2": short(ys[j + 1])}
         | {"tokens": int(count[i, j])}
         for i, j in zip(*count.nonzero(), strict=True)
     ]
+    places = np.clip(np.digitize(points[:, 0], xs[::2]) - 1, 0, 15).astype(np.uint8)
+    medians = {"median": quantiles_by([(places, points[:, 1])], len(points), [0.5])[0.5]}
+    del points
+    for name, column in {"lower bound": "bound_low", "upper bound": "bound_high"}.items():
+        parts = _bounds(tokens, column, places, moved)
+        medians[name] = quantiles_by(parts, len(places), [0.5])[0.5]
     lines = [
         {"x": short(10 ** (xs[2 * i] + xs[1] - xs[0])), "y": short(value), "line": name}
-        for name, column in {"median": "ratio", "lower bound": "bound_low", "upper bound": "bound_high"}.items()
-        for i, value in _medians(tokens, column, xs[::2]).items()
+        for name, of in medians.items()
+        for i, value in of.items()
         if np.isfinite(value) and abs(value) <= 1.5 * reach
     ]
     axis = "log ratio, nats"
@@ -95,35 +99,27 @@ def ratios(tokens: Tokens) -> Figure:
     return replace(figure, chart=alt.layer(density, over.encode(x="x:Q", y="y:Q", strokeDash=dash)))
 
 
-def _moved(tokens: Tokens, *columns: str) -> Iterator[pd.DataFrame]:
-    """Tokens of the second and later updates of their rollout batches."""
-    for batch in _kept(tokens, "step", "rollout", *columns):
-        yield batch[batch["step"] > batch["rollout"]]
+def _placed(tokens: Tokens, moved: list[np.ndarray]) -> Iterator[np.ndarray]:
+    """Common logarithm of the entropy and log ratio of tokens in the loss, of second and later updates.
+
+    Which tokens of each rollout batch these are is put into `moved`.
+    """
+    for batch in tokens.batches("kept", "ratio", "step", "rollout", "entropy"):
+        moved.append((_kept(batch) & (batch["step"] > batch["rollout"])).to_numpy())
+        some = batch[moved[-1]]
+        x, y = np.log10(some["entropy"].clip(lower=FLOOR)), np.log(some["ratio"].clip(lower=1e-9))
+        yield np.stack([x, y], 1)
 
 
-def _placed(batch: pd.DataFrame) -> np.ndarray:
-    """Common logarithm of the entropy and log ratio of each token."""
-    x, y = np.log10(batch["entropy"].clip(lower=FLOOR)), np.log(batch["ratio"].clip(lower=1e-9))
-    return np.stack([x, y], 1)
-
-
-def _medians(tokens: Tokens, column: str, edges: np.ndarray) -> pd.Series:
-    """Of the log ratio, or the log of what a bound lets it be, between these common logarithms of entropy."""
-    logs: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-        "ratio": lambda x: np.log(x.clip(1e-9)),
-        "bound_low": lambda x: np.log(1 - x),
-        "bound_high": lambda x: np.log1p(x),
-    }
-    of = logs[column]
-    with np.errstate(divide="ignore"):  # a method without a lower bound has it at 0
-        parts = (
-            (
-                np.clip(np.digitize(_placed(batch)[:, 0], edges) - 1, 0, len(edges) - 2),
-                of(batch[column].to_numpy()),
-            )
-            for batch in _moved(tokens, "entropy", column)
-        )
-        return quantiles_by(parts, len(tokens), [0.5])[0.5]
+def _bounds(
+    tokens: Tokens, column: str, places: np.ndarray, moved: Sequence[np.ndarray]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The places of the tokens that moved, and the log of what a bound lets their ratios be."""
+    ends = np.cumsum([some.sum() for some in moved])
+    of = np.log1p if column == "bound_high" else lambda x: np.log(1 - x)
+    for batch, some, at in zip(tokens.batches(column), moved, np.split(places, ends[:-1]), strict=True):
+        with np.errstate(divide="ignore"):  # a method without a lower bound has it at 0
+            yield at, of(batch[column].to_numpy()[some])
 
 
 def clipping(tokens: Tokens) -> Figure:
@@ -135,10 +131,11 @@ def clipping(tokens: Tokens) -> Figure:
         "all it rises to the right, where the exploring tokens are.",
         missing=NO_RECORDS if not len(tokens) else "No recorded token met a clip bound.",
     )
-    sides = gather((_sides(batch) for batch in _kept(tokens, "clipped")), (len(tokens), 2), bool)
+    entropies: list[np.ndarray] = []
+    sides = gather(_sides(tokens, entropies), (len(tokens), 2), bool)
     if not sides.any():
         return figure
-    entropy = gather((batch["entropy"] for batch in _kept(tokens, "entropy")), len(tokens), np.float32)
+    entropy = np.concatenate(entropies)
     rows = []
     for number, places in enumerate(parts_of(entropy, 10), 1):
         if len(places):
@@ -158,9 +155,12 @@ def clipping(tokens: Tokens) -> Figure:
     )
 
 
-def _sides(batch: pd.DataFrame) -> np.ndarray:
-    """Whether each token was clipped at the lower, and at the upper bound."""
-    return np.stack([batch["clipped"] & (batch["ratio"] < 1), batch["clipped"] & (batch["ratio"] > 1)], 1)
+def _sides(tokens: Tokens, entropies: list[np.ndarray]) -> Iterator[np.ndarray]:
+    """Whether each token in the loss met the lower, and the upper bound; its entropy is put into `entropies`."""
+    for batch in tokens.batches("kept", "ratio", "clipped", "entropy"):
+        some = batch[_kept(batch)]
+        entropies.append(some["entropy"].to_numpy(np.float32))
+        yield np.stack([some["clipped"] & (some["ratio"] < 1), some["clipped"] & (some["ratio"] > 1)], 1)
 
 
 def lengths(tokens: Tokens) -> Figure:
@@ -302,9 +302,8 @@ def temperatures(tokens: Tokens) -> Figure:
     )
     if "temperature" not in tokens:
         return figure
-    adapted = [
-        first for first in tokens.rollouts if tokens.batch(first, "temperature")["temperature"].nunique() > 1
-    ]
+    drawn_at = {first: tokens.batch(first, "temperature")["temperature"] for first in tokens.rollouts}
+    adapted = [first for first, some in drawn_at.items() if some.min() < some.max()]
     rows, names = [], []
     for first in spread(adapted, 3):
         names.append(f"step {first}")
@@ -326,7 +325,6 @@ def temperatures(tokens: Tokens) -> Figure:
     )
 
 
-def _kept(tokens: Tokens, *columns: str) -> Iterator[pd.DataFrame]:
-    """These columns and the ratio, of tokens that the method keeps in the loss."""
-    for batch in tokens.batches("kept", "ratio", *columns):
-        yield batch[batch["kept"] & batch["ratio"].notna()]
+def _kept(batch: pd.DataFrame) -> pd.Series:
+    """Whether the method keeps each token in the loss."""
+    return batch["kept"] & batch["ratio"].notna()

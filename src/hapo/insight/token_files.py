@@ -76,7 +76,8 @@ class TokenFiles:
         if rollout not in self._orders:
             self._orders[rollout] = _runs(_order(self._unordered(rollout, KEYS)))
         first, length = self._orders[rollout]
-        table = self._unordered(rollout, wanted.union(KEYS[:1]))  # a file that has none of the others has rows
+        bare = any(wanted.isdisjoint(file.columns) for file in self.of(rollout))  # it has rows all the same
+        table = self._unordered(rollout, wanted.union(KEYS[:1]) if bare else wanted)
         table, ends = table.select([name for name in table.column_names if name in wanted]), length.cumsum()
         return (
             table

@@ -126,6 +126,7 @@ def _stems(texts: pd.Series, numbers: dict[str, int], forms: dict[int, dict[str,
     every = texts.cat.categories
     stems = every.str.strip().str.casefold()
     table = np.array([numbers.setdefault(stem, len(numbers)) for stem in stems])
+    written = every.to_numpy(object)  # a text of an index of Arrow's takes ten times as long
     for place in texts.cat.codes.drop_duplicates():
-        forms.setdefault(int(table[place]), {})[every[place]] = None
+        forms.setdefault(int(table[place]), {})[written[place]] = None
     return table[texts.cat.codes]
