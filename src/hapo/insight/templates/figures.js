@@ -22,22 +22,32 @@ async function draw(figure) {
   ));
 }
 
-// Those in sight first, the others one after another, so that the page stays at the reader's service.
-const near = new IntersectionObserver(
-  (entries) => entries.forEach(({ isIntersecting, target }) => isIntersecting && waiting.has(target) && draw(target)),
-  { rootMargin: "600px" },
-);
-async function drawRest() {
-  const [next] = waiting;
-  if (!next) return;
-  await draw(next);
-  setTimeout(drawRest);
+// One figure at a time, so that the page stays at the reader's service: those in sight first, the others when the
+// microscope is open.
+const inSight = new Set();
+let drawing = false, all = false;
+async function drawWaiting() {
+  if (drawing) return;
+  drawing = true;
+  for (let next; (next = [...waiting].find((figure) => inSight.has(figure)) ?? (all && [...waiting][0])); ) {
+    await draw(next).catch(reportError);
+    await new Promise((then) => setTimeout(then));
+  }
+  drawing = false;
 }
 
-figures.forEach((figure) => near.observe(figure));
-setTimeout(drawRest, 300);
+const sight = new IntersectionObserver(
+  (entries) => {
+    entries.forEach(({ isIntersecting, target }) => inSight[isIntersecting ? "add" : "delete"](target));
+    drawWaiting();
+  },
+  { rootMargin: "300px" },
+);
+figures.forEach((figure) => sight.observe(figure));
+const drawAll = () => setTimeout(() => { all = true; drawWaiting(); }, 300);
+Promise.resolve(document.getElementById("microscope")?.opened).then(drawAll, drawAll);
 addEventListener("themechange", () => {
   figures.forEach((figure) => waiting.add(figure));
-  drawRest();
+  drawWaiting();
 });
 addEventListener("beforeprint", () => [...waiting].forEach(draw));

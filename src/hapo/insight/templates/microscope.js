@@ -322,7 +322,7 @@ function redraw() {
 addEventListener("hashchange", () => location.hash.startsWith("#microscope?") && follow());
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
 new MutationObserver(redraw).observe(document.documentElement, { attributeFilter: ["data-theme"] });
-follow().then(
+root.opened = follow().then(
   () => (root.dataset.ready = Math.round(performance.now())),
   (error) => {
     note([`The microscope does not open in this browser: ${error.message}`]);
