@@ -151,7 +151,8 @@ class Method:
         if batch.reward is None and batch.token_reward is not None:
             batch = batch.replace(reward=batch.outcome)
         rollout = Record(self.name, batch)
-        reward, group, _ = rollout.reward, rollout.group, rollout.old_logp  # what every policy method reads
+        rollout.check("reward", "group", "old_logp")  # what every policy method reads
+        reward, group = rollout.reward, rollout.group
         used = scored = batch.scored
         if self.filter_groups:
             used = mixed_groups(rollout.verdict, group, scored)

@@ -108,17 +108,28 @@ class Record:
         """A field that was not read before; from then on it is an attribute like any other."""
         if name not in FIELDS:
             raise AttributeError(f"a record has no field {name!r}")
+        self.check(name)
         value = self._given(name)
-        nothing_to_count = name == "stats" and not self.mask.any()
-        if value is None and not nothing_to_count:
-            why = MISSING[SOURCE.get(name, name)]
-            raise MissingFieldError(f"method {self._method!r} reads TokenBatch.{name}, and it is missing: {why}")
         if name in TOKEN_FIELDS or name == "drawn_logp":
             value = masked(value if name == "logp" else value.detach(), self.mask)
         elif name in ("reward", "verdict"):
             value = value.to(working_dtype(value))
         setattr(self, name, value)
         return value
+
+    def check(self, *names: str) -> None:
+        """Find out whether fields are there, without making them.
+
+        Raises:
+            MissingFieldError: one is not.
+        """
+        for name in names:
+            nothing_to_count = name == "stats" and not self.mask.any()
+            if name not in self and not nothing_to_count:
+                why = MISSING[SOURCE.get(name, name)]
+                raise MissingFieldError(
+                    f"method {self._method!r} reads TokenBatch.{name}, and it is missing: {why}"
+                )
 
     def __contains__(self, name: str) -> bool:
         return name in vars(self) or self._given(name) is not None

@@ -146,7 +146,7 @@ def bounded_signal(
     """`entropy_signal` within [-1, 1]; 0 where no token is valid, so that there are no statistics."""
     if stats is None:
         return torch.zeros_like(entropy)
-    return entropy_signal(entropy, stats, variant).clamp(-1.0, 1.0)
+    return entropy_signal(entropy, stats, variant).clamp_(-1.0, 1.0)
 
 
 def release_redistribute(

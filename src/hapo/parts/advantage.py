@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..batch import masked, working_dtype
+from ..batch import count_valid, masked, working_dtype
 from .groups import alone, columns, equal_rewards, group_index, group_sum
 
 STD_EPS = 1e-6
@@ -124,7 +124,7 @@ def token_group_advantage(
     With `fallback_threshold`, a group in which any |A| reaches it takes `group_advantage` instead (5 in the
     authors' release; not in the paper).
     """
-    tokens = mask.sum(-1)
+    tokens = count_valid(mask)
     length = torch.where(reward.isnan(), 0, tokens if reward.ndim == 1 else columns(tokens)).double()
     rows = length > 0
     r = torch.where(rows, reward.double(), 0.0)

@@ -25,7 +25,7 @@ SCALE_FLOOR = 1e-8
 LN2 = math.log(2.0)
 
 CHUNK = 1 << 19
-"""Logits that `entropy_from_logits` works on at once: 2 MiB of float32, near the size of a core's L2 cache."""
+"""Numbers that are worked on at once: 2 MiB of float32, near the size of a core's L2 cache."""
 
 
 def entropy_from_logits(
@@ -49,13 +49,18 @@ def entropy_and_normaliser(
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     t = t_base if isinstance(t_base, Tensor) else torch.full((), t_base, device=logits.device)
     t = t.to(dtype).expand(logits.shape[:-1]).reshape(-1, 1)
-    chunk = CHUNK if logits.device.type == "cpu" else 64 * CHUNK  # an accelerator wants large launches
+    chunk = _chunk(logits)
     step = min(max(1, chunk // max(rows.shape[-1], 1)), len(rows))
     # Two buffers for all chunks: memory freed and taken anew at each chunk costs as much as the arithmetic.
     buffer = torch.empty(2, step, rows.shape[-1], dtype=dtype, device=logits.device)
     parts = [_entropy(x, s, *buffer[:, : len(x)]) for x, s in zip(rows.split(step), t.split(step), strict=True)]
     entropy, normaliser = (torch.cat(of).reshape(logits.shape[:-1]) for of in zip(*parts, strict=True))
     return entropy, normaliser
+
+
+def _chunk(x: Tensor) -> int:
+    """Numbers to work on at once; an accelerator wants large launches."""
+    return CHUNK if x.device.type == "cpu" else 64 * CHUNK
 
 
 def _entropy(
@@ -134,12 +139,20 @@ def entropy_stats(
     pivot, low, high = torch.stack([_ranked(log_h, round(rho * (n - 1))), low, high]).double().tolist()
     return EntropyStats(
         pivot=pivot,
-        sigma=log_h.double().std(correction=0).item(),
+        sigma=_deviation(log_h),
         h_max=max(high - pivot, 0.0),
         h_min=min(low - pivot, 0.0),
         tokens=n,
-        floored=int((h <= LOG_FLOOR).sum()) / n,
+        floored=int((h <= LOG_FLOOR).count_nonzero()) / n,
     )
+
+
+def _deviation(x: Float[Tensor, " n"]) -> float:
+    """Population standard deviation, in float64 without a copy of all numbers."""
+    parts = x.split(_chunk(x))
+    mean = torch.stack([part.sum(dtype=torch.float64) for part in parts]).sum() / len(x)
+    squares = torch.stack([(part.double() - mean).square().sum() for part in parts]).sum()
+    return (squares / len(x)).sqrt().item()
 
 
 def _ranked(x: Float[Tensor, " n"], rank: int) -> Float[Tensor, ""]:
@@ -164,5 +177,7 @@ def entropy_signal(
     down = max(-stats.h_min, SCALE_FLOOR) * (1 if variant == "paper" else -1)
 
     # Pivot and scales are distances between numbers of this precision, so that the ends are +1 and -1 exactly.
-    d = log_entropy(entropy.detach()) - stats.pivot
-    return d.clamp(min=0) / up + d.clamp(max=0) / down
+    d = log_entropy(entropy.detach().contiguous()).sub_(stats.pivot)
+    for part in d.view(-1).split(_chunk(d)):  # in place: a rollout batch may have gigabytes
+        part.div_(torch.where(part >= 0, up, down))
+    return d
