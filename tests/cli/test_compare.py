@@ -79,6 +79,16 @@ def test_a_comparison_killed_at_any_point_goes_on_to_the_same_results(tmp_path, 
     # More seeds are added to what is there; another recipe is another comparison.
     assert main(compare(tmp_path / "whole", "dapo", seeds=2)) == 0
     assert results(tmp_path / "whole").seed.tolist() == [1, 2]
+
+    # What runs begin with is measured once a seed, and once for TRL's trainer.
+    starts = sorted((tmp_path / "whole/starts").iterdir(), key=lambda file: file.stat().st_mtime_ns)
+    assert len(starts) == 3
+    left = [json.loads(line) for line in starts[-1].read_text().splitlines()]
+    starts[-1].write_text("".join(json.dumps({**line, "mean": 0.123}) + "\n" for line in left))
+    assert main(compare(tmp_path / "whole", "dapo", "hapo:components=BCD", seeds=2)) == 0
+    lines = (tmp_path / "whole/runs/hapo_components=BCD/seed-2/evaluations.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines[:2]] == [{**line, "mean": 0.123, "took": 0.0} for line in left]
+    assert json.loads(lines[2])["step"] == 2
     assert main(compare(tmp_path / "whole", "dapo", seeds=2, learning_rate=1e-4)) == 2
     assert "with learning_rate: 0.001 there, 0.0001 here" in capsys.readouterr().err
 

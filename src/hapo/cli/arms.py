@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import multiprocessing
@@ -78,6 +79,9 @@ NO_CONTENT = {
     *("eval_file", "rewards", "model_name_or_path", "curriculum"),  # files, whose content stands for them
 }
 """Options that say nothing of what a run of a comparison is."""
+
+ONLY_IN_TRAINING = {"learning_rate", "beta"}
+"""Options of an arm that change nothing before the first step."""
 
 GRADIENT_SAMPLE = 2**18
 """Coordinates of the first gradient that a run keeps, evenly spaced over all parameters."""
@@ -169,6 +173,8 @@ class Job:
     """Measure on those in place of the held-out problems."""
     called: str = ""
     """What messages call it; by default its arm."""
+    starts: Path | None = None
+    """Folder where runs leave how accurate their model was before training, for those that begin alike."""
 
     @property
     def name(self) -> str:
@@ -364,10 +370,21 @@ def _run(job: Job) -> None:
     )
     for callback in (course, held_out, FirstGradient(job.folder)):
         trainer.add_callback(callback)
-    held_out.measure(0)
+    if job.starts is None:
+        held_out.measure(0)
+    else:
+        held_out.measure_start(job.starts / f"{_start_of(job, trainer, problems)}.jsonl")
     trainer.train()
     held_out.measure(trainer.state.global_step)
     course.finish(trainer.state)
+
+
+def _start_of(job: Job, trainer: GRPOTrainer, problems: Any) -> str:
+    """One hash for all that decides the accuracy before training: the same for the arms of a seed, as a rule."""
+    weights = weights_hash(trainer.accelerator.unwrap_model(trainer.model))
+    flags = {name: value for name, value in job.arm.flags.items() if name not in ONLY_IN_TRAINING}
+    of = [job.content, weights, problems._fingerprint, job.seed, flags, job.arm.of_trl]
+    return hashlib.sha256(json.dumps(of, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _trl_trainer(

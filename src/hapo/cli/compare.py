@@ -212,7 +212,8 @@ def _compare(
     def job(arm: Arm, seed: int, where: Path, rate: float | None = None, tuning: bool = False) -> Job:
         own = {**flags, **({} if rate is None else {"learning_rate": rate})}
         own |= {"evaluate_every": args.max_steps} if tuning else {}
-        return Job(arm, seed, where / f"seed-{seed}", recipe, own, content, tune_size, tuning)
+        to = where / f"seed-{seed}"
+        return Job(arm, seed, to, recipe, own, content, tune_size, tuning, starts=folder / "starts")
 
     def jobs(rates: dict[str, float]) -> dict[tuple[str, int], Job]:
         return {
