@@ -33,7 +33,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
-from hapo.cli.arms import TRL, Arm, Job, LogLines, Recipe, build, parse_flags
+from hapo.cli.arms import TRL, Arm, Job, Recipe, parse_flags
+from hapo.cli.one_run import LogLines, build
 from hapo.cli.recipe import read_recipe
 
 from .paired import machine

@@ -74,6 +74,26 @@ def tables() -> dict[str, list[str]]:
     return {regime: made[regime] for regime in (*REGIMES, "filter") if regime in made}
 
 
+def mechanisms() -> list[str]:
+    """The lines of the table of what methods do to a step: means over the seeds of each regime that is whole.
+
+    The cosine is that of the gradient of a run's first step with DAPO's of the same seed: one rollout batch, equal
+    parameters. Clipped tokens are means over the run.
+    """
+    rows = runs()
+    pairs = differences(rows, ("sampled",)).groupby("regime").size()
+    regimes = [regime for regime in REGIMES if regime in pairs.index]
+    rows = rows.assign(clipped=100 * (rows.clip_low + rows.clip_high))
+    means = rows.groupby(["name", "regime"])[["gradient_cosine", "clipped", "entropy"]].mean()
+    columns = {"cosine": ("gradient_cosine", 2), "clipped, %": ("clipped", 2), "entropy": ("entropy", 3)}
+    titles = [f"{regime}: {title}" for title in columns for regime in regimes]
+    lines = [f"| | {' | '.join(titles)} |", "|" + "---|" * (1 + len(titles))]
+    for name in rows.name.unique():
+        cells = [f"{means.loc[(name, regime), c]:.{n}f}" for c, n in columns.values() for regime in regimes]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
 def _table(rows: pd.DataFrame, against: pd.DataFrame) -> list[str]:
     tuned = ["rate"] if "learning_rate" in rows else []
     start = f"{rows.seed.nunique()} seeds, start {100 * rows.start.mean():.1f} %"
@@ -123,6 +143,7 @@ def main() -> None:
     """Print the tables and draw the picture."""
     for regime, lines in tables().items():
         print(f"\n{regime}\n\n" + "\n".join(lines))
+    print("\nmechanisms\n\n" + "\n".join(mechanisms()))
     PICTURE.write_bytes(picture().drawn("svg"))
 
 

@@ -26,8 +26,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 from rich.console import Console
 
-from hapo.cli.arms import Arm, Job, Recipe, build
+from hapo.cli.arms import Arm, Job, Recipe
 from hapo.cli.held_out import Course, HeldOut
+from hapo.cli.one_run import build
 from hapo.cli.recipe import read_recipe
 from hapo.insight.run import Run
 from hapo.insight.statistics import first_reaching, mean_interval, paired_difference

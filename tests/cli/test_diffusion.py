@@ -13,8 +13,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 import hapo
 from hapo.assets import tiny_model_path
 from hapo.cli import main
-from hapo.cli.arms import Arm, Job, Recipe, build
+from hapo.cli.arms import Arm, Job, Recipe
 from hapo.cli.compare import config_of_arms
+from hapo.cli.one_run import build
 from hapo.cli.recipe import read_recipe
 from hapo.cli.train import config_of
 from hapo.parts.elbo import Elbo

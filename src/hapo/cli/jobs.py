@@ -20,7 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from ..engines.records import check_writable
 from ..insight.finding import counted
 from . import UsageError
-from .arms import ASIDE, Job, run_job, set_aside
+from .arms import ASIDE, Job, set_aside
+from .one_run import run_job
 
 
 @contextmanager
@@ -110,7 +111,7 @@ def run_all(jobs: list[Job], at_once: int, what: str, console: Console) -> bool:
     failed: list[Job] = []
     context: Any = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
     if hasattr(os, "fork"):
-        context.set_forkserver_preload(["hapo.cli.arms"])  # the libraries are loaded once
+        context.set_forkserver_preload(["hapo.cli.one_run"])  # the libraries are loaded once
     slots: dict[int, tuple[BaseProcess, Job]] = {}
     gpus = find_gpus()
     began, done_before = time.monotonic(), len(jobs) - len(waiting)
