@@ -14,7 +14,7 @@ Each report is a process of its own: peak resident memory and processor seconds,
 Rounds of contenders run A B, B A, ...; the files are read once before, so that none pays for the disk. `--browser`
 opens the page in headless Chromium, offline: seconds from the request until the microscope is open and a task
 behind it has run, as an input's would (by the page's own clock: Playwright hears of it a second later); and the
-processor's seconds of the page's main thread until it is quiet.
+processor's seconds of the page's main thread until a second after Playwright has heard.
 """
 
 from __future__ import annotations

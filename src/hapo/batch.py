@@ -244,7 +244,7 @@ def masked(x: Float[Tensor, "B #T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor,
 
 
 def count_valid(mask: Bool[Tensor, "B T"]) -> Int[Tensor, " B"]:
-    """The valid entries of each row. On a CPU numpy counts fifteen times as fast as torch."""
+    """The valid entries of each row. On a CPU numpy counts, fifteen times as fast as torch; not under vmap."""
     if mask.device.type == "cpu":
         return torch.from_numpy(np.count_nonzero(mask.numpy(), axis=-1))
     return mask.sum(-1)

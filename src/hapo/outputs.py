@@ -49,6 +49,8 @@ def write_whole(file: Path, data: str | bytes) -> None:
 def remembered(name: str, key: str, make: Callable[[], str]) -> str:
     """What `make` returns: from the user's cache, where it lies under this key and whole, else made and put there.
 
+    A file of another user, or that everybody may write to, is not taken: what is in it may be run in a page.
+
     Args:
         name: of the file in `$XDG_CACHE_HOME/hapo`, or `~/.cache/hapo`.
         key: one line, another one for whatever else the text depends on.
@@ -59,13 +61,15 @@ def remembered(name: str, key: str, make: Callable[[], str]) -> str:
         file = (Path(given) if given else Path.home() / ".cache") / "hapo" / name
     except RuntimeError:  # no home
         return make()
-    with suppress(OSError, UnicodeError):
-        head, _, kept = file.read_bytes().partition(b"\n")
-        if head.decode() == f"{key} {hashlib.sha256(kept).hexdigest()}":
+    with suppress(OSError, UnicodeError), file.open("rb") as there:
+        found = os.fstat(there.fileno())
+        head, _, kept = there.read().partition(b"\n")
+        ours = not hasattr(os, "getuid") or (found.st_uid == os.getuid() and not found.st_mode & 0o002)
+        if ours and head.decode() == f"{key} {hashlib.sha256(kept).hexdigest()}":
             return kept.decode()
     made = make()
     with suppress(OSError):  # a cache that cannot be written to is no error
-        file.parent.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_whole(file, f"{key} {hashlib.sha256(made.encode()).hexdigest()}\n{made}")
     return made
 

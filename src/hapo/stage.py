@@ -108,8 +108,9 @@ class Record:
         """A field that was not read before; from then on it is an attribute like any other."""
         if name not in FIELDS:
             raise AttributeError(f"a record has no field {name!r}")
-        self.check(name)
         value = self._given(name)
+        if value is None:
+            self.check(name)
         if name in TOKEN_FIELDS or name == "drawn_logp":
             value = masked(value if name == "logp" else value.detach(), self.mask)
         elif name in ("reward", "verdict"):
@@ -126,13 +127,15 @@ class Record:
         for name in names:
             nothing_to_count = name == "stats" and not self.mask.any()
             if name not in self and not nothing_to_count:
+                if name not in FIELDS:
+                    raise AttributeError(f"a record has no field {name!r}")
                 why = MISSING[SOURCE.get(name, name)]
                 raise MissingFieldError(
                     f"method {self._method!r} reads TokenBatch.{name}, and it is missing: {why}"
                 )
 
     def __contains__(self, name: str) -> bool:
-        return name in vars(self) or self._given(name) is not None
+        return name in vars(self) or name == "turn" or self._given(name) is not None
 
     def _given(self, name: str) -> Any:
         if name == "drawn_logp":

@@ -81,7 +81,7 @@ def test_a_comparison_killed_at_any_point_goes_on_to_the_same_results(tmp_path, 
     assert results(tmp_path / "whole").seed.tolist() == [1, 2]
 
     # What runs begin with is measured once a seed, and once for TRL's trainer.
-    starts = sorted((tmp_path / "whole/starts").iterdir(), key=lambda file: file.stat().st_mtime_ns)
+    starts = sorted((tmp_path / "whole/starts").glob("*.jsonl"), key=lambda file: file.stat().st_mtime_ns)
     assert len(starts) == 3
     left = [json.loads(line) for line in starts[-1].read_text().splitlines()]
     starts[-1].write_text("".join(json.dumps({**line, "mean": 0.123}) + "\n" for line in left))

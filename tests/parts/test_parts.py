@@ -431,3 +431,18 @@ def test_a_group_of_one_may_have_its_reward(advantage, alone):
     """verl takes mean 0 and deviation 1 there, to which it adds 1e-6."""
     double = {**MASKED, "reward": MASKED["reward"].double()}
     assert advantage(**double, singleton="reward")[4].tolist() == pytest.approx([alone] * 2, rel=1e-12)
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_ends_of_the_signal_are_exact_whatever_the_default_dtype(default, dtype):
+    entropy = torch.rand(4, 50, dtype=dtype, generator=torch.Generator().manual_seed(0)) + 0.01
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        stats = entropy_stats(entropy, torch.ones(4, 50, dtype=torch.bool))
+        signal = entropy_signal(entropy, stats)
+    finally:
+        torch.set_default_dtype(before)
+    assert signal.dtype == dtype
+    assert (signal.max(), signal.min()) == (1, -1)

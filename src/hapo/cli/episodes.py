@@ -16,7 +16,7 @@ from ..tasks.environments import Environment
 from ..tasks.environments.episodes import Episode, play_episodes, stop_ids
 from ..tasks.environments.speech import Speech
 from ..tasks.rewards import RewardFunction
-from .measure import Answer, Decoding, draw_answers, generation_config, until_end
+from .measure import Answer, Decoding, draw_answers, generation_config, generators_kept, until_end
 
 
 def answering(task: Task) -> Callable[..., list[Answer]]:
@@ -51,7 +51,7 @@ def draw_episodes(
     training, answers = model.training, []
     model.eval()
     try:
-        with torch.random.fork_rng(), torch.no_grad(), only_what_is_asked(model):
+        with generators_kept(), torch.no_grad(), only_what_is_asked(model):
             torch.manual_seed(decoding.seed)
             for start in range(0, len(asked), len(environments)):
                 part = asked[start : start + len(environments)]

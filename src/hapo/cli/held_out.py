@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
+from filelock import FileLock
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -179,16 +180,20 @@ class HeldOut(TrainerCallback):
     def measure_start(self, kept: Path) -> None:
         """`measure(0)`, its lines left in a file for runs that begin alike; or the lines that one of them left.
 
-        Of a run with one process.
+        Of a run with one process. Of runs that begin together one measures, and the others wait for it.
         """
-        if kept.is_file():
-            self._measured.add(0)
-            for line in read_lines(kept):
-                append_line(self.file, {**line, "took": 0.0})
-            return
-        self.measure(0)
         kept.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(kept, "".join(json.dumps(line) + "\n" for line in read_lines(self.file)))
+        with FileLock(kept.with_suffix(".lock")):
+            lines = read_lines(kept)
+            if [line["how"] for line in lines] != ["greedy", "sampled"]:
+                self.measure(0)
+                write_whole(kept, "".join(json.dumps(line) + "\n" for line in read_lines(self.file)))
+                return
+        self._measured.add(0)
+        for line in lines:
+            append_line(self.file, {**line, "took": 0.0})
+        with self.course.paused():  # what a first generation takes longer is in no count of the run's time either
+            self._estimate("first answers", self.problems.select(range(1)))
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """What was measured after the checkpoint of a resumed run is taken back with its records."""
@@ -216,10 +221,11 @@ class HeldOut(TrainerCallback):
             f"{self.settings.temperature:g}"
         )
 
-    def _estimate(self, what: str, **sampling: Any) -> dict[str, Any]:
+    def _estimate(self, what: str, problems: Dataset | None = None, **sampling: Any) -> dict[str, Any]:
         trainer, args = self.trainer, self.trainer.args
+        problems = self.problems if problems is None else problems
         first, every = args.process_index, args.world_size
-        mine = self.problems.select(range(first, len(self.problems), every))
+        mine = problems.select(range(first, len(problems), every))
         decoding = Decoding(
             max_new_tokens=self.settings.max_completion_length,
             batch_size=args.per_device_eval_batch_size,
@@ -239,7 +245,7 @@ class HeldOut(TrainerCallback):
                 advance=advance,
             )
         everyone: list[Answer] = gather_object([replace(a, problem=first + every * a.problem) for a in answers])
-        scores = torch.zeros(len(self.problems), dtype=torch.float64)
+        scores = torch.zeros(len(problems), dtype=torch.float64)
         scores.index_add_(
             0,
             torch.tensor([answer.problem for answer in everyone]),

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -93,7 +96,7 @@ def draw_answers(
     training, answers = model.training, []
     model.eval()
     try:
-        with torch.random.fork_rng(), torch.no_grad(), only_what_is_asked(model):
+        with generators_kept(), torch.no_grad(), only_what_is_asked(model):
             torch.manual_seed(decoding.seed)
             for start in range(0, len(asked), decoding.batch_size):
                 part = asked[start : start + decoding.batch_size]
@@ -112,6 +115,18 @@ def draw_answers(
     finally:
         model.train(training)
     return answers
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """The random generators of torch, numpy and Python are afterwards as they were."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
 
 
 def likely(answers: list[Answer], logps: list[float]) -> list[Answer]:

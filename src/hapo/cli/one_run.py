@@ -37,8 +37,8 @@ from .train import TrainOptions, build_trainer
 TRL_OPTIONS: dict[str, dict[str, Any]] = {"dapo": {"epsilon_high": 0.28}}
 """What an arm of TRL's own sets beside `loss_type`: DAPO's upper bound, which TRL does not take by default."""
 
-ONLY_IN_TRAINING = {"learning_rate", "beta"}
-"""Options of an arm that change nothing before the first step."""
+ONLY_IN_TRAINING = {"arm", "arm's options", "learning_rate", "beta"}
+"""Of a plan and of an arm's options, what changes nothing before the first step."""
 
 GRADIENT_SAMPLE = 2**18
 """Coordinates of the first gradient that a run keeps, evenly spaced over all parameters."""
@@ -145,8 +145,9 @@ def _run(job: Job) -> None:
 def _start_of(job: Job, trainer: GRPOTrainer, problems: Any) -> str:
     """One hash for all that decides the accuracy before training: the same for the arms of a seed, as a rule."""
     weights = weights_hash(trainer.accelerator.unwrap_model(trainer.model))
+    plan = {name: value for name, value in job.plan.items() if name not in ONLY_IN_TRAINING}
     flags = {name: value for name, value in job.arm.flags.items() if name not in ONLY_IN_TRAINING}
-    of = [job.content, weights, problems._fingerprint, job.seed, flags, job.arm.of_trl]
+    of = [plan, weights, problems._fingerprint, flags, job.arm.of_trl]
     return hashlib.sha256(json.dumps(of, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

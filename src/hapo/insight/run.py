@@ -19,7 +19,7 @@ import yaml
 import hapo
 
 from ..outputs import file_hash
-from .token_files import TokenFiles
+from .token_files import KEYS, TokenFiles
 
 if TYPE_CHECKING:
     import torch
@@ -224,7 +224,7 @@ class Run:
         """Of a rollout batch the push of the run's method on each token, as `recompute` has it, and `complete`."""
         if first not in self._pushes:
             rollout = self.rollout(first)
-            push = recompute(rollout, self.method(), ["push"])["push"].to_numpy()
+            push = recompute(rollout, self.method(), ["push"])["push"].to_numpy(copy=True)
             self._pushes[first] = push, rollout.complete
         return self._pushes[first]
 
@@ -313,10 +313,10 @@ def recompute(rollout: Rollout, method: Method, columns: Collection[str] | None 
     Args:
         rollout: whose tokens.
         method: to apply.
-        columns: of these, those to make; all of them unless told.
+        columns: of these, those that the table has; all of them unless told.
 
     Raises:
-        ValueError: the records lack a column that the method reads.
+        ValueError: the records lack a column that the method reads, or the method makes no such column.
     """
     import torch
 
@@ -363,7 +363,9 @@ def recompute(rollout: Rollout, method: Method, columns: Collection[str] | None 
         if rows.weight is not None:
             made["weight"] = rows.weight
         mask, taken = whole.mask[index], (steps == step).numpy()
-        for name in made.keys() if columns is None else made.keys() & set(columns):
+        if unknown := set(columns or ()) - made.keys() - set(KEYS):
+            raise ValueError(f"{method.name} makes no column {sorted(unknown)[0]!r}, only {', '.join(made)}")
+        for name in made if columns is None else [name for name in made if name in columns]:
             values = made[name].detach()[mask].numpy()
             table.setdefault(name, np.empty(len(taken), values.dtype))[taken] = values
     return pd.DataFrame(table)

@@ -136,6 +136,7 @@ def clipping(tokens: Tokens) -> Figure:
     if not sides.any():
         return figure
     entropy = np.concatenate(entropies)
+    entropies.clear()
     rows = []
     for number, places in enumerate(parts_of(entropy, 10), 1):
         if len(places):

@@ -178,6 +178,7 @@ def entropy_signal(
 
     # Pivot and scales are distances between numbers of this precision, so that the ends are +1 and -1 exactly.
     d = log_entropy(entropy.detach().contiguous()).sub_(stats.pivot)
+    scales = d.new_tensor(up), d.new_tensor(down)
     for part in d.view(-1).split(_chunk(d)):  # in place: a rollout batch may have gigabytes
-        part.div_(torch.where(part >= 0, up, down))
+        part.div_(torch.where(part >= 0, *scales))
     return d

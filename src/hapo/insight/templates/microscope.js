@@ -326,6 +326,6 @@ root.opened = follow().then(
   () => (root.dataset.ready = Math.round(performance.now())),
   (error) => {
     note([`The microscope does not open in this browser: ${error.message}`]);
-    throw error;
+    reportError(error);
   },
 );
