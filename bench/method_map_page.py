@@ -19,6 +19,8 @@ from hapo.insight.statistics import MIN_SEEDS, holm, mean_interval, paired_diffe
 from .method_map import REGIMES, RESULTS
 
 REFERENCE = "dapo"
+SEEDS = 12
+"""Of each method in each regime, as the plan has it."""
 STEPS = RESULTS.with_name("steps.csv")
 ARMS = {
     "dapo": "dapo",
@@ -33,9 +35,14 @@ PICTURE = Path(__file__).parents[1] / "docs" / "evidence" / "map.svg"
 
 
 def runs() -> pd.DataFrame:
-    """The rows of the map, a method by its name alone: the options of a regime are in its recipe."""
+    """The rows of the whole regimes, a method by its name alone: the options of a regime are in its recipe.
+
+    A regime of which seeds are still to come is not looked at.
+    """
     rows = pd.read_csv(RESULTS)
-    return rows.assign(name=[method.partition(":")[0] for method in rows.method])
+    rows = rows.assign(name=[method.partition(":")[0] for method in rows.method])
+    seeds = rows.groupby(["regime", "name"]).seed.nunique().groupby("regime").min()
+    return rows[rows.regime.map(seeds) >= SEEDS]
 
 
 def filter_runs() -> pd.DataFrame:
@@ -81,8 +88,7 @@ def mechanisms() -> list[str]:
     parameters. Clipped tokens are means over the run.
     """
     rows = runs()
-    pairs = differences(rows, ("sampled",)).groupby("regime").size()
-    regimes = [regime for regime in REGIMES if regime in pairs.index]
+    regimes = [regime for regime in REGIMES if regime in set(rows.regime)]
     rows = rows.assign(clipped=100 * (rows.clip_low + rows.clip_high))
     means = rows.groupby(["name", "regime"])[["gradient_cosine", "clipped", "entropy"]].mean()
     columns = {"cosine": ("gradient_cosine", 2), "clipped, %": ("clipped", 2), "entropy": ("entropy", 3)}
