@@ -31,13 +31,15 @@ import yaml
 RECIPES = Path(__file__).parent / "map"
 RESULTS = Path(__file__).parent / "results" / "method_map.csv"
 TUNING = RESULTS.with_stem("method_map_tuning")
-REGIMES = ("near", "far", "sparse", "long", "mismatch")
-MODELS: dict[str, list[str]] = {
-    "models/tiny-early": ["--steps", "176"],
-    "models/tiny-rounds": ["--rounds", "0.2", "0.4", "0.4", "--steps", "260"],
-    "models/tiny-long": ["--rounds", "0.1", "0.2", "0.2", "0.25", "0.25", "--steps", "260"],
+REGIMES = ("near", "far", "sparse", "long", "mismatch", "mixture")
+TINY = "scripts/make_tiny_model.py --steps"
+MODELS = {
+    "models/tiny-early": f"{TINY} 176 --out models/tiny-early",
+    "models/tiny-rounds": f"{TINY} 260 --out models/tiny-rounds --rounds 0.2 0.4 0.4",
+    "models/tiny-long": f"{TINY} 260 --out models/tiny-long --rounds 0.1 0.2 0.2 0.25 0.25",
+    "models/mixture/warm_up/model": "-m bench.sent_study --model_only --work models/mixture",
 }
-"""Model -> what scripts/make_tiny_model.py is told."""
+"""Model -> what Python is told, to make it."""
 CELL = ["regime", "method", "seed"]
 OF_THE_CALL = ["best", "auc", "tokens_to_target", "reached", "seconds_to_target"]
 """Columns of results.csv that depend on the other runs of a call, or say nothing of a start and an end."""
@@ -50,7 +52,7 @@ def recipe_of(regime: str) -> dict[str, Any]:
     recipe = yaml.safe_load((RECIPES / f"{regime}.yaml").read_text())
     model = recipe["model_name_or_path"]
     if model in MODELS and not Path(model).is_dir():
-        subprocess.run([sys.executable, "scripts/make_tiny_model.py", *MODELS[model], "--out", model], check=True)
+        subprocess.run([sys.executable, *MODELS[model].split()], check=True)
     return recipe
 
 

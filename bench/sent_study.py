@@ -164,9 +164,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--rates", nargs="+", default=["3e-5", "1e-4", "3e-4", "1e-3"])
     parser.add_argument("--output", type=Path, default=Path("bench/results/sent_study.csv"))
+    parser.add_argument("--model_only", action="store_true", help="make the problems and the model, no more")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     model = warm_up(given.work)
+    if given.model_only:
+        return
     curriculum = sort_problems(given.work, model)
     hapo("compare", "--config", RECIPE, *problems_of(given.work), "--model_name_or_path", model,
          "--curriculum", curriculum, "--arms", *ARMS, "--reference", REFERENCE, "--seeds", given.seeds,
