@@ -26,7 +26,7 @@ ROWS = """
     method supervised
     methods
     hapo
-    kernels
+    kernels cache
     prompts head
     scoring
     masked

@@ -13,9 +13,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
+
+from .cache import rows_can_move
 
 WORTH = {"cpu": 5e7}
 WORTH_ELSEWHERE = 3e9
@@ -32,21 +34,6 @@ def distinct_rows(
     rows = torch.arange(len(ids), device=ids.device)
     first = torch.full_like(rows, len(ids)).scatter_reduce(0, inverse, rows, "amin")
     return first[first < len(ids)], inverse
-
-
-def cache_of(model_kwargs: dict[str, Any]) -> Any:
-    """The cache of keys and values among these arguments: past_key_values, since transformers 5.24 cache."""
-    return next((x for x in model_kwargs.values() if isinstance(x, Cache)), None)
-
-
-def rows_can_move(cache: Any) -> bool:
-    """Whether rows of this cache can be repeated and dropped: attention alone, kept in tensors that grow."""
-    layers = {type(layer) for layer in getattr(cache, "layers", [None])}
-    return (
-        type(cache) is DynamicCache
-        and not cache.offloading
-        and layers <= {DynamicLayer, DynamicSlidingWindowLayer}
-    )
 
 
 def response_states(

@@ -8,7 +8,7 @@ from scipy.stats import chisquare
 from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM, MistralConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from hapo.prompts import cache_of
+from hapo.cache import cache_of
 from hapo.samplers.decoding import draw
 from hapo.samplers.transformers import sampling
 

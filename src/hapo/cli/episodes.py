@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..cache import sample_with_room
 from ..samplers.transformers import only_what_is_asked
 from ..tasks import Task
 from ..tasks.environments import Environment
@@ -79,7 +80,8 @@ def _turn(
     pad = tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (width - len(c)) + c for c in contexts], device=model.device)
     mask = torch.tensor([[0] * (width - len(c)) + [1] * len(c) for c in contexts], device=model.device)
-    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, width:]
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    output = model.generate(**inputs, generation_config=config, custom_generate=sample_with_room)[:, width:]
     return [until_end(row, config.eos_token_id) for row in output.tolist()], None
 
 

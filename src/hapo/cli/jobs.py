@@ -111,7 +111,7 @@ def run_all(jobs: list[Job], at_once: int, what: str, console: Console) -> bool:
     failed: list[Job] = []
     context: Any = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
     if hasattr(os, "fork"):
-        context.set_forkserver_preload(["hapo.cli.one_run"])  # the libraries are loaded once
+        context.set_forkserver_preload(["hapo.cli.preload"])  # the libraries are loaded once
     slots: dict[int, tuple[BaseProcess, Job]] = {}
     gpus = find_gpus()
     began, done_before = time.monotonic(), len(jobs) - len(waiting)

@@ -16,6 +16,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..cache import sample_with_room
 from ..engines.estimate import Estimate
 from ..samplers.transformers import only_what_is_asked
 from ..scoring import attach_scoring, score_tokens
@@ -105,7 +106,8 @@ def draw_answers(
                 if draw is not None:
                     output = draw(inputs["input_ids"], inputs["attention_mask"], decoding.temperature)
                 else:
-                    output = model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1] :]
+                    whole = model.generate(**inputs, generation_config=config, custom_generate=sample_with_room)
+                    output = whole[:, inputs["input_ids"].shape[1] :]
                 ids = [until_end(row, config.eos_token_id) for row in output.tolist()]
                 judged = judge(tokenizer, problems, part, ids, config.eos_token_id, reward_funcs, weights)
                 if likelihood:

@@ -29,8 +29,9 @@ from transformers.generation import (
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
+from ..cache import cache_of, make_room, rows_can_move
 from ..parts.entropy import entropy_and_normaliser
-from ..prompts import cache_of, distinct_rows, rows_can_move
+from ..prompts import distinct_rows
 
 ROW_FIELDS = frozenset({"attention_mask", "position_ids"})
 """Tensors of a forward pass that have one row a sequence."""
@@ -87,6 +88,7 @@ def decode(
     t_base = 1.0 if generation_config.temperature is None else generation_config.temperature
     pad = 0 if generation_config._pad_token_tensor is None else int(generation_config._pad_token_tensor)
     prompts, size = input_ids, len(input_ids)
+    make_room(model_kwargs)
     tensors = {name: x for name, x in model_kwargs.items() if isinstance(x, Tensor)}
     plain = all(name in ROW_FIELDS and x.ndim == 2 for name, x in tensors.items())
     # Anything else may hold rows, as the features of images do: equal tokens are then no equal prompts.

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation import GenerationMode
 
+from ..cache import sample_with_room
 from ..parts.entropy import entropy_from_logits
 from .decoding import Draws, decode
 from .rule import TemperatureRule
@@ -169,7 +170,7 @@ def sampling(
 
     def wrapped_loop(model: Any, input_ids: Tensor, **kwargs: Any) -> Any:
         if record.greedy:
-            return type(model)._sample(model, input_ids, **kwargs)
+            return sample_with_room(model, input_ids, **kwargs)
         ids, record.draws = decode(model, input_ids, factor=factor, support=support, **kwargs)
         return ids
 

@@ -1,0 +1,109 @@
+"""A cache with room holds what transformers' own holds, and is no copy at every token."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache, GenerationConfig, LlamaConfig, MistralConfig, StaticCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from hapo.cache import LEAST_ROOM, RoomyLayer, make_room, rows_can_move, sample_with_room
+
+from .test_decoding import PAD, SHAPE, tiny
+
+
+def states(rows: int, tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    keys, values = torch.randn(2, rows, 2, tokens, 4, generator=generator)
+    return keys, values
+
+
+def held(layer: DynamicLayer) -> torch.Tensor:
+    return torch.stack([layer.keys, layer.values])
+
+
+def test_it_holds_what_transformers_layer_holds_whatever_is_done_to_its_rows():
+    theirs, ours = DynamicLayer(), RoomyLayer()
+    steps = [
+        lambda layer: layer.update(*states(3, 5)),
+        lambda layer: layer.update(*states(3, 1, 1)),
+        lambda layer: layer.batch_select_indices(torch.tensor([2, 0, 0, 1])),
+        lambda layer: layer.update(*states(4, 1, 2)),
+        lambda layer: layer.update(*states(4, 2 * LEAST_ROOM, 3)),
+        lambda layer: layer.batch_select_indices(torch.tensor([0, 1])),
+        lambda layer: layer.update(*states(2, 1, 4)),
+        lambda layer: layer.crop(-3),
+        lambda layer: layer.update(*states(2, 2, 5)),
+        lambda layer: layer.reorder_cache(torch.tensor([1, 0])),
+        lambda layer: layer.update(*states(2, 1, 6)),
+        lambda layer: layer.batch_repeat_interleave(2),
+        lambda layer: layer.update(*states(4, 1, 7)),
+    ]
+    for step in steps:
+        given = [step(layer) for layer in (theirs, ours)]
+        assert torch.equal(held(ours), held(theirs))
+        assert ours.get_seq_length() == theirs.get_seq_length()
+        assert given[0] is None or all(map(torch.equal, *given))
+
+
+def test_a_token_is_written_where_there_is_room():
+    layer = RoomyLayer()
+    layer.update(*states(2, 3))
+    layer.update(*states(2, 1))
+    place = layer.keys.data_ptr()
+    for _ in range(LEAST_ROOM):
+        layer.update(*states(2, 1))
+    assert layer.keys.data_ptr() == place
+    layer.update(*states(2, LEAST_ROOM))
+    assert layer.keys.data_ptr() != place
+
+
+def test_copies_of_a_cache_do_not_share_their_room():
+    layer = RoomyLayer()
+    layer.update(*states(2, 3))
+    layer.update(*states(2, 1))
+    other = copy.deepcopy(layer)
+    layer.update(*states(2, 1, 8))
+    other.update(*states(2, 1, 9))
+    assert torch.equal(layer.keys[..., -1:, :], states(2, 1, 8)[0])
+    assert torch.equal(other.keys[..., -1:, :], states(2, 1, 9)[0])
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("config", [LlamaConfig, lambda **c: MistralConfig(**c, sliding_window=4)])
+def test_answers_are_the_same(config, attention, do_sample):
+    model = tiny(config(**SHAPE, attn_implementation=attention))
+    ids = torch.randint(8, 40, (4, 6), generator=torch.Generator().manual_seed(1))
+    ids[0, :2] = PAD
+    options = GenerationConfig(do_sample=do_sample, max_new_tokens=20, pad_token_id=PAD, eos_token_id=1)
+    made = []
+    for loop in (None, sample_with_room):
+        torch.manual_seed(3)
+        made.append(
+            model.generate(ids, attention_mask=ids != PAD, generation_config=options, custom_generate=loop)
+        )
+    assert torch.equal(*made)
+
+
+def test_only_empty_layers_that_are_copied_get_room():
+    config = LlamaConfig(**SHAPE)
+    cache = DynamicCache(config=config)
+    cache.update(*states(1, 2), 0)
+    make_room({"past_key_values": cache})
+    assert [type(layer) for layer in cache.layers] == [DynamicLayer, RoomyLayer]
+    assert rows_can_move(cache)
+    windows = DynamicCache(config=MistralConfig(**SHAPE, sliding_window=4))
+    make_room({"past_key_values": windows})
+    assert {type(layer) for layer in windows.layers} == {DynamicSlidingWindowLayer}
+    lazy = DynamicCache()
+    make_room({"past_key_values": lazy})
+    lazy.update(*states(1, 2), 0)
+    assert type(lazy.layers[0]) is RoomyLayer
+    static = StaticCache(config=config, max_cache_len=8)
+    before = list(static.layers)
+    make_room({"past_key_values": static})
+    assert static.layers == before
+    make_room({})
