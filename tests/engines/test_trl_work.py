@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hapo.engines.trl.drawn import as_drawn
 from hapo.engines.trl.passes import passes
@@ -120,3 +121,32 @@ def test_other_tokens_than_those_drawn_are_scored():
     assert logp.tolist() == [[-1, -1, -1, 0], [-1, -1, 0, 0]] and entropy[0].tolist() == [2, 2, 2, 0]
     assert as_drawn([draws], ids + 1, mask) is None
     assert as_drawn([draws, None], ids, mask) is None  # a second turn
+
+
+class Roundings(TorchDispatchMode):
+    """How often each weight is rounded to bfloat16."""
+
+    def __init__(self, weights) -> None:
+        super().__init__()
+        self.counts = {weight.data_ptr(): 0 for weight in weights}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default and args[0].data_ptr() in self.counts:
+            self.counts[args[0].data_ptr()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_weights_are_rounded_once_a_generation_under_autocast(tmp_path):
+    trainer = tiny.trainer(tmp_path, bf16=True, max_steps=1)
+    projections = [p for name, p in trainer.model.named_parameters() if "proj" in name]
+    counts, draw = [], trainer.sampler.draw
+
+    def watched(asked):
+        with Roundings(projections) as seen:
+            turn = draw(asked)
+        counts.append(list(seen.counts.values()))
+        return turn
+
+    trainer.sampler.draw = watched
+    trainer.train()
+    assert counts == [[1] * len(projections)]

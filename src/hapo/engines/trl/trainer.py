@@ -210,7 +210,9 @@ class HAPOTrainer(RecordedTrainer):
         if train:
             self._sampled_with = self.temperature_stats  # None at the first step
         stats = self._sampled_with if train else None
-        with self.clock.phase("generate"):
+        # Around all forward passes, so that autocast rounds the weights once: its block ends, and it forgets them.
+        rounding = nullcontext() if self.use_vllm else self.accelerator.autocast()
+        with self.clock.phase("generate"), rounding:
             turn = self.sampler.draw(Request(net, prompt_ids, images, generate, train, stats))
         if not train:
             self.model.eval()  # TRL leaves it in training mode after continuous batching
