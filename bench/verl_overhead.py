@@ -42,24 +42,34 @@ def at_scale(responses: int, repeats: int, most: int = 10_240, group: int = 16, 
     )
     nested = torch.nested.as_nested_tensor([torch.ones(n, dtype=torch.long) for n in length], layout=torch.jagged)
     method = hapo.method("hapo")
+    held = _peak()
     prepared = method.prepare(batch)
+    of_prepare = _peak()
     count = int(mask.sum())
     rows = prepared.rows(slice(0, micro)).replace(totals=StepTotals(responses, count, count))
     logp = (rows.old_logp + 0.1).requires_grad_()
 
-    def wall(work: Callable[[], object]) -> float:
-        return round(statistics.median(seconds(work)[1] for _ in range(repeats)), 3)
+    def median(work: Callable[[], object], wall: bool = True) -> float:
+        return round(statistics.median(seconds(work)[wall] for _ in range(repeats)), 3)
 
     return {
         "responses": responses,
         "tokens": count,
-        "prepare, s a rollout batch": wall(lambda: method.prepare(batch)),
-        "to nested tensors, s a rollout batch": wall(
+        "prepare, s a rollout batch": median(lambda: method.prepare(batch)),
+        "prepare, CPU s a rollout batch": median(lambda: method.prepare(batch), wall=False),
+        "peak memory before prepare, GiB": held,
+        "peak memory of prepare, GiB": of_prepare,
+        "to nested tensors, s a rollout batch": median(
             lambda: [response_to_nested(x, nested) for x in (prepared.mask, prepared.signal)]
         ),
-        f"loss, s a micro-batch of {micro}": wall(lambda: method.loss(rows.replace(logp=logp))),
-        "peak memory of the process, GiB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 1),
+        f"loss, s a micro-batch of {micro}": median(lambda: method.loss(rows.replace(logp=logp))),
+        "peak memory of the process, GiB": _peak(),
     }
+
+
+def _peak() -> float:
+    """Of this process so far, libraries and inputs included."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
 
 
 def main() -> None:
