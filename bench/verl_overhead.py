@@ -40,11 +40,11 @@ def at_scale(responses: int, repeats: int, most: int = 10_240, group: int = 16, 
         reward=torch.randint(0, 2, (responses,), generator=generator).float(),
         group=torch.arange(responses) // group,
     )
-    nested = torch.nested.as_nested_tensor([torch.ones(n, dtype=torch.long) for n in length], layout=torch.jagged)
     method = hapo.method("hapo")
     held = _peak()
     prepared = method.prepare(batch)
     of_prepare = _peak()
+    nested = torch.nested.as_nested_tensor([torch.ones(n, dtype=torch.long) for n in length], layout=torch.jagged)
     count = int(mask.sum())
     rows = prepared.rows(slice(0, micro)).replace(totals=StepTotals(responses, count, count))
     logp = (rows.old_logp + 0.1).requires_grad_()
