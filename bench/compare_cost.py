@@ -52,6 +52,7 @@ def wait_for_all() -> None:
 def compare(checkout: Path, folder: Path) -> dict[str, float]:
     """One call with the code of a checkout."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(checkout / "src")}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # or every process compiles the older checkout
     began, used = time.perf_counter(), of_children()
     command = [sys.executable, "-m", "hapo.cli", "compare", *WORDS.split(), "--output_dir", str(folder)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -29,6 +29,10 @@ OF_THE_COMPARISON = ("arms", "seeds", "tune", "tune_seeds")
 """What a regime's recipe holds beside the options of a run."""
 
 
+TUNE_SIZE = 200
+"""Training problems that the map's runs set aside; so these runs begin with the same batches."""
+
+
 class Updates(TrainerCallback):
     """The norm of every update, and the tokens that count in it."""
 
@@ -58,13 +62,17 @@ def _weights(model: Any) -> torch.Tensor:
 def updates(regime: str, seeds: int, steps: int) -> Iterator[dict[str, Any]]:
     """A row for each step of each method and seed."""
     recipe, rates = recipe_of(regime), rates_of(regime)
+    if missing := [method for method in recipe["arms"] if method not in rates]:
+        raise SystemExit(f"{regime}: not tuned yet: {', '.join(missing)}; python -m bench.method_map does it")
     options = read_recipe(str(RECIPES / f"{regime}.yaml"))
     options = {name: value for name, value in options.items() if name not in OF_THE_COMPARISON}
     for method in recipe["arms"]:
         for seed in range(1, seeds + 1):
             with tempfile.TemporaryDirectory() as folder:
                 arm = Arm(at_rate(method, rates[method]))
-                job = Job(arm, seed, Path(folder) / "run", Recipe(options, []), {"max_steps": steps})
+                job = Job(
+                    arm, seed, Path(folder) / "run", Recipe(options, []), {"max_steps": steps}, tune_size=TUNE_SIZE
+                )
                 trainer = build(job).trainer
                 trainer.remove_callback(LogLines)
                 seen = Updates(trainer)

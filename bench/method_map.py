@@ -9,8 +9,8 @@ first, in models/.
 
     python -m bench.method_map --again 3
 
-runs three rows of the file once more, chosen at random, and fails where one is not the same to the last bit; it
-takes a machine like the one that they are of.
+runs three rows of the file once more, chosen at random among those of this kind of processor, and fails where one
+is not the same to the last bit.
 """
 
 from __future__ import annotations
@@ -126,8 +126,9 @@ def run_block(regime: str, methods: Collection[str], seeds: range, work: Path, j
 
 
 def run_again(count: int, work: Path) -> bool:
-    """Whether rows of the file, drawn at random, come out the same, one run each."""
+    """Whether rows of this kind of processor, drawn at random, come out the same, one run each."""
     rows = pd.read_csv(RESULTS, dtype=str)
+    rows = rows[rows.machine == machine()]
     same = True
     for at in random.SystemRandom().sample(range(len(rows)), count):
         row = rows.iloc[at]

@@ -22,6 +22,7 @@ REFERENCE = "dapo"
 SEEDS = 12
 """Of each method in each regime, as the plan has it."""
 STEPS = RESULTS.with_name("steps.csv")
+UPDATES = RESULTS.with_name("map_updates.csv")
 ARMS = {
     "dapo": "dapo",
     "dapo:filter_groups=false": "dapo, no filter",
@@ -88,14 +89,33 @@ def mechanisms() -> list[str]:
     parameters. Clipped tokens are means over the run.
     """
     rows = runs()
-    regimes = [regime for regime in REGIMES if regime in set(rows.regime)]
     rows = rows.assign(clipped=100 * (rows.clip_low + rows.clip_high))
-    means = rows.groupby(["name", "regime"])[["gradient_cosine", "clipped", "entropy"]].mean()
-    columns = {"cosine": ("gradient_cosine", 2), "clipped, %": ("clipped", 2), "entropy": ("entropy", 3)}
+    return _by_regime(rows, {"cosine": ("gradient_cosine", 2), "clipped, %": ("clipped", 2)})
+
+
+def updates() -> list[str]:
+    """The lines of the table of what a step moves (bench/map_updates.py): means over steps and seeds.
+
+    Per token is the sum of the norms over the sum of the tokens that count: a step may have none, where Adam still
+    moves.
+    """
+    rows = pd.read_csv(UPDATES)
+    rows = rows.assign(name=[method.partition(":")[0] for method in rows.method])
+    sums = rows.groupby(["name", "regime"])[["update_norm", "kept_tokens"]].transform("sum")
+    rows = rows.assign(norm=1e3 * rows.update_norm, per_token=1e6 * sums.update_norm / sums.kept_tokens)
+    columns = {"rate": ("learning_rate", None), "norm, 1e-3": ("norm", 1), "per token, 1e-6": ("per_token", 1)}
+    return _by_regime(rows, columns)
+
+
+def _by_regime(rows: pd.DataFrame, columns: dict[str, tuple[str, int | None]]) -> list[str]:
+    """A table with a line a method and, for each title, a column a regime: means, with so many decimals."""
+    regimes = [regime for regime in REGIMES if regime in set(rows.regime)]
+    means = rows.groupby(["name", "regime"])[[column for column, _ in columns.values()]].mean()
     titles = [f"{regime}: {title}" for title in columns for regime in regimes]
     lines = [f"| | {' | '.join(titles)} |", "|" + "---|" * (1 + len(titles))]
     for name in rows.name.unique():
-        cells = [f"{means.loc[(name, regime), c]:.{n}f}" for c, n in columns.values() for regime in regimes]
+        values = [(means.loc[(name, regime), c], n) for c, n in columns.values() for regime in regimes]
+        cells = [f"{value:.0e}" if n is None else f"{value:.{n}f}" for value, n in values]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
@@ -150,6 +170,7 @@ def main() -> None:
     for regime, lines in tables().items():
         print(f"\n{regime}\n\n" + "\n".join(lines))
     print("\nmechanisms\n\n" + "\n".join(mechanisms()))
+    print("\nupdates\n\n" + "\n".join(updates()))
     PICTURE.write_bytes(picture().drawn("svg"))
 
 

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig, LlamaConfig, MistralConfig, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from hapo.cache import LEAST_ROOM, RoomyLayer, make_room, rows_can_move, sample_with_room
+from hapo.cache import LEAST_ROOM, RoomyLayer, give_room, rows_can_move
+from hapo.samplers.decoding import sample_with_room, with_room
+from hapo.samplers.transformers import sampling
 
 from .test_decoding import PAD, SHAPE, tiny
+
+
+@pytest.fixture(autouse=True)
+def _as_in_generation():
+    with torch.no_grad():
+        yield
 
 
 def states(rows: int, tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,6 +69,38 @@ def test_a_token_is_written_where_there_is_room():
     assert layer.keys.data_ptr() != place
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.batch_select_indices(torch.tensor([0])),
+        lambda layer: layer.reorder_cache(torch.tensor([0])),
+        lambda layer: layer.batch_repeat_interleave(1),
+        lambda layer: layer.reset(),
+    ],
+)
+def test_rows_that_are_dropped_are_not_held(change):
+    layer = RoomyLayer()
+    layer.update(*states(64, 3))
+    layer.update(*states(64, 1))
+    wide = weakref.ref(layer.keys.untyped_storage())
+    change(layer)
+    assert wide() is None
+
+
+def test_states_that_do_not_fit_are_treated_as_transformers_layer_does():
+    layer = RoomyLayer()
+    layer.update(*states(3, 2))
+    with pytest.raises(RuntimeError):
+        layer.update(*states(1, 1))
+    layer.update(*(x.double() for x in states(3, 1)))
+    assert layer.keys.dtype == torch.float64
+    with torch.enable_grad():
+        keys, values = (x.requires_grad_() for x in states(3, 1))
+        made = [layer.update(keys, values)[0].sum() for _ in range(2)]
+        sum(made).backward()
+    assert torch.equal(keys.grad, torch.full_like(keys, 3))  # the second time it stands there twice
+
+
 def test_copies_of_a_cache_do_not_share_their_room():
     layer = RoomyLayer()
     layer.update(*states(2, 3))
@@ -88,22 +129,51 @@ def test_answers_are_the_same(config, attention, do_sample):
     assert torch.equal(*made)
 
 
+def layers_of(monkeypatch) -> set[type]:
+    """The kinds of layers that a generation fills, as it goes on."""
+    seen: set[type] = set()
+    update = DynamicLayer.update
+
+    def watched(self, *args, **kwargs):
+        seen.add(type(self))
+        return update(self, *args, **kwargs)
+
+    monkeypatch.setattr(DynamicLayer, "update", watched)
+    return seen
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_sampling_gives_room(monkeypatch, do_sample):
+    model, seen = tiny(LlamaConfig(**SHAPE)), layers_of(monkeypatch)
+    options = GenerationConfig(do_sample=do_sample, max_new_tokens=2, pad_token_id=PAD, eos_token_id=1)
+    with sampling(model):
+        model.generate(torch.tensor([[5, 9]]), generation_config=options)
+    assert seen == {RoomyLayer}
+
+
+def test_a_generate_of_ones_own_is_asked_as_it_is():
+    model = tiny(LlamaConfig(**SHAPE))
+    assert with_room(model) == {"custom_generate": sample_with_room}
+    model.generate = lambda input_ids: input_ids
+    assert with_room(model) == {}
+
+
 def test_only_empty_layers_that_are_copied_get_room():
     config = LlamaConfig(**SHAPE)
     cache = DynamicCache(config=config)
     cache.update(*states(1, 2), 0)
-    make_room({"past_key_values": cache})
+    give_room({"past_key_values": cache})
     assert [type(layer) for layer in cache.layers] == [DynamicLayer, RoomyLayer]
     assert rows_can_move(cache)
     windows = DynamicCache(config=MistralConfig(**SHAPE, sliding_window=4))
-    make_room({"past_key_values": windows})
+    give_room({"past_key_values": windows})
     assert {type(layer) for layer in windows.layers} == {DynamicSlidingWindowLayer}
     lazy = DynamicCache()
-    make_room({"past_key_values": lazy})
+    give_room({"past_key_values": lazy})
     lazy.update(*states(1, 2), 0)
     assert type(lazy.layers[0]) is RoomyLayer
     static = StaticCache(config=config, max_cache_len=8)
     before = list(static.layers)
-    make_room({"past_key_values": static})
+    give_room({"past_key_values": static})
     assert static.layers == before
-    make_room({})
+    give_room({})

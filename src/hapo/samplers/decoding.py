@@ -10,14 +10,15 @@ Shapes: B sequences, n rows still running, T new tokens, V vocabulary, K tokens 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import (
     EosTokenCriteria,
     MaxLengthCriteria,
@@ -29,7 +30,7 @@ from transformers.generation import (
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
-from ..cache import cache_of, make_room, rows_can_move
+from ..cache import cache_of, give_room, rows_can_move
 from ..parts.entropy import entropy_and_normaliser
 from ..prompts import distinct_rows
 
@@ -66,7 +67,23 @@ class Draws:
     first, -1 for padding and after the end of a row; None where it was not asked for."""
 
 
+@contextmanager
+def casts_kept() -> Iterator[None]:
+    """Weights that autocast rounds inside this block are rounded once, not in every forward pass.
+
+    Autocast keeps what it has rounded until its outermost block ends; accelerate opens one for each forward pass.
+    This block is one more around them in which nothing is rounded by itself.
+    """
+    torch.autocast_increment_nesting()
+    try:
+        yield
+    finally:
+        if torch.autocast_decrement_nesting() == 0:
+            torch.clear_autocast_cache()
+
+
 @torch.no_grad()
+@casts_kept()
 def decode(
     model: Any,
     input_ids: Int[Tensor, "B P"],
@@ -88,7 +105,7 @@ def decode(
     t_base = 1.0 if generation_config.temperature is None else generation_config.temperature
     pad = 0 if generation_config._pad_token_tensor is None else int(generation_config._pad_token_tensor)
     prompts, size = input_ids, len(input_ids)
-    make_room(model_kwargs)
+    give_room(model_kwargs)
     tensors = {name: x for name, x in model_kwargs.items() if isinstance(x, Tensor)}
     plain = all(name in ROW_FIELDS and x.ndim == 2 for name, x in tensors.items())
     # Anything else may hold rows, as the features of images do: equal tokens are then no equal prompts.
@@ -96,7 +113,7 @@ def decode(
     plain = plain and all(x is None or isinstance(x, bool | int | float | str) for x in others)
     plain = plain and rows_can_move(cache_of(model_kwargs))
     may_leave = plain and all(type(f) in STATELESS for f in (*logits_processor, *stopping_criteria))
-    synced = (is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)) and _ranks() > 1
+    synced = _synced(model)
     outputs = _prefill(model, input_ids, generation_config, model_kwargs, shared=plain)
     rows = torch.arange(size, device=input_ids.device)  # of those in the batch
     alive = torch.ones_like(rows, dtype=torch.bool)
@@ -141,6 +158,23 @@ def decode(
         outputs = model(**inputs, return_dict=True)
     tokens, *figures = (torch.stack(columns, 1) for columns in zip(*steps, strict=True))
     return torch.cat([prompts, tokens], -1), Draws(tokens, *figures, *([_stacked(supports)] if support else []))
+
+
+def with_room(model: Any) -> dict[str, Any]:
+    """Arguments of `generate` for transformers' own loop, greedy or sampled, over a cache with room.
+
+    The same answers. Nothing for a model whose `generate` is its own: it need not know them.
+    """
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own = "generate" in vars(core) or getattr(type(core), "generate", None) is not GenerationMixin.generate
+    return {} if own else {"custom_generate": sample_with_room}
+
+
+@casts_kept()
+def sample_with_room(model: Any, input_ids: Tensor, **kwargs: Any) -> Any:
+    """transformers' own loop over a cache with room: what `generate` takes as `custom_generate`."""
+    give_room(kwargs)
+    return type(model)._sample(model, input_ids, **{"synced_gpus": _synced(model), **kwargs})
 
 
 def draw(scores: Float[Tensor, "n V"]) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
@@ -190,5 +224,7 @@ def _prefill(model: Any, ids: Tensor, config: GenerationConfig, model_kwargs: di
     return outputs
 
 
-def _ranks() -> int:
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+def _synced(model: Any) -> bool:
+    """Whether every rank has to make as many forward passes as the others."""
+    split = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
+    return split and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1

@@ -19,9 +19,8 @@ from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation import GenerationMode
 
-from ..cache import sample_with_room
 from ..parts.entropy import entropy_from_logits
-from .decoding import Draws, decode
+from .decoding import Draws, decode, sample_with_room
 from .rule import TemperatureRule
 
 Factor = Callable[[Float[Tensor, " n"]], Float[Tensor, " n"]]

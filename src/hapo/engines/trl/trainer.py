@@ -210,9 +210,7 @@ class HAPOTrainer(RecordedTrainer):
         if train:
             self._sampled_with = self.temperature_stats  # None at the first step
         stats = self._sampled_with if train else None
-        # Around all forward passes, so that autocast rounds the weights once: its block ends, and it forgets them.
-        rounding = nullcontext() if self.use_vllm else self.accelerator.autocast()
-        with self.clock.phase("generate"), rounding:
+        with self.clock.phase("generate"):
             turn = self.sampler.draw(Request(net, prompt_ids, images, generate, train, stats))
         if not train:
             self.model.eval()  # TRL leaves it in training mode after continuous batching
