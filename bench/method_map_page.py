@@ -82,6 +82,18 @@ def tables() -> dict[str, list[str]]:
     return {regime: made[regime] for regime in (*REGIMES, "filter") if regime in made}
 
 
+def pooled() -> list[str]:
+    """The lines of the table over all whole regimes: a seed's mean difference to DAPO, Holm over the methods."""
+    wide = runs().pivot(index=["regime", "seed"], columns="name", values="sampled")
+    by_seed = wide.sub(wide[REFERENCE], axis=0).groupby("seed").mean()
+    names = [name for name in runs().name.unique() if name != REFERENCE]
+    found = [paired_difference(by_seed[name], by_seed[REFERENCE]) for name in names]
+    lines = ["| | sampled − DAPO, mean of the regimes [95 %], p after Holm |", "|---|---|"]
+    for name, d, p in zip(names, found, holm([d.p for d in found]), strict=True):
+        lines.append(f"| {name} | {_in_words(100 * d.mean, 100 * d.low, 100 * d.high, p)} |")
+    return lines
+
+
 def mechanisms() -> list[str]:
     """The lines of the table of what methods do to a step: means over the seeds of each regime that is whole.
 
@@ -140,8 +152,12 @@ def _told(against: pd.DataFrame, name: str, measure: str) -> str:
     if (name, measure) not in against.index:
         return ""
     row = against.loc[(name, measure)]
-    words = f"{row.points:.1f} [{row.low:.1f}, {row.high:.1f}], {row.p_holm:.2g}".replace("-", "−")
-    return f"**{words}**" if row.p_holm <= 0.05 else words
+    return _in_words(row.points, row.low, row.high, row.p_holm)
+
+
+def _in_words(points: float, low: float, high: float, p: float) -> str:
+    words = f"{points:.1f} [{low:.1f}, {high:.1f}], {p:.2g}".replace("-", "−")
+    return f"**{words}**" if p <= 0.05 else words
 
 
 def picture() -> Figure:
@@ -169,6 +185,7 @@ def main() -> None:
     """Print the tables and draw the picture."""
     for regime, lines in tables().items():
         print(f"\n{regime}\n\n" + "\n".join(lines))
+    print("\npooled\n\n" + "\n".join(pooled()))
     print("\nmechanisms\n\n" + "\n".join(mechanisms()))
     print("\nupdates\n\n" + "\n".join(updates()))
     PICTURE.write_bytes(picture().drawn("svg"))
