@@ -23,6 +23,7 @@ SEEDS = 12
 """Of each method in each regime, as the plan has it."""
 STEPS = RESULTS.with_name("steps.csv")
 UPDATES = RESULTS.with_name("map_updates.csv")
+VARIANT = RESULTS.with_name("variant_study.csv")
 ARMS = {
     "dapo": "dapo",
     "dapo:filter_groups=false": "dapo, no filter",
@@ -80,6 +81,15 @@ def tables() -> dict[str, list[str]]:
         for regime in against.index.unique("regime"):
             made[regime] = _table(rows[rows.regime == regime], against.loc[regime])
     return {regime: made[regime] for regime in (*REGIMES, "filter") if regime in made}
+
+
+def variant() -> list[str]:
+    """The lines of the table of HAPO's C and its variant, near the rollout policy (bench/variant_study.py)."""
+    rows = pd.read_csv(VARIANT)
+    rows = rows[rows.regime == "near"]
+    rows = rows.assign(name=[method.partition(":")[0] for method in rows.method])
+    against = differences(rows).set_index(["regime", "name", "measure"])
+    return _table(rows, against.loc["near"])
 
 
 def pooled() -> list[str]:
@@ -185,6 +195,7 @@ def main() -> None:
     """Print the tables and draw the picture."""
     for regime, lines in tables().items():
         print(f"\n{regime}\n\n" + "\n".join(lines))
+    print("\nvariant\n\n" + "\n".join(variant()))
     print("\npooled\n\n" + "\n".join(pooled()))
     print("\nmechanisms\n\n" + "\n".join(mechanisms()))
     print("\nupdates\n\n" + "\n".join(updates()))
