@@ -188,6 +188,7 @@ def picture() -> Figure:
     order = [regime for regime in REGIMES if regime in set(table.regime)]
     column = alt.Column("regime:N", sort=order, title=None)
     chart = alt.layer(zero, bar, dot, data=data).properties(width=150, height=260).facet(column=column)
+    chart = chart.properties(padding={"left": 20, "right": 5, "top": 5, "bottom": 5})  # the longest name is wider
     return Figure("map", "The map", "Intervals that hold 0 show nothing.", chart)
 
 
