@@ -27,8 +27,6 @@ from .method_map import RECIPES, REGIMES, RESULTS, add, at_rate, machine, rates_
 OUTPUT = RESULTS.with_name("map_updates.csv")
 OF_THE_COMPARISON = ("arms", "seeds", "tune", "tune_seeds")
 """What a regime's recipe holds beside the options of a run."""
-
-
 TUNE_SIZE = 200
 """Training problems that the map's runs set aside; so these runs begin with the same batches."""
 
