@@ -178,6 +178,51 @@ def test_half_precision_is_computed_in_float32(dtype):
         torch.testing.assert_close(got, want, atol=1e-6, rtol=torch.finfo(dtype).eps)
 
 
+class Products(TorchDispatchMode):
+    """The precision in which each product of float32 matrices was asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.precisions = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ == "addmm_":
+            self.precisions.append(torch.backends.mkldnn.matmul.fp32_precision)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("chunk", [None, 50])
+def test_under_autocast_a_cpu_rounds_the_operands_of_products_and_nothing_else(chunk):
+    """Sums are float32, over chunks too; a processor without the instructions rounds nothing."""
+    hidden, weight, bias, tokens = inputs(n=200, d=64, v=500, dtype=torch.float32)
+    states = hidden.detach().bfloat16().requires_grad_()  # as a layer under autocast leaves them
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with Products() as seen:
+        with torch.autocast("cpu", torch.bfloat16):
+            scores = score_hidden(states, weight, tokens, bias=bias, factor=factor, chunk_tokens=chunk)
+        total = scores.logp.sum() + scores.entropy.sum()
+        got = torch.autograd.grad(total, (states, weight, bias))
+    assert set(seen.precisions) == {"bf16"} and len(seen.precisions) == 4 * (1 if chunk is None else 4)
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    assert scores.logp.dtype == torch.float32 and [x.dtype for x in got] == [torch.bfloat16, *[torch.float32] * 2]
+
+    def off(w):
+        """Largest error of the scores, nats, and of the gradients, relative, for the products of these weights."""
+        leaves = [x.detach().double().requires_grad_() for x in (states, w, bias)]
+        want = plain(leaves[0] @ leaves[1].T + leaves[2], tokens)
+        found = scores.logp, scores.entropy, scores.sampler_logp
+        errors = [(x - y).abs().max() for x, y in zip(found, want, strict=True)]
+        return max(errors), max(map(relative, got, torch.autograd.grad(want[0].sum() + want[1].sum(), leaves)))
+
+    errors = off(weight), off(weight.bfloat16())
+    assert min(scores for scores, _ in errors) <= 5e-5 and min(gradients for _, gradients in errors) <= 2**-8
+
+    with torch.autocast("cpu", torch.bfloat16):
+        again = score_hidden(states, weight, tokens, bias=bias, factor=factor, chunk_tokens=40)
+    other = torch.autograd.grad(again.logp.sum() + again.entropy.sum(), (weight, bias))
+    assert max(map(relative, got[1:], other)) <= 2e-6  # as gradients of any other slices
+
+
 def test_no_positions_give_no_scores_and_a_zero_gradient():
     hidden, weight, bias, tokens = inputs(n=0)
     scores = score_hidden(hidden, weight, tokens, bias=bias, factor=factor)

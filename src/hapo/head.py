@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,12 +41,21 @@ def operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else dtype
 
 
-def _addmm_(out: Tensor, a: Tensor, b: Tensor, *, beta: float, alpha: float = 1.0) -> None:
-    """out <- beta out + alpha a b, accumulated in the dtype of `out`."""
-    if a.dtype == out.dtype:
-        out.addmm_(a, b, beta=beta, alpha=alpha)
-    else:
-        torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
+def rounds_operands(hidden: Tensor) -> bool:
+    """Whether a CPU's products take operands rounded to bfloat16 and sum in float32, as autocast asks for."""
+    autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return hidden.device.type == "cpu" and autocast and hasattr(torch.backends.mkldnn, "matmul")
+
+
+@contextmanager
+def _rounded_operands() -> Iterator[None]:
+    """Products of float32 matrices on a CPU round their operands to bfloat16, if it has the instructions."""
+    products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # put there at import
+    before, products.fp32_precision = products.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,8 @@ class Head:
     t_base: float
     chunk: int
     operand: torch.dtype
+    rounded: bool = False
+    """Operands of the operand dtype are rounded to bfloat16 inside the products."""
 
     @property
     def accumulator(self) -> torch.dtype:
@@ -66,6 +78,14 @@ class Head:
     def chunks(self, n: int) -> Iterator[slice]:
         """The n positions, so many at a time."""
         return (slice(start, min(start + self.chunk, n)) for start in range(0, n, self.chunk))
+
+    def addmm_(self, out: Tensor, a: Tensor, b: Tensor, *, beta: float, alpha: float = 1.0) -> None:
+        """out <- beta out + alpha a b, accumulated in the dtype of `out`."""
+        if a.dtype != out.dtype:
+            torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
+            return
+        with _rounded_operands() if self.rounded else nullcontext():
+            out.addmm_(a, b, beta=beta, alpha=alpha)
 
     def buffer(self, hidden: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Room for the logits of a chunk (n, V)."""
@@ -77,7 +97,7 @@ class Head:
         gain = self.scale / (self.softcap or self.t_base)
         if bias is not None:
             out.copy_(bias)
-        _addmm_(out, hidden, weight.t(), beta=0.0 if bias is None else gain, alpha=gain)
+        self.addmm_(out, hidden, weight.t(), beta=0.0 if bias is None else gain, alpha=gain)
         return out if self.softcap is None else out.tanh_().mul_(self.softcap / self.t_base)
 
     def pull_back_(self, grad: Tensor, z: Tensor) -> Tensor:
@@ -235,9 +255,9 @@ class Score(torch.autograd.Function):
                 grad_bias += g.sum(0, dtype=grad_bias.dtype)
             g = g.to(head.operand)
             if grad_hidden is not None:
-                _addmm_(grad_hidden[rows], g, w, beta=0.0)
+                head.addmm_(grad_hidden[rows], g, w, beta=0.0)
             if grad_weight is not None:
-                _addmm_(grad_weight, g.t(), h[rows], beta=1.0)
+                head.addmm_(grad_weight, g.t(), h[rows], beta=1.0)
         return (
             *(None if g is None else g.to(x.dtype) for g, x in zip(grads, (hidden, weight, bias), strict=True)),
             *(None,) * 6,

@@ -16,10 +16,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from .head import Factor, Head, Score, operand_dtype
+from .head import Factor, Head, Score, operand_dtype, rounds_operands
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ def score_hidden(
 
     Sums and outputs are float32 (float64 if an input is), for bf16 and fp16 inputs too. CUDA takes half-precision
     operands, autocast's included, as they are; there the logits' gradient is rounded to that dtype, as in a linear
-    layer, before the two products that end the backward pass.
+    layer, before the two products that end the backward pass. A CPU with instructions for bfloat16 (AMX,
+    AVX512-bf16) does so under autocast to it, with float32 sums; a product over few positions may stay exact.
 
     On CUDA HAPO_TRITON=1 takes Triton kernels (`hapo.kernels`).
 
@@ -104,7 +106,9 @@ def score_hidden(
             f"token {int(tokens[at])} at position {at} is not in its support: it was not drawn from these tokens, "
             "and has no log-prob over them"
         )
-    head = Head(logit_scale, softcap, t_base, chunk_tokens, operand_dtype(hidden, weight))
+    operand = operand_dtype(hidden, weight)
+    rounded = operand == torch.float32 and rounds_operands(hidden)
+    head = Head(logit_scale, softcap, t_base, chunk_tokens, operand, rounded)
     options = head, factor, rank, expected_rank
     return Scores(*Score.apply(hidden, weight, bias, tokens.long(), support, *options))
 
