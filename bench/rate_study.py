@@ -1,10 +1,10 @@
-"""The methods that the map tells from DAPO, at DAPO's rate (docs/evidence/map.md, "Method or rate?").
+"""DAPO at every rate that the map chose for another method (docs/evidence/map.md, "Method or rate?").
 
     python -m bench.rate_study [--regimes near far ...]
 
-Each of them runs in every regime where tuning chose another rate for it than for DAPO, with the seeds of the
-map and the rate of DAPO. Adds the runs to bench/results/rate_study.csv, a method of a regime at a time; what is
-in there is not run again.
+So that each method can be compared with DAPO at the method's own rate. The seeds are the map's. Adds the runs to
+bench/results/rate_study.csv, a rate of a regime at a time; what is in there is not run again, and what failed is.
+A regime that is not tuned is left.
 """
 
 from __future__ import annotations
@@ -12,11 +12,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .method_map import CELL, REGIMES, RESULTS, add, at_rate, compare, machine, rates_of, read
+from .method_map import CELL, REGIMES, RESULTS, add, at_rate, compare, machine, rates_of, read, recipe_of
 
 OUTPUT = RESULTS.with_name("rate_study.csv")
-METHODS = ("hapo", "gspo", "forking_tokens", "entropy_adv", "gtpo", "egspo")
-"""Those that differ from DAPO over five regimes, after Holm."""
 
 
 def main() -> None:
@@ -29,18 +27,25 @@ def main() -> None:
     given.work.mkdir(parents=True, exist_ok=True)
     for regime in given.regimes:
         rates = rates_of(regime)
-        there = set(read(OUTPUT, regime).method)
-        rate = next(value for method, value in rates.items() if method.partition(":")[0] == "dapo")
-        for method, tuned in rates.items():
-            if method.partition(":")[0] not in METHODS or tuned == rate or method in there:
+        dapo = next((method for method in rates if method.partition(":")[0] == "dapo"), None)
+        if dapo is None:
+            print(f"{regime}: not tuned yet, left", flush=True)
+            continue
+        recipe_of(regime)
+        for rate in sorted(set(rates.values()) - {rates[dapo]}):
+            there = read(OUTPUT, regime)
+            there = set(there[there.learning_rate == rate].seed)
+            if there >= set(range(1, given.seeds + 1)):
                 continue
-            folder = given.work / regime / method.partition(":")[0]
-            made = compare(regime, folder, "--arms", at_rate(method, rate), "--seeds", given.seeds, "--jobs", 1)
-            made = made.drop(columns=["arm", "gradient_cosine"], errors="ignore")
-            made = made.assign(regime=regime, method=method, learning_rate=rate, machine=machine())
+            made = compare(
+                regime, given.work / regime / f"{rate:g}", "--arms", at_rate(dapo, rate), "--seeds", given.seeds,
+                "--jobs", 1,
+            )  # fmt: skip
+            made = made[~made.seed.isin(there)].drop(columns=["arm", "gradient_cosine"], errors="ignore")
+            made = made.assign(regime=regime, method=dapo, learning_rate=rate, machine=machine())
             first = [*CELL, "learning_rate", "machine"]
             add(OUTPUT, made[[*first, *(name for name in made if name not in first)]])
-            print(f"{regime}, {method} at {rate:g}: done", flush=True)
+            print(f"{regime}, {dapo} at {rate:g}: {len(made)} runs", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Shapes: N positions, n of them in a chunk, D hidden size, V vocabulary, K tokens
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -47,15 +48,23 @@ def rounds_operands(hidden: Tensor) -> bool:
     return hidden.device.type == "cpu" and autocast and hasattr(torch.backends.mkldnn, "matmul")
 
 
+_ROUNDING = threading.Lock()
+
+
 @contextmanager
 def _rounded_operands() -> Iterator[None]:
-    """Products of float32 matrices on a CPU round their operands to bfloat16, if it has the instructions."""
+    """Products of float32 matrices on a CPU round their operands to bfloat16, if it has AMX.
+
+    The setting is the process's: products of another thread are rounded meanwhile. The lock is for two that score,
+    of which the second would take the first one's setting for what was there before.
+    """
     products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # put there at import
-    before, products.fp32_precision = products.fp32_precision, "bf16"
-    try:
-        yield
-    finally:
-        products.fp32_precision = before
+    with _ROUNDING:
+        before, products.fp32_precision = products.fp32_precision, "bf16"
+        try:
+            yield
+        finally:
+            products.fp32_precision = before
 
 
 @dataclass(frozen=True)

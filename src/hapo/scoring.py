@@ -86,8 +86,8 @@ def score_hidden(
 
     Sums and outputs are float32 (float64 if an input is), for bf16 and fp16 inputs too. CUDA takes half-precision
     operands, autocast's included, as they are; there the logits' gradient is rounded to that dtype, as in a linear
-    layer, before the two products that end the backward pass. A CPU with instructions for bfloat16 (AMX,
-    AVX512-bf16) does so under autocast to it, with float32 sums; a product over few positions may stay exact.
+    layer, before the two products that end the backward pass. A CPU with AMX does so under autocast to bfloat16,
+    with float32 sums; of a chunk of 16 positions or fewer the weight's gradient stays exact.
 
     On CUDA HAPO_TRITON=1 takes Triton kernels (`hapo.kernels`).
 
