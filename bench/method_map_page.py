@@ -16,7 +16,7 @@ import pandas as pd
 from hapo.insight.figures import Figure
 from hapo.insight.statistics import MIN_SEEDS, holm, mean_interval, paired_difference
 
-from .method_map import REGIMES, RESULTS
+from .method_map import REGIMES, RESULTS, TUNING
 
 REFERENCE = "dapo"
 SEEDS = 12
@@ -151,11 +151,17 @@ def _table(rows: pd.DataFrame, against: pd.DataFrame) -> list[str]:
     for name in rows.name.unique():
         mine = rows[rows.name == name]
         sampled = mean_interval(100 * mine.sampled)
-        cells = [name, *(f"{mine[column].iloc[0]:.0e}" for column in ("learning_rate",) if tuned)]
+        cells = [name, *([_rate(mine.regime.iloc[0], mine.learning_rate.iloc[0])] if tuned else [])]
         cells += [f"{sampled.mean:.1f} [{sampled.low:.1f}, {sampled.high:.1f}]", _told(against, name, "sampled")]
         cells += [f"{100 * mine.greedy.mean():.1f}", _told(against, name, "greedy"), f"{mine.length.mean():.1f}"]
         lines.append(f"| {' | '.join([*cells, f'{mine.grad_norm.mean():.2f}', str(mine.collapsed.sum())])} |")
     return lines
+
+
+def _rate(regime: str, rate: float) -> str:
+    """With an arrow where it is the least or the greatest of the grid: the best may lie beyond."""
+    grid = pd.read_csv(TUNING).query("regime == @regime").learning_rate
+    return f"{rate:.0e}{' ↓' if rate == grid.min() else ' ↑' if rate == grid.max() else ''}"
 
 
 def _told(against: pd.DataFrame, name: str, measure: str) -> str:
