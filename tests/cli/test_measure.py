@@ -7,6 +7,8 @@ import torch
 from datasets import Dataset
 from transformers import GenerationConfig
 
+from hapo.cache import cache_of
+from hapo.cli import episodes
 from hapo.cli.measure import Answer, Decoding, draw_answers, estimate
 from hapo.samplers.transformers import say_what_model_asked
 from tests.engines import tiny
@@ -50,6 +52,17 @@ def test_measuring_leaves_generator_and_mode_as_they_were():
     assert first == second != draw(net, temperature=1.0, seed=4)
     assert net.training
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_keys_and_values_have_room_to_grow_while_answers_are_measured(monkeypatch):
+    asked = []
+    monkeypatch.setattr("hapo.samplers.decoding.give_room", lambda kwargs: asked.append(cache_of(kwargs)))
+    net, tokenizer = tiny.model(), tiny.tokenizer()
+    draw(net)
+    assert len(asked) == 2 and None not in asked  # two batches
+    config = GenerationConfig(max_new_tokens=2, eos_token_id=[tokenizer.eos_token_id], pad_token_id=0)
+    episodes._turn(net, tokenizer, config, [[5, 6], [7]])
+    assert len(asked) == 3
 
 
 FILES = [
