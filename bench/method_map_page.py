@@ -24,6 +24,8 @@ SEEDS = 12
 STEPS = RESULTS.with_name("steps.csv")
 UPDATES = RESULTS.with_name("map_updates.csv")
 VARIANT = RESULTS.with_name("variant_study.csv")
+RATES = RESULTS.with_name("rate_study.csv")
+REAL = RESULTS.with_name("map_smollm2.csv")
 ARMS = {
     "dapo": "dapo",
     "dapo:filter_groups=false": "dapo, no filter",
@@ -94,14 +96,51 @@ def variant() -> list[str]:
 
 def pooled() -> list[str]:
     """The lines of the table over all whole regimes: a seed's mean difference to DAPO, Holm over the methods."""
-    wide = runs().pivot(index=["regime", "seed"], columns="name", values="sampled")
-    by_seed = wide.sub(wide[REFERENCE], axis=0).groupby("seed").mean()
-    names = [name for name in runs().name.unique() if name != REFERENCE]
-    found = [paired_difference(by_seed[name], by_seed[REFERENCE]) for name in names]
-    lines = ["| | sampled − DAPO, mean of the regimes [95 %], p after Holm |", "|---|---|"]
-    for name, d, p in zip(names, found, holm([d.p for d in found]), strict=True):
-        lines.append(f"| {name} | {_in_words(100 * d.mean, 100 * d.low, 100 * d.high, p)} |")
-    return lines
+    return _over_regimes(runs(), _dapo(runs()), "", ("sampled",))
+
+
+def equal_rates() -> list[str]:
+    """The same beside DAPO at the rate of each method (bench/rate_study.py), and where that is not DAPO's."""
+    rows = runs()
+    others = pd.read_csv(RATES)
+    others = others[others.regime.isin(rows.regime)].assign(name=REFERENCE)
+    return _over_regimes(rows, pd.concat([_dapo(rows), others]), " at its rate", ("sampled", "greedy"))
+
+
+def _dapo(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows[rows.name == REFERENCE]
+
+
+def _over_regimes(rows: pd.DataFrame, dapo: pd.DataFrame, which: str, measures: Sequence[str]) -> list[str]:
+    """Each method beside the rows of DAPO of its regime, seed and, if `which` says so, rate."""
+    keys = ["regime", "seed", *(["learning_rate"] if which else [])]
+    pairs = rows[rows.name != REFERENCE].merge(dapo[[*keys, *measures]], on=keys, suffixes=("", "_dapo"))
+    tuned = _dapo(rows).groupby("regime").learning_rate.first()
+    names, cells = list(pairs.name.unique()), []
+    for measure in measures:
+        by_seed = (pairs[measure] - pairs[f"{measure}_dapo"]).groupby([pairs.name, pairs.seed]).mean()
+        found = [paired_difference(by_seed[name], 0 * by_seed[name]) for name in names]
+        p = holm([d.p for d in found])
+        cells.append(
+            [_in_words(100 * d.mean, 100 * d.low, 100 * d.high, q) for d, q in zip(found, p, strict=True)]
+        )
+    titles = [f"{measure} − DAPO{which}, mean of the regimes [95 %], p after Holm" for measure in measures]
+    if which:
+        titles.append("other rates in")
+        mine = pairs.groupby(["name", "regime"]).learning_rate.first()
+        cells.append(
+            [", ".join(r for r, rate in mine[name].items() if rate != tuned[r]) or "none" for name in names]
+        )
+    lines = [f"| | {' | '.join(titles)} |", "|" + "---|" * (1 + len(titles))]
+    return lines + [f"| {' | '.join(line)} |" for line in zip(names, *cells, strict=True)]
+
+
+def real() -> list[str]:
+    """The lines of the table of SmolLM2 (bench/compare/smollm2.yaml): the seeds that every arm has."""
+    rows = pd.read_csv(REAL)
+    rows = rows.assign(name=[arm.partition(":")[0] for arm in rows.arm], regime="smollm2")
+    rows = rows[rows.groupby("seed").name.transform("nunique") == rows.name.nunique()]
+    return _table(rows, differences(rows).set_index(["regime", "name", "measure"]).loc["smollm2"])
 
 
 def mechanisms() -> list[str]:
@@ -204,6 +243,8 @@ def main() -> None:
         print(f"\n{regime}\n\n" + "\n".join(lines))
     print("\nvariant\n\n" + "\n".join(variant()))
     print("\npooled\n\n" + "\n".join(pooled()))
+    print("\nequal rates\n\n" + "\n".join(equal_rates()))
+    print("\nreal\n\n" + "\n".join(real()))
     print("\nmechanisms\n\n" + "\n".join(mechanisms()))
     print("\nupdates\n\n" + "\n".join(updates()))
     PICTURE.write_bytes(picture().drawn("svg"))
