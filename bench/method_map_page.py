@@ -100,10 +100,14 @@ def pooled() -> list[str]:
 
 
 def equal_rates() -> list[str]:
-    """The same beside DAPO at the rate of each method (bench/rate_study.py), and where that is not DAPO's."""
+    """The same beside DAPO at the rate of each method, and where that is not DAPO's.
+
+    Over the regimes for which bench/rate_study.py has rows.
+    """
+    others = pd.read_csv(RATES).assign(name=REFERENCE)
     rows = runs()
-    others = pd.read_csv(RATES)
-    others = others[others.regime.isin(rows.regime)].assign(name=REFERENCE)
+    rows = rows[rows.regime.isin(others.regime)]
+    others = others[others.regime.isin(rows.regime)]
     return _over_regimes(rows, pd.concat([_dapo(rows), others]), " at its rate", ("sampled", "greedy"))
 
 

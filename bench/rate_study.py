@@ -4,7 +4,8 @@
 
 So that each method can be compared with DAPO at the method's own rate. The seeds are the map's. Adds the runs to
 bench/results/rate_study.csv, a rate of a regime at a time; what is in there is not run again, and what failed is.
-A regime that is not tuned is left.
+A regime that is not tuned is left, and so are runs that do not start where the map's do: a model that is trained
+first is another one on another kind of processor.
 """
 
 from __future__ import annotations
@@ -12,9 +13,17 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import pandas as pd
+
 from .method_map import CELL, REGIMES, RESULTS, add, at_rate, compare, machine, rates_of, read, recipe_of
 
 OUTPUT = RESULTS.with_name("rate_study.csv")
+
+
+def starts_alike(made: pd.DataFrame, of_the_map: pd.DataFrame) -> bool:
+    """Whether the accuracy before training is that of the map for each seed, to the last bit."""
+    starts = of_the_map.groupby("seed").start.first()
+    return bool((made.start == made.seed.map(starts)).all())
 
 
 def main() -> None:
@@ -41,6 +50,9 @@ def main() -> None:
                 regime, given.work / regime / f"{rate:g}", "--arms", at_rate(dapo, rate), "--seeds", given.seeds,
                 "--jobs", 1,
             )  # fmt: skip
+            if not starts_alike(made, read(RESULTS, regime)):
+                print(f"{regime}, {dapo} at {rate:g}: the start is not the map's, left out", flush=True)
+                continue
             made = made[~made.seed.isin(there)].drop(columns=["arm", "gradient_cosine"], errors="ignore")
             made = made.assign(regime=regime, method=dapo, learning_rate=rate, machine=machine())
             first = [*CELL, "learning_rate", "machine"]
