@@ -2,8 +2,8 @@
 
     python -m bench.map_statistics --output bench/results/map_statistics.json
 
-Maps of 14 methods in 5 regimes with 12 paired seeds, of noise alone, judged by `method_map_page.differences`
-as the map is: symmetric bootstrap-t, Holm over the 65 comparisons. A seed's difficulty is common to its
+Maps of 14 methods in 6 regimes with 12 paired seeds, of noise alone, judged by `method_map_page.differences`
+as the map is: symmetric bootstrap-t, Holm over the 78 comparisons. A seed's difficulty is common to its
 methods. About two CPU minutes for a hundred maps.
 """
 
@@ -22,7 +22,7 @@ from .compare_statistics import SHAPES
 from .method_map_page import REFERENCE, differences
 from .paired import machine
 
-METHODS, REGIMES, SEEDS = 14, 5, 12
+METHODS, REGIMES, SEEDS = 14, 6, 12
 
 
 def noise_map(shape: str, rng: np.random.Generator) -> pd.DataFrame:
