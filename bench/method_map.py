@@ -88,8 +88,10 @@ def read(file: Path, regime: str) -> pd.DataFrame:
 
 
 def add(file: Path, rows: pd.DataFrame) -> None:
-    """Append rows, columns in the file's order."""
+    """Append rows; columns in the file's order, in a new one those of a cell first."""
     before = [pd.read_csv(file)] if file.is_file() else []
+    first = [name for name in (*CELL, "learning_rate", "machine") if name in rows]
+    rows = rows[[*first, *(name for name in rows if name not in first)]]
     pd.concat([*before, rows], ignore_index=True).to_csv(file, index=False)
 
 
@@ -120,8 +122,7 @@ def run_block(regime: str, methods: Collection[str], seeds: range, work: Path, j
     made = made.assign(regime=regime, method=made.arm.map(arms), machine=machine()).drop(columns="arm")
     made = made.assign(learning_rate=made.method.map(known))
     made = made[[(row.method, row.seed) not in there for row in made.itertuples()]]
-    first = [*CELL, "learning_rate", "machine"]
-    add(RESULTS, made[[*first, *(name for name in made if name not in first)]])
+    add(RESULTS, made)
     print(f"{regime}: {len(recipe['arms'])} methods, seeds {seeds[0]} to {seeds[-1]} done", flush=True)
 
 

@@ -44,9 +44,13 @@ def runs() -> pd.DataFrame:
     A regime of which seeds are still to come is not looked at.
     """
     rows = pd.read_csv(RESULTS)
-    rows = rows.assign(name=[method.partition(":")[0] for method in rows.method])
+    rows = _named(rows)
     seeds = rows.groupby(["regime", "name"]).seed.nunique().groupby("regime").min()
     return rows[rows.regime.map(seeds) >= SEEDS]
+
+
+def _named(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows.assign(name=[method.partition(":")[0] for method in rows.method])
 
 
 def filter_runs() -> pd.DataFrame:
@@ -89,7 +93,7 @@ def variant() -> list[str]:
     """The lines of the table of HAPO's C and its variant, near the rollout policy (bench/variant_study.py)."""
     rows = pd.read_csv(VARIANT)
     rows = rows[rows.regime == "near"]
-    rows = rows.assign(name=[method.partition(":")[0] for method in rows.method])
+    rows = _named(rows)
     against = differences(rows).set_index(["regime", "name", "measure"])
     return _table(rows, against.loc["near"])
 
@@ -142,7 +146,7 @@ def _over_regimes(rows: pd.DataFrame, dapo: pd.DataFrame, which: str, measures: 
 def real() -> list[str]:
     """The lines of the table of SmolLM2 (bench/compare/smollm2.yaml): the seeds that every arm has."""
     rows = pd.read_csv(REAL)
-    rows = rows.assign(name=[arm.partition(":")[0] for arm in rows.arm], regime="smollm2")
+    rows = _named(rows.assign(method=rows.arm, regime="smollm2"))
     rows = rows[rows.groupby("seed").name.transform("nunique") == rows.name.nunique()]
     return _table(rows, differences(rows).set_index(["regime", "name", "measure"]).loc["smollm2"])
 
@@ -165,7 +169,7 @@ def updates() -> list[str]:
     moves.
     """
     rows = pd.read_csv(UPDATES)
-    rows = rows.assign(name=[method.partition(":")[0] for method in rows.method])
+    rows = _named(rows)
     sums = rows.groupby(["name", "regime"])[["update_norm", "kept_tokens"]].transform("sum")
     rows = rows.assign(norm=1e3 * rows.update_norm, per_token=1e6 * sums.update_norm / sums.kept_tokens)
     columns = {"rate": ("learning_rate", None), "norm, 1e-3": ("norm", 1), "per token, 1e-6": ("per_token", 1)}

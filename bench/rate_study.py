@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .method_map import CELL, REGIMES, RESULTS, add, at_rate, compare, machine, rates_of, read, recipe_of
+from .method_map import REGIMES, RESULTS, add, at_rate, compare, machine, rates_of, read, recipe_of
 
 OUTPUT = RESULTS.with_name("rate_study.csv")
 
@@ -54,9 +54,7 @@ def main() -> None:
                 print(f"{regime}, {dapo} at {rate:g}: the start is not the map's, left out", flush=True)
                 continue
             made = made[~made.seed.isin(there)].drop(columns=["arm", "gradient_cosine"], errors="ignore")
-            made = made.assign(regime=regime, method=dapo, learning_rate=rate, machine=machine())
-            first = [*CELL, "learning_rate", "machine"]
-            add(OUTPUT, made[[*first, *(name for name in made if name not in first)]])
+            add(OUTPUT, made.assign(regime=regime, method=dapo, learning_rate=rate, machine=machine()))
             print(f"{regime}, {dapo} at {rate:g}: {len(made)} runs", flush=True)
 
 

@@ -104,8 +104,7 @@ def run_regime(regime: str, seeds: int, work: Path) -> None:
         machine=machine(),
         learning_rate=[float(arm.split("learning_rate=")[1]) for arm in rows.arm],
     ).drop(columns="arm")
-    first = ["regime", "method", "seed", "learning_rate", "machine"]
-    add(OUTPUT, rows[[*first, *(name for name in rows if name not in first)]])
+    add(OUTPUT, rows)
 
 
 def main() -> None:

@@ -42,10 +42,11 @@ def operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else dtype
 
 
-def rounds_operands(hidden: Tensor) -> bool:
-    """Whether a CPU's products take operands rounded to bfloat16 and sum in float32, as autocast asks for."""
-    autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    return hidden.device.type == "cpu" and autocast and hasattr(torch.backends.mkldnn, "matmul")
+def rounds_operands(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether a CPU's products round float32 operands to bfloat16, and sum in float32, as autocast asks for."""
+    asked = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    there = hidden.device.type == "cpu" and hasattr(torch.backends.mkldnn, "matmul")
+    return asked and there and operand_dtype(hidden, weight) == torch.float32
 
 
 _ROUNDING = threading.Lock()
@@ -77,7 +78,7 @@ class Head:
     chunk: int
     operand: torch.dtype
     rounded: bool = False
-    """Operands of the operand dtype are rounded to bfloat16 inside the products."""
+    """Float32 operands are rounded to bfloat16 inside the products."""
 
     @property
     def accumulator(self) -> torch.dtype:

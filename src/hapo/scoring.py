@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -106,9 +105,8 @@ def score_hidden(
             f"token {int(tokens[at])} at position {at} is not in its support: it was not drawn from these tokens, "
             "and has no log-prob over them"
         )
-    operand = operand_dtype(hidden, weight)
-    rounded = operand == torch.float32 and rounds_operands(hidden)
-    head = Head(logit_scale, softcap, t_base, chunk_tokens, operand, rounded)
+    how = operand_dtype(hidden, weight), rounds_operands(hidden, weight)
+    head = Head(logit_scale, softcap, t_base, chunk_tokens, *how)
     options = head, factor, rank, expected_rank
     return Scores(*Score.apply(hidden, weight, bias, tokens.long(), support, *options))
 
