@@ -150,3 +150,21 @@ def test_weights_are_rounded_once_a_generation_under_autocast(tmp_path):
     trainer.sampler.draw = watched
     trainer.train()
     assert counts == [[1] * len(projections)]
+
+
+def test_weights_are_rounded_once_where_a_rollout_is_scored_under_autocast(tmp_path):
+    trainer = tiny.trainer(tmp_path, bf16=True, max_steps=1)  # scored in four parts
+    projections = [p for name, p in trainer.model.named_parameters() if "proj" in name]
+    counts, old = [], trainer.scorer.old
+
+    def watched(*asked):
+        with Roundings(projections) as seen:
+            scored = old(*asked)
+        counts.append(list(seen.counts.values()))
+        return scored
+
+    trainer.scorer.old = watched
+    before = projections[0].detach().clone()
+    trainer.train()
+    assert counts == [[1] * len(projections)]
+    assert not torch.equal(projections[0], before)  # what was rounded there is not what learns

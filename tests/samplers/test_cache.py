@@ -11,7 +11,7 @@ from transformers import DynamicCache, GenerationConfig, LlamaConfig, MistralCon
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from hapo.cache import LEAST_ROOM, RoomyLayer, give_room, rows_can_move
-from hapo.samplers.decoding import sample_with_room, with_room
+from hapo.samplers.decoding import alike, decode_alike
 from hapo.samplers.transformers import sampling
 
 from .test_decoding import PAD, SHAPE, tiny
@@ -121,7 +121,7 @@ def test_answers_are_the_same(config, attention, do_sample):
     ids[0, :2] = PAD
     options = GenerationConfig(do_sample=do_sample, max_new_tokens=20, pad_token_id=PAD, eos_token_id=1)
     made = []
-    for loop in (None, sample_with_room):
+    for loop in (None, decode_alike):
         torch.manual_seed(3)
         made.append(
             model.generate(ids, attention_mask=ids != PAD, generation_config=options, custom_generate=loop)
@@ -153,9 +153,9 @@ def test_sampling_gives_room(monkeypatch, do_sample):
 
 def test_a_generate_of_ones_own_is_asked_as_it_is():
     model = tiny(LlamaConfig(**SHAPE))
-    assert with_room(model) == {"custom_generate": sample_with_room}
+    assert alike(model) == {"custom_generate": decode_alike}
     model.generate = lambda input_ids: input_ids
-    assert with_room(model) == {}
+    assert alike(model) == {}
 
 
 def test_only_empty_layers_that_are_copied_get_room():

@@ -9,7 +9,7 @@ from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCa
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from hapo.cache import cache_of
-from hapo.samplers.decoding import draw
+from hapo.samplers.decoding import alike, draw
 from hapo.samplers.transformers import sampling
 
 PAD, EOS, VOCAB, NEW = 0, [1, 7, 12, 19, 31], 48, 24
@@ -36,7 +36,7 @@ def tiny(config) -> torch.nn.Module:
     return model
 
 
-def sample(model, **options):
+def generate(model, custom=None, **options):
     """SAMPLES answers to each prompt, left-padded, and the rows of every forward pass."""
     width = max(map(len, PROMPTS))
     prompts = [p for p in PROMPTS for _ in range(SAMPLES)]
@@ -47,15 +47,18 @@ def sample(model, **options):
     hook = model.register_forward_pre_hook(lambda *a: rows.append(len(a[2]["input_ids"])), with_kwargs=True)
     torch.manual_seed(5)
     try:
-        with sampling(model) as record:
-            out = model.generate(
-                ids,
-                attention_mask=mask,
-                generation_config=GenerationConfig(pad_token_id=PAD, eos_token_id=EOS, **options),
-            )
+        config = GenerationConfig(pad_token_id=PAD, eos_token_id=EOS, **options)
+        out = model.generate(ids, attention_mask=mask, generation_config=config, **(custom or {}))
     finally:
         hook.remove()
-    return prompts, out[:, width:], record.draws, rows
+    return prompts, out[:, width:], rows
+
+
+def sample(model, **options):
+    """The same inside `sampling`, with the draws."""
+    with sampling(model) as record:
+        prompts, tokens, rows = generate(model, **options)
+    return prompts, tokens, record.draws, rows
 
 
 def ended(tokens: torch.Tensor) -> torch.Tensor:
@@ -106,6 +109,22 @@ def test_where_rows_cannot_move_all_are_kept(options):
     prompts, tokens, draws, rows = sample(model, disable_compile=True, **options)
     assert set(rows) == {len(prompts)}
     check(model, prompts, tokens, draws)
+
+
+WAYS = [{"do_sample": False}, {}, {"top_k": 5, "top_p": 0.9, "min_p": 0.05}, {"repetition_penalty": 1.3}]
+
+
+@pytest.mark.parametrize("options", WAYS, ids=lambda options: "-".join(options) or "sampled")
+@pytest.mark.parametrize("config", [LlamaConfig, lambda **c: MistralConfig(**c, sliding_window=4)])
+def test_the_loop_that_measures_gives_the_tokens_of_transformers(config, options):
+    model = tiny(config(**SHAPE))
+    _, theirs, passes = generate(model, **options)
+    _, ours, rows = generate(model, alike(model), **options)
+    assert torch.equal(ours, theirs)
+    lengths = ended(ours)
+    assert lengths.min() < lengths.max() and len(rows) == len(passes)
+    leave = "repetition_penalty" not in options  # which may know rows by their place
+    assert rows[0] == len(PROMPTS) and (rows[-1] < passes[-1]) == leave
 
 
 class WithFeatures(LlamaForCausalLM):

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..samplers.decoding import with_room
+from ..samplers.decoding import alike
 from ..samplers.transformers import only_what_is_asked
 from ..tasks import Task
 from ..tasks.environments import Environment
@@ -81,7 +81,7 @@ def _turn(
     ids = torch.tensor([[pad] * (width - len(c)) + c for c in contexts], device=model.device)
     mask = torch.tensor([[0] * (width - len(c)) + [1] * len(c) for c in contexts], device=model.device)
     inputs = {"input_ids": ids, "attention_mask": mask}
-    output = model.generate(**inputs, generation_config=config, **with_room(model))[:, width:]
+    output = model.generate(**inputs, generation_config=config, **alike(model))[:, width:]
     return [until_end(row, config.eos_token_id) for row in output.tolist()], None
 
 

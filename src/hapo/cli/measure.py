@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..engines.estimate import Estimate
-from ..samplers.decoding import with_room
+from ..samplers.decoding import alike
 from ..samplers.transformers import only_what_is_asked
 from ..scoring import attach_scoring, score_tokens
 from ..tasks.per_token import outcome_of
@@ -106,7 +106,7 @@ def draw_answers(
                 if draw is not None:
                     output = draw(inputs["input_ids"], inputs["attention_mask"], decoding.temperature)
                 else:
-                    whole = model.generate(**inputs, generation_config=config, **with_room(model))
+                    whole = model.generate(**inputs, generation_config=config, **alike(model))
                     output = whole[:, inputs["input_ids"].shape[1] :]
                 ids = [until_end(row, config.eos_token_id) for row in output.tolist()]
                 judged = judge(tokenizer, problems, part, ids, config.eos_token_id, reward_funcs, weights)

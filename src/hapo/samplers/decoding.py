@@ -1,9 +1,10 @@
 """One token after another, as transformers samples, with what a policy gradient needs of every draw.
 
 It differs from transformers' own loop in what it computes, not in what it draws from: equal prompts are run once,
-rows that have ended leave the batch, and a token is drawn with one random number in place of one for each entry of
-the vocabulary. Where the keys and values cannot move between rows (static, quantised or recurrent caches, images),
-every row is kept; where a processor may know rows by their place (penalties), ended ones stay.
+and rows that have ended leave the batch. `decode` draws a token with one random number in place of one for each
+entry of the vocabulary, and records the draws; `decode_alike`, for measuring, takes transformers' random numbers.
+Where the keys and values cannot move between rows (static, quantised or recurrent caches, images), every row is
+kept; where a processor may know rows by their place (penalties), ended ones stay.
 
 Shapes: B sequences, n rows still running, T new tokens, V vocabulary, K tokens of the largest support.
 """
@@ -12,11 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import (
@@ -82,6 +83,31 @@ def casts_kept() -> Iterator[None]:
             torch.clear_autocast_cache()
 
 
+@dataclass(frozen=True)
+class RunningRows:
+    """Which rows of a generation a forward pass was of."""
+
+    size: int
+    """B, the rows of the generation."""
+    index: Int[Tensor, " n"]
+    """Those of the pass, by their number among all."""
+    alive: Bool[Tensor, " n"]
+    """Those of the pass that have not ended."""
+
+    def spread(self, x: Shaped[Tensor, "n *rest"], end: int) -> Shaped[Tensor, "B *rest"]:
+        """What the rows that have not ended have in `x`, in their places among all; `end` elsewhere."""
+        ended = ~self.alive.view(-1, *[1] * (x.ndim - 1))
+        return x.new_full((self.size, *x.shape[1:]), end).index_copy(0, self.index, x.masked_fill(ended, end))
+
+    def kept(self, index: Int[Tensor, " m"]) -> RunningRows:
+        """These rows of the pass."""
+        return RunningRows(self.size, self.index[index], self.alive[index])
+
+
+Choose = Callable[[Tensor, Tensor, RunningRows], Tensor]
+"""Token ids (n,L), logits (n,V) of the next token in float32 and which rows they are of -> next tokens (n,)."""
+
+
 @torch.no_grad()
 @casts_kept()
 def decode(
@@ -103,8 +129,82 @@ def decode(
         RuntimeError: a support has more than `MOST_SUPPORT` tokens.
     """
     t_base = 1.0 if generation_config.temperature is None else generation_config.temperature
+    steps: list[list[Tensor]] = []
+    supports: list[Tensor] = []
+
+    def choose(ids: Tensor, logits: Tensor, rows: RunningRows) -> Tensor:
+        entropy, normaliser = entropy_and_normaliser(logits, t_base)
+        scores = logits if factor is None else logits / factor(entropy).unsqueeze(-1)
+        if factor is None and logits_processor:
+            scores = logits.clone()  # a processor may write into it
+        scores = logits_processor(ids, scores)
+        tokens, logp = draw(scores)
+        if support:
+            members = support_of(scores)
+            within = logits.gather(-1, members.clamp_min(0)).masked_fill(members < 0, -torch.inf)
+            normaliser = (within / t_base).logsumexp(-1)
+            supports.append(rows.spread(members, -1))
+        policy_logp = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) / t_base - normaliser
+        steps.append([rows.spread(x, 0) for x in (logp, policy_logp, entropy)])
+        return tokens
+
+    loop = logits_processor, stopping_criteria, generation_config
+    ids = _generate(model, input_ids, choose, *loop, **model_kwargs)
+    figures = (torch.stack(columns, 1) for columns in zip(*steps, strict=True))
+    draws = Draws(ids[:, input_ids.shape[1] :], *figures, *([_stacked(supports)] if support else []))
+    return ids, draws
+
+
+@torch.no_grad()
+@casts_kept()
+def decode_alike(
+    model: Any,
+    input_ids: Int[Tensor, "B P"],
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    **model_kwargs: Any,
+) -> Int[Tensor, "B L"]:
+    """Prompts with their answers, greedy or sampled, as transformers' own loop draws them, with less work.
+
+    Sampling takes the same random numbers, those of rows that have left included. In float32 the tokens are the
+    same; in half precision fewer rows may round differently, and a token may change. Padded after any criterion
+    that ends a row, where transformers asks for one with an end-of-sequence token.
+    """
+
+    def choose(ids: Tensor, logits: Tensor, rows: RunningRows) -> Tensor:
+        scores = logits_processor(ids, logits.clone() if logits_processor else logits)
+        if not generation_config.do_sample:
+            return scores.argmax(-1)
+        probs = scores.softmax(-1)
+        if len(probs) < rows.size:
+            return torch.multinomial(rows.spread(probs, 1), 1).squeeze(1)[rows.index]
+        return torch.multinomial(probs, 1).squeeze(1)
+
+    loop = logits_processor, stopping_criteria, generation_config
+    return _generate(model, input_ids, choose, *loop, **model_kwargs)
+
+
+def alike(model: Any) -> dict[str, Any]:
+    """Arguments of `generate` for `decode_alike`; nothing for a model whose `generate` is its own."""
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own = "generate" in vars(core) or getattr(type(core), "generate", None) is not GenerationMixin.generate
+    return {} if own else {"custom_generate": decode_alike}
+
+
+def _generate(
+    model: Any,
+    input_ids: Int[Tensor, "B P"],
+    choose: Choose,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    synced_gpus: bool | None = None,
+    **model_kwargs: Any,
+) -> Int[Tensor, "B L"]:
+    """The loop: prompts with the tokens that are chosen, padded after the end of a row."""
     pad = 0 if generation_config._pad_token_tensor is None else int(generation_config._pad_token_tensor)
-    prompts, size = input_ids, len(input_ids)
+    prompts = input_ids
     give_room(model_kwargs)
     tensors = {name: x for name, x in model_kwargs.items() if isinstance(x, Tensor)}
     plain = all(name in ROW_FIELDS and x.ndim == 2 for name, x in tensors.items())
@@ -113,13 +213,12 @@ def decode(
     plain = plain and all(x is None or isinstance(x, bool | int | float | str) for x in others)
     plain = plain and rows_can_move(cache_of(model_kwargs))
     may_leave = plain and all(type(f) in STATELESS for f in (*logits_processor, *stopping_criteria))
-    synced = _synced(model)
+    synced = _synced(model) if synced_gpus is None else synced_gpus
     outputs = _prefill(model, input_ids, generation_config, model_kwargs, shared=plain)
-    rows = torch.arange(size, device=input_ids.device)  # of those in the batch
-    alive = torch.ones_like(rows, dtype=torch.bool)
-    running = size
-    steps: list[list[Tensor]] = []
-    supports: list[Tensor] = []
+    index = torch.arange(len(input_ids), device=input_ids.device)
+    rows = RunningRows(len(index), index, torch.ones_like(index, dtype=torch.bool))
+    running = rows.size
+    columns: list[Tensor] = []
     while True:
         model_kwargs = model._update_model_kwargs_for_generation(
             outputs, model_kwargs, is_encoder_decoder=model.config.is_encoder_decoder
@@ -127,66 +226,33 @@ def decode(
         if running:
             logits = outputs.logits[:, -1].to(device=input_ids.device, dtype=torch.float32)
             del outputs
-            entropy, normaliser = entropy_and_normaliser(logits, t_base)
-            scores = logits if factor is None else logits / factor(entropy).unsqueeze(-1)
-            if factor is None and logits_processor:
-                scores = logits.clone()  # a processor may write into it
-            scores = logits_processor(input_ids, scores)
-            tokens, logp = draw(scores)
-            if support:
-                members = support_of(scores)
-                within = logits.gather(-1, members.clamp_min(0)).masked_fill(members < 0, -torch.inf)
-                normaliser = (within / t_base).logsumexp(-1)
-                nothing = members.new_full((size, members.shape[1]), -1)
-                supports.append(nothing.index_put((rows[alive],), members[alive]))
-            policy_logp = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) / t_base - normaliser
-            tokens = torch.where(alive, tokens, pad)
-            drawn = ((tokens, pad), (logp, 0), (policy_logp, 0), (entropy, 0))
-            steps.append([x.new_full((size,), end).index_put((rows[alive],), x[alive]) for x, end in drawn])
+            tokens = torch.where(rows.alive, choose(input_ids, logits, rows), pad)
+            columns.append(rows.spread(tokens, pad))
             input_ids = torch.cat([input_ids, tokens.unsqueeze(-1)], -1)
-            alive = alive & ~stopping_criteria(input_ids, None)
-            running = int(alive.sum())
+            rows = replace(rows, alive=rows.alive & ~stopping_criteria(input_ids, None))
+            running = int(rows.alive.sum())
         if not model._has_unfinished_sequences(not running, synced, device=input_ids.device):
-            break
-        if may_leave and 0 < running <= (1 - ENDED) * len(rows):
-            kept = alive.nonzero().squeeze(-1)
-            rows, alive, input_ids = rows[kept], alive[kept], input_ids[kept]
+            return torch.cat([prompts, torch.stack(columns, -1)], -1)
+        if may_leave and 0 < running <= (1 - ENDED) * len(rows.index):
+            kept = rows.alive.nonzero().squeeze(-1)
+            rows, input_ids = rows.kept(kept), input_ids[kept]
             model_kwargs |= {name: model_kwargs[name][kept] for name in tensors}
             cache_of(model_kwargs).batch_select_indices(kept)
         width = 1 if model_kwargs["use_cache"] else None
         inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=width, **model_kwargs)
         outputs = model(**inputs, return_dict=True)
-    tokens, *figures = (torch.stack(columns, 1) for columns in zip(*steps, strict=True))
-    return torch.cat([prompts, tokens], -1), Draws(tokens, *figures, *([_stacked(supports)] if support else []))
-
-
-def with_room(model: Any) -> dict[str, Any]:
-    """Arguments of `generate` for transformers' own loop, greedy or sampled, over a cache with room.
-
-    The same answers. Nothing for a model whose `generate` is its own: it need not know them.
-    """
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
-    own = "generate" in vars(core) or getattr(type(core), "generate", None) is not GenerationMixin.generate
-    return {} if own else {"custom_generate": sample_with_room}
-
-
-@casts_kept()
-def sample_with_room(model: Any, input_ids: Tensor, **kwargs: Any) -> Any:
-    """transformers' own loop over a cache with room: what `generate` takes as `custom_generate`."""
-    give_room(kwargs)
-    return type(model)._sample(model, input_ids, **{"synced_gpus": _synced(model), **kwargs})
 
 
 def draw(scores: Float[Tensor, "n V"]) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
     """A token of softmax(scores) for each row, and its log-prob in nats, by one uniform number a row."""
-    shifted = scores - scores.amax(-1, keepdim=True)
-    cumulated = shifted.exp().cumsum(-1)
+    highest = scores.amax(-1, keepdim=True)
+    cumulated = (scores - highest).exp_().cumsum_(-1)
     total = cumulated[:, -1:]
     # (0, total]: an entry of probability 0 adds nothing to the sum before it, so it is never the first to reach
     # it.
     target = total * (1.0 - torch.rand_like(total))
     tokens = torch.searchsorted(cumulated, target)
-    return tokens.squeeze(-1), (shifted.gather(-1, tokens) - total.log()).squeeze(-1)
+    return tokens.squeeze(-1), (scores.gather(-1, tokens) - highest - total.log()).squeeze(-1)
 
 
 def support_of(scores: Float[Tensor, "n V"]) -> Int[Tensor, "n K"]:

@@ -20,7 +20,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProce
 from transformers.generation import GenerationMode
 
 from ..parts.entropy import entropy_from_logits
-from .decoding import Draws, decode, sample_with_room
+from .decoding import Draws, decode, decode_alike
 from .rule import TemperatureRule
 
 Factor = Callable[[Float[Tensor, " n"]], Float[Tensor, " n"]]
@@ -169,7 +169,7 @@ def sampling(
 
     def wrapped_loop(model: Any, input_ids: Tensor, **kwargs: Any) -> Any:
         if record.greedy:
-            return sample_with_room(model, input_ids, **kwargs)
+            return decode_alike(model, input_ids, **kwargs)
         ids, record.draws = decode(model, input_ids, factor=factor, support=support, **kwargs)
         return ids
 

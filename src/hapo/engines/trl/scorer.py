@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ...samplers.decoding import Draws
+from ...samplers.decoding import Draws, casts_kept
 from ...scoring import Scores, score_tokens
 from .drawn import DrawnScores
 from .gates import GateLogits, recorded
@@ -178,9 +178,10 @@ class Scorer:
     ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
         """Log-probs and entropies of the response tokens, `batch_size` rows at a time."""
         parts = []
-        for part in rows.split(batch_size):
-            with self.autocast():
-                parts.append(score_tokens(model, *part.columns, t_base=self.t_base, support=part.support))
+        with nullcontext() if torch.is_grad_enabled() else casts_kept():
+            for part in rows.split(batch_size):
+                with self.autocast():
+                    parts.append(score_tokens(model, *part.columns, t_base=self.t_base, support=part.support))
         return torch.cat([p.logp for p in parts]), torch.cat([p.entropy for p in parts])
 
     def _trls(
