@@ -22,8 +22,8 @@ from hapo.engines.trl.drawn import DrawnScores
 from hapo.engines.trl.entropy_term import EntropyTerm
 from hapo.engines.trl.metrics import MetricLog
 from hapo.engines.trl.recorder import Recorder
-from hapo.engines.trl.rollout import DynamicSampling
-from hapo.engines.trl.rows import RolloutRows, prepare_rows, step_rows, without_step
+from hapo.engines.trl.rollout import DynamicSampling, check_prompts
+from hapo.engines.trl.rows import RolloutRows, prepare_rows, step_rows, whole_groups, without_step
 from hapo.engines.trl.sampler import Turn
 from hapo.engines.trl.scorer import Scored, Scorer, Sequences, is_reference
 from hapo.samplers.decoding import Draws
@@ -84,6 +84,54 @@ def test_rows_stay_together_through_trls_shuffle_and_split(alone):
             torch.testing.assert_close(getattr(rows.batch, name), getattr(expected, name), equal_nan=True)
         assert torch.equal(part["completion_mask"].sum(1), LENGTHS[rows.response])
     assert sorted(torch.cat([RolloutRows.of(part).response for part in parts]).tolist()) == list(range(8))
+
+
+def dealt(mixed: list[bool], steps: int, parts: int, seed: int) -> tuple[list[dict], list[dict]]:
+    """A rollout batch of groups of four, of which some have a token, as TRL leaves it, and with whole groups."""
+    group = torch.arange(len(mixed)).repeat_interleave(4)
+    rows = torch.arange(len(group))
+    mask = torch.tensor(mixed)[group].unsqueeze(1) & torch.tensor([[True, False]])
+    batch = {"hapo_group": group, "hapo_mask": mask, "row": rows, "note": [str(i) for i in rows.tolist()]}
+    torch.manual_seed(seed)
+    shuffled = split_tensor_dict(shuffle_sequence_dict({**batch, "of_all": torch.tensor(3), "none": None}), parts)
+    return shuffled, whole_groups(shuffled, steps)
+
+
+def test_whole_groups_are_dealt_to_the_steps_as_the_shuffle_met_them():
+    mixed = [True, False, True, True, False, True, True, False]
+    orders = set()
+    for seed in range(6):
+        shuffled, parts = dealt(mixed, steps=4, parts=4, seed=seed)
+        met = list(dict.fromkeys(torch.cat([part["hapo_group"] for part in shuffled]).tolist()))
+        met.sort(key=lambda group: not mixed[group])  # stable
+        for step, part in enumerate(parts):
+            assert list(dict.fromkeys(part["hapo_group"].tolist())) == met[step::4]
+            assert part["hapo_mask"].any()  # five groups to learn from, in four steps
+            assert torch.equal(part["row"] // 4, part["hapo_group"])
+            assert part["note"] == [str(row) for row in part["row"].tolist()]
+            assert (part["of_all"], part["none"]) == (3, None)
+        assert sorted(torch.cat([part["row"] for part in parts]).tolist()) == list(range(32))
+        orders.add(tuple(met))
+    assert len(orders) == 6
+
+
+def test_a_whole_group_may_go_through_several_micro_batches_of_its_step():
+    _, parts = dealt([True] * 4, steps=2, parts=8, seed=0)
+    assert [len(part["row"]) for part in parts] == [2] * 8
+    first, second = ({g for part in half for g in part["hapo_group"].tolist()} for half in (parts[:4], parts[4:]))
+    assert len(first) == len(second) == 2 and not first & second
+
+
+def test_what_cannot_move_with_its_rows_is_refused(tmp_path):
+    part = {"hapo_group": torch.zeros(4), "hapo_mask": torch.ones(4, 1, dtype=torch.bool)}
+    with pytest.raises(
+        TypeError, match="whole_groups=True cannot move 'tiles', a list, with the rows: leave it out"
+    ):
+        whole_groups([{**part, "tiles": [1, 2]}], 1)
+    with pytest.raises(ValueError, match=r"images \(the column image\) cannot: leave it out"):
+        check_prompts(
+            Dataset.from_dict({"prompt": ["a"], "image": ["b"]}), tiny.config(tmp_path, whole_groups=True)
+        )
 
 
 def test_a_field_without_a_value_leaves_the_inputs(alone):

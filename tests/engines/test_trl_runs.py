@@ -88,6 +88,7 @@ def kill(folder: Path, options: dict) -> None:
                 "max_num_gen_batches": 3,
                 "draw_ahead": True,
                 "num_iterations": 2,
+                "whole_groups": True,
                 "steps_per_generation": 2,
             },
             "killed",
@@ -512,6 +513,10 @@ def test_the_default_schedule_takes_four_updates(tmp_path):
         ({"method_options": {"kl_coef": 0.1}}, "TRL's beta"),
         ({"method_options": "[1]"}, "method_options"),
         ({"gradient_accumulation_steps": 3}, "must be a multiple of"),
+        (
+            {"whole_groups": True, "per_device_train_batch_size": 6},
+            "the 6 answers of an optimiser step .* are no whole groups of num_generations=4: make them a multiple",
+        ),
         ({"max_num_gen_batches": 0}, "max_num_gen_batches must be at least 1"),
         ({"overlong_buffer": 9}, "must not exceed max_completion_length"),
         ({"overlong_buffer": 4, "mask_truncated_completions": True}, "choose one, overlong_buffer=0"),

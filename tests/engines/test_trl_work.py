@@ -61,6 +61,30 @@ def test_training_passes_are_as_small_as_told(tmp_path, monkeypatch):
     assert len(seen) > 4 and max(seen) <= 40
 
 
+def test_the_prompts_of_whole_groups_are_run_in_one_step(tmp_path, monkeypatch):
+    monkeypatch.setitem(WORTH, "cpu", 0.0)
+    prompts = {}
+    for together in (False, True):
+        trainer = tiny.trainer(tmp_path / str(together), whole_groups=together, method="dapo")
+        begin, groups, ran = trainer._begin_step, [], []
+
+        def watched(micro_batches, begin=begin, groups=groups):
+            groups.extend(part["hapo_group"].unique().tolist() for part in micro_batches)
+            begin(micro_batches)
+
+        def look(module, args, kwargs, ran=ran):
+            if torch.is_grad_enabled() and kwargs["cache"].get_seq_length() == 0:
+                ran.append(len(kwargs["input_ids"]))
+
+        trainer._begin_step = watched
+        trainer.model.base_model.register_forward_pre_hook(look, with_kwargs=True)
+        trainer.train()  # one rollout batch of eight prompts, in four steps
+        assert {group for step in groups for group in step} == set(range(8))
+        prompts[together] = sum(ran)
+        assert (sum(map(len, groups)) == 8) == together
+    assert prompts[True] <= 8 < prompts[False]  # groups of equal rewards are not run
+
+
 def test_a_step_without_a_counted_row_runs_one_row(tmp_path):
     trainer = tiny.trainer(tmp_path, reward=lambda completions, **_: [1.0] * len(completions), max_steps=1)
     seen = sizes(trainer)

@@ -74,7 +74,8 @@ def layout_of(args: HAPOConfig, processes: int) -> dict[str, Any]:
         "steps_per_generation",
         "num_iterations",
     )
-    return {"processes": processes, **{n: getattr(args, n) for n in names}}
+    whole = {"whole_groups": True} if args.whole_groups else {}
+    return {"processes": processes, **{n: getattr(args, n) for n in names}, **whole}
 
 
 def check_checkpoint(

@@ -95,6 +95,14 @@ class HAPOConfig(GRPOConfig):
             "on a CPU, 16,384 elsewhere; 0: the micro-batch as it is, as with FSDP, DeepSpeed and images."
         },
     )
+    whole_groups: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep all answers to a prompt in one optimiser step, where TRL shuffles those of a rollout "
+            "batch over its steps: a prompt is then run in one step alone, and the steps are others. verl's "
+            "use_prefix_grouper keeps them together to the same end."
+        },
+    )
     score_rollouts: bool = field(
         default=True,
         metadata={
@@ -269,6 +277,14 @@ class HAPOConfig(GRPOConfig):
                 "two rollout batches has no exact token count; set steps_per_generation="
                 f"{math.ceil(self.steps_per_generation / self.gradient_accumulation_steps)} x "
                 "gradient_accumulation_steps, for instance"
+            )
+        rows = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        if self.whole_groups and rows % self.num_generations:
+            raise ValueError(
+                f"whole_groups=True, and the {rows} answers of an optimiser step on a device "
+                f"(per_device_train_batch_size {self.per_device_train_batch_size} x gradient_accumulation_steps "
+                f"{self.gradient_accumulation_steps}) are no whole groups of num_generations="
+                f"{self.num_generations}: make them a multiple, or leave whole_groups out"
             )
         if self.updates_per_rollout == 1:
             warnings.warn(

@@ -111,7 +111,13 @@ def prompts_to_draw(groups: int, share: float, unit: int) -> int:
 
 
 def check_prompts(dataset: Dataset, args: HAPOConfig) -> None:
-    """Raise a ValueError where there are too few prompts for one rollout batch."""
+    """Raise a ValueError where there are too few prompts for one rollout batch, or whole groups with images."""
+    images = {"image", "images"} & set(getattr(dataset, "column_names", None) or ())
+    if args.whole_groups and images:
+        raise ValueError(
+            f"whole_groups=True moves rows between the steps of a rollout batch, images (the column "
+            f"{', '.join(sorted(images))}) cannot: leave it out"
+        )
     prompts = args.generation_batch_size // args.num_generations
     if hasattr(dataset, "__len__") and len(dataset) < prompts:
         raise ValueError(

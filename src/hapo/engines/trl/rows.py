@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from trl.trainer.utils import split_tensor_dict
 
 from ...batch import EntropyStats, StepTotals, TokenBatch
 from ...method import Method
@@ -69,6 +70,49 @@ class RolloutRows:
         """What `put` wrote, or the rows that TRL took of it."""
         fields: dict[str, Any] = {name: inputs.get(TRLS.get(name, f"hapo_{name}")) for name in (*TRLS, *OURS)}
         return cls(TokenBatch(**fields), inputs["hapo_response"], inputs["hapo_responses"])
+
+
+def whole_groups(parts: list[dict[str, Any]], steps: int) -> list[dict[str, Any]]:
+    """A rollout batch that TRL shuffled and split, split anew: all rows of a group in one optimiser step.
+
+    Groups are dealt to the steps in the order in which the shuffle met them, those with a token first, so that
+    steps have as many of these, give or take one.
+
+    Args:
+        parts: the micro-batches, whole groups over each optimiser step.
+        steps: optimiser steps that they are.
+
+    Raises:
+        TypeError: something in them is neither a tensor nor a list with a row for each response.
+    """
+    group = torch.cat([part["hapo_group"] for part in parts])
+    learns = torch.cat([part["hapo_mask"].any(1) for part in parts])
+    _, number = group.unique(return_inverse=True)
+    rows = torch.arange(len(group), device=group.device)
+    groups = int(number.amax()) + 1
+    met = rows.new_full((groups,), len(rows)).scatter_reduce(0, number, rows, "amin")
+    learns_as_group = learns.new_zeros(groups).index_put((number,), learns, accumulate=True)
+    order = torch.argsort(met + len(rows) * ~learns_as_group)
+    dealt = order.view(-1, steps).T.flatten()
+    place = torch.empty_like(dealt).scatter(0, dealt, rows[:groups])
+    index = place[number].argsort(stable=True)
+    whole = {name: _moved(name, [part[name] for part in parts], index) for name in parts[0]}
+    return split_tensor_dict(whole, len(parts))
+
+
+def _moved(name: str, values: list[Any], index: Int[Tensor, " B"]) -> Any:
+    """A value of all parts, its rows in this order; what is of the whole rollout batch as it is."""
+    first = values[0]
+    if first is None or (isinstance(first, Tensor) and not first.ndim):
+        return first
+    if isinstance(first, Tensor):
+        return torch.cat(values)[index]
+    if isinstance(first, list) and sum(map(len, values)) == len(index):
+        every = [x for value in values for x in value]
+        return [every[i] for i in index.tolist()]
+    raise TypeError(
+        f"whole_groups=True cannot move {name!r}, a {type(first).__name__}, with the rows: leave it out"
+    )
 
 
 def without_step(inputs: dict[str, Any]) -> dict[str, Any]:

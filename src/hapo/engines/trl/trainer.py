@@ -44,7 +44,7 @@ from .metrics import MetricLog, PhaseClock, times
 from .recorded import RecordedTrainer
 from .recorder import Recorder
 from .rollout import DynamicSampling, check_prompts
-from .rows import RolloutRows, prepare_rows, scored_tokens, step_rows, valid_tokens
+from .rows import RolloutRows, prepare_rows, scored_tokens, step_rows, valid_tokens, whole_groups
 from .sampler import Request, Sampler, VLLMSampler
 from .scorer import Scored, Scorer, Sequences, is_reference
 from .stages import Stages
@@ -86,6 +86,9 @@ class HAPOTrainer(RecordedTrainer):
             checkpoint of another method, or an incomplete one.
         FileExistsError: `args.run_records` and the output folder holds another run.
     """
+
+    _buffered_inputs: Any
+    """TRL's: the micro-batches of the rollout batch."""
 
     def __init__(
         self,
@@ -331,9 +334,14 @@ class HAPOTrainer(RecordedTrainer):
             self.temperature_stats = batch.stats
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         if self.model.training:
+            if self.args.whole_groups and self._buffered_inputs is not before:
+                steps = self.args.steps_per_generation // self.args.gradient_accumulation_steps
+                self._buffered_inputs = whole_groups(self._buffered_inputs, steps)
             first, per_step = self._step % len(self._buffered_inputs), self.args.gradient_accumulation_steps
+            inputs = self._buffered_inputs[first]
             if first % per_step == 0:
                 self._begin_step(self._buffered_inputs[first : first + per_step])
         return inputs
