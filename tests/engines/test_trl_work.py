@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -133,6 +135,25 @@ def test_what_scoring_would_not_repeat_is_scored(tmp_path, why, monkeypatch):
     rows = passes_without_gradient(trainer)
     trainer.train()
     assert rows == [32, 32]
+
+
+def test_an_evaluation_runs_equal_prompts_once_and_lets_ended_rows_leave(tmp_path, monkeypatch):
+    found = []
+    for less in (True, False):
+        if not less:
+            monkeypatch.setattr("hapo.engines.trl.sampler.less_work", lambda model: nullcontext())
+        trainer = tiny.trainer(tmp_path, max_completion_length=16, per_device_eval_batch_size=32)
+        rows = []
+        trainer.model.base_model.register_forward_pre_hook(
+            lambda module, args, kwargs, rows=rows: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+        )
+        torch.manual_seed(3)
+        metrics = trainer.evaluate(tiny.data(8))
+        found.append((metrics["eval_reward"], metrics["eval_completions/mean_length"], rows))
+    (*ours, few), (*theirs, many) = found
+    assert ours == theirs and 0 < ours[0] < 1
+    assert len(few) == len(many) and (few[0], many[0]) == (8, 32)  # prompts
+    assert few[15] < many[15] == 32  # the last token
 
 
 def test_other_tokens_than_those_drawn_are_scored():

@@ -11,7 +11,7 @@ from transformers import DynamicCache, GenerationConfig, LlamaConfig, MistralCon
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from hapo.cache import LEAST_ROOM, RoomyLayer, give_room, rows_can_move
-from hapo.samplers.decoding import alike, decode_alike
+from hapo.samplers.decoding import decode_alike
 from hapo.samplers.transformers import sampling
 
 from .test_decoding import PAD, SHAPE, tiny
@@ -149,13 +149,6 @@ def test_sampling_gives_room(monkeypatch, do_sample):
     with sampling(model):
         model.generate(torch.tensor([[5, 9]]), generation_config=options)
     assert seen == {RoomyLayer}
-
-
-def test_a_generate_of_ones_own_is_asked_as_it_is():
-    model = tiny(LlamaConfig(**SHAPE))
-    assert alike(model) == {"custom_generate": decode_alike}
-    model.generate = lambda input_ids: input_ids
-    assert alike(model) == {}
 
 
 def test_only_empty_layers_that_are_copied_get_room():

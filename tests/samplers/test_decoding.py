@@ -9,8 +9,8 @@ from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCa
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from hapo.cache import cache_of
-from hapo.samplers.decoding import alike, draw
-from hapo.samplers.transformers import sampling
+from hapo.samplers.decoding import decode_alike, draw
+from hapo.samplers.transformers import less_work, sampling
 
 PAD, EOS, VOCAB, NEW = 0, [1, 7, 12, 19, 31], 48, 24
 PROMPTS = [[5, 9, 2], [11, 3, 30, 4, 21, 8], [40, 41]]
@@ -36,7 +36,7 @@ def tiny(config) -> torch.nn.Module:
     return model
 
 
-def generate(model, custom=None, **options):
+def generate(model, **options):
     """SAMPLES answers to each prompt, left-padded, and the rows of every forward pass."""
     width = max(map(len, PROMPTS))
     prompts = [p for p in PROMPTS for _ in range(SAMPLES)]
@@ -48,7 +48,7 @@ def generate(model, custom=None, **options):
     torch.manual_seed(5)
     try:
         config = GenerationConfig(pad_token_id=PAD, eos_token_id=EOS, **options)
-        out = model.generate(ids, attention_mask=mask, generation_config=config, **(custom or {}))
+        out = model.generate(ids, attention_mask=mask, generation_config=config)
     finally:
         hook.remove()
     return prompts, out[:, width:], rows
@@ -119,12 +119,24 @@ WAYS = [{"do_sample": False}, {}, {"top_k": 5, "top_p": 0.9, "min_p": 0.05}, {"r
 def test_the_loop_that_measures_gives_the_tokens_of_transformers(config, options):
     model = tiny(config(**SHAPE))
     _, theirs, passes = generate(model, **options)
-    _, ours, rows = generate(model, alike(model), **options)
+    with less_work(model):
+        _, ours, rows = generate(model, **options)
     assert torch.equal(ours, theirs)
     lengths = ended(ours)
     assert lengths.min() < lengths.max() and len(rows) == len(passes)
     leave = "repetition_penalty" not in options  # which may know rows by their place
     assert rows[0] == len(PROMPTS) and (rows[-1] < passes[-1]) == leave
+
+
+def test_a_generate_of_ones_own_is_left_alone():
+    model = tiny(LlamaConfig(**SHAPE))
+    theirs = model.generate
+    with less_work(model):
+        assert model.generate.keywords["custom_generate"] is decode_alike
+    assert model.generate == theirs and "generate" not in vars(model)
+    model.generate = own = lambda input_ids: input_ids
+    with less_work(model):
+        assert model.generate is own
 
 
 class WithFeatures(LlamaForCausalLM):

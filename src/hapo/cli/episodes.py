@@ -10,8 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..samplers.decoding import alike
-from ..samplers.transformers import only_what_is_asked
+from ..samplers.transformers import less_work, only_what_is_asked
 from ..tasks import Task
 from ..tasks.environments import Environment
 from ..tasks.environments.episodes import Episode, play_episodes, stop_ids
@@ -52,7 +51,7 @@ def draw_episodes(
     training, answers = model.training, []
     model.eval()
     try:
-        with generators_kept(), torch.no_grad(), only_what_is_asked(model):
+        with generators_kept(), torch.no_grad(), only_what_is_asked(model), less_work(model):
             torch.manual_seed(decoding.seed)
             for start in range(0, len(asked), len(environments)):
                 part = asked[start : start + len(environments)]
@@ -81,7 +80,7 @@ def _turn(
     ids = torch.tensor([[pad] * (width - len(c)) + c for c in contexts], device=model.device)
     mask = torch.tensor([[0] * (width - len(c)) + [1] * len(c) for c in contexts], device=model.device)
     inputs = {"input_ids": ids, "attention_mask": mask}
-    output = model.generate(**inputs, generation_config=config, **alike(model))[:, width:]
+    output = model.generate(**inputs, generation_config=config)[:, width:]
     return [until_end(row, config.eos_token_id) for row in output.tolist()], None
 
 

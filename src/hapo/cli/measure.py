@@ -17,8 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..engines.estimate import Estimate
-from ..samplers.decoding import alike
-from ..samplers.transformers import only_what_is_asked
+from ..samplers.transformers import less_work, only_what_is_asked
 from ..scoring import attach_scoring, score_tokens
 from ..tasks.per_token import outcome_of
 from ..tasks.rewards import RewardFunction
@@ -97,7 +96,7 @@ def draw_answers(
     training, answers = model.training, []
     model.eval()
     try:
-        with generators_kept(), torch.no_grad(), only_what_is_asked(model):
+        with generators_kept(), torch.no_grad(), only_what_is_asked(model), less_work(model):
             torch.manual_seed(decoding.seed)
             for start in range(0, len(asked), decoding.batch_size):
                 part = asked[start : start + decoding.batch_size]
@@ -106,7 +105,7 @@ def draw_answers(
                 if draw is not None:
                     output = draw(inputs["input_ids"], inputs["attention_mask"], decoding.temperature)
                 else:
-                    whole = model.generate(**inputs, generation_config=config, **alike(model))
+                    whole = model.generate(**inputs, generation_config=config)
                     output = whole[:, inputs["input_ids"].shape[1] :]
                 ids = [until_end(row, config.eos_token_id) for row in output.tolist()]
                 judged = judge(tokenizer, problems, part, ids, config.eos_token_id, reward_funcs, weights)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import (
     EosTokenCriteria,
     MaxLengthCriteria,
@@ -183,13 +183,6 @@ def decode_alike(
 
     loop = logits_processor, stopping_criteria, generation_config
     return _generate(model, input_ids, choose, *loop, **model_kwargs)
-
-
-def alike(model: Any) -> dict[str, Any]:
-    """Arguments of `generate` for `decode_alike`; nothing for a model whose `generate` is its own."""
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
-    own = "generate" in vars(core) or getattr(type(core), "generate", None) is not GenerationMixin.generate
-    return {} if own else {"custom_generate": decode_alike}
 
 
 def _generate(

@@ -12,11 +12,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
 from transformers.generation import GenerationMode
 
 from ..parts.entropy import entropy_from_logits
@@ -249,6 +256,20 @@ def only_what_is_asked(model: Any) -> Iterator[None]:
         yield
     finally:
         core.generation_config = own
+
+
+@contextmanager
+def less_work(model: Any) -> Iterator[None]:
+    """Inside the block `generate()` of this instance draws in `decode_alike`, as transformers' own loop would.
+
+    A model whose `generate` is its own is left alone: it need not know how to hand over its loop.
+    """
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if "generate" in vars(core) or getattr(type(core), "generate", None) is not GenerationMixin.generate:
+        yield
+        return
+    with _replaced(core, generate=partial(core.generate, custom_generate=decode_alike)):
+        yield
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...batch import EntropyStats
 from ...method import Method
 from ...samplers.decoding import Draws
-from ...samplers.transformers import NotSampledError, only_what_is_asked, sampling
+from ...samplers.transformers import NotSampledError, less_work, only_what_is_asked, sampling
 from . import vllm
 from .options import NO_TEMPERATURE
 from .support import over
@@ -76,7 +76,8 @@ class Sampler:
 
     def _draw(self, asked: Request) -> Turn:
         if not asked.train:
-            return Turn(*asked.generate())
+            with less_work(asked.net):
+                return Turn(*asked.generate())
         factor, stats = self.factor, asked.stats
         rule = None if factor is None or stats is None else lambda entropy: factor(entropy, stats)
         try:
