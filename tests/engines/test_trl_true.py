@@ -16,6 +16,7 @@ from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuni
 
 import hapo
 from hapo.engines.trl import config as config_file
+from hapo.engines.trl.arguments import resolve_method
 from hapo.engines.trl.drawn import DrawnScores
 from hapo.engines.trl.scorer import Scorer
 from hapo.samplers.decoding import Draws
@@ -224,7 +225,7 @@ def test_a_field_that_a_later_trl_takes_away_breaks_no_refusal(tmp_path, monkeyp
     assert module.HAPOConfig(str(tmp_path), method="dapo", epsilon=0.2, **options).epsilon == 0.2
     with pytest.raises(ValueError, match="epsilon=0.3 cannot be honoured.*eps_low"):
         module.HAPOConfig(str(tmp_path), method="dapo", epsilon=0.3, **options)
-    assert module.resolve_method(None, module.HAPOConfig(str(tmp_path), method="dapo", **options)).name == "dapo"
+    assert resolve_method(None, module.HAPOConfig(str(tmp_path), method="dapo", **options)).name == "dapo"
 
 
 def test_a_schedule_that_is_refused_names_one_that_goes(tmp_path):

@@ -13,7 +13,7 @@ from trl import get_quantization_config
 
 import hapo
 
-from ..engines.trl.config import resolve_method
+from ..engines.trl.arguments import resolve_method
 from ..insight.run import Run
 from ..loops.options import ETPOConfig
 from ..tasks import Task, TaskConfig, load_task

@@ -17,7 +17,8 @@ from trl import GRPOTrainer
 from ...masked import mask_token, predicts_next
 from ...samplers.diffusion import Unmasking
 from . import passes
-from .config import HAPOConfig, resolve_method
+from .arguments import resolve_method
+from .config import HAPOConfig
 from .masked_models import adapter_for, give_generation_config, load, loaded_by_us
 from .scorer import Scored
 from .trainer import HAPOTrainer

@@ -32,9 +32,10 @@ from ...scoring import attach_scoring
 from ..metrics import rollout_metrics, sampler_gap
 from ..records import check_writable
 from . import finite, passes, vllm
+from .arguments import check_arguments, resolve_method
 from .auxiliary import AuxiliaryLoss, router_losses, total
 from .checkpoint import OnceAtBegin, RunState
-from .config import HAPOConfig, check_arguments, resolve_method
+from .config import HAPOConfig
 from .demonstrations import Demonstrations, Encoder, check_given, demonstrations_of
 from .drawn import DrawnScores
 from .entropy_term import EntropyTerm

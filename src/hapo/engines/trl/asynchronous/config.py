@@ -13,7 +13,7 @@ from ....method import Method
 from ....methods import policy
 from ....samplers.rule import temperature_of
 from .. import optimizer
-from ..config import _kl_weight, check_likelihood
+from ..arguments import check_likelihood, kl_weight
 from ..options import DECIDED_BY_METHOD, NO_TEMPERATURE, done_by
 
 OLD_POLICIES = ("sampler", "current")
@@ -97,7 +97,7 @@ class AsyncHAPOConfig(AsyncGRPOConfig):
     def check_method(self, method: Method) -> None:
         """Raise a ValueError unless this trainer can do what the method needs, and the method what is asked."""
         check_likelihood(method, diffusion=False)
-        if weight := _kl_weight(method):
+        if weight := kl_weight(method):
             raise ValueError(
                 f"method {method.name!r} has a KL penalty of weight {weight:g}, and TRL's asynchronous trainer "
                 'loads no reference model: set method_options={"kl_coef": 0}, or train with HAPOTrainer'
