@@ -104,6 +104,7 @@ def test_a_link_of_the_tables_opens_its_token(report: Path, open_page: Open) -> 
     page = open_page(report).page
     link = page.locator("#pushes table:visible a").first
     token = link.locator("xpath=ancestor::tr").locator("mark").inner_text()
+    expect(page.locator("figure > .plot:not(:has(svg))")).to_have_count(0)  # what is drawn above moves the link
     link.click()
     expect(page.locator("#mx-token")).to_contain_text(token.replace("␣", " ").strip().split("↵")[0])
     expect(page.locator("#microscope")).to_be_in_viewport()
