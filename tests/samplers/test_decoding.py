@@ -128,6 +128,12 @@ def test_the_loop_that_measures_gives_the_tokens_of_transformers(config, options
     assert rows[0] == len(PROMPTS) and (rows[-1] < passes[-1]) == leave
 
 
+def test_beams_are_refused_not_ignored():
+    model = tiny(LlamaConfig(**SHAPE))
+    with less_work(model), pytest.raises(ValueError, match="num_beams=2: one token a row"):
+        generate(model, do_sample=False, num_beams=2)
+
+
 def test_a_generate_of_ones_own_is_left_alone():
     model = tiny(LlamaConfig(**SHAPE))
     theirs = model.generate
@@ -137,6 +143,10 @@ def test_a_generate_of_ones_own_is_left_alone():
     model.generate = own = lambda input_ids: input_ids
     with less_work(model):
         assert model.generate is own
+    del model.generate
+    model.__class__ = type("OwnLoop", (LlamaForCausalLM,), {"_sample": lambda self, *args, **kwargs: None})
+    with less_work(model):
+        assert "generate" not in vars(model)
 
 
 class WithFeatures(LlamaForCausalLM):

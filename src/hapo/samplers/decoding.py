@@ -170,7 +170,12 @@ def decode_alike(
     Sampling takes the same random numbers, those of rows that have left included. In float32 the tokens are the
     same; in half precision fewer rows may round differently, and a token may change. Padded after any criterion
     that ends a row, where transformers asks for one with an end-of-sequence token.
+
+    Raises:
+        ValueError: beams are asked for.
     """
+    if (generation_config.num_beams or 1) > 1:
+        raise ValueError(f"num_beams={generation_config.num_beams}: one token a row is drawn here; set it to 1")
 
     def choose(ids: Tensor, logits: Tensor, rows: RunningRows) -> Tensor:
         scores = logits_processor(ids, logits.clone() if logits_processor else logits)

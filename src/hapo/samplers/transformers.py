@@ -262,10 +262,12 @@ def only_what_is_asked(model: Any) -> Iterator[None]:
 def less_work(model: Any) -> Iterator[None]:
     """Inside the block `generate()` of this instance draws in `decode_alike`, as transformers' own loop would.
 
-    A model whose `generate` is its own is left alone: it need not know how to hand over its loop.
+    A model whose `generate` or `_sample` is its own is left alone: it need not draw as transformers does.
     """
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if "generate" in vars(core) or getattr(type(core), "generate", None) is not GenerationMixin.generate:
+    loop = ("generate", "_sample")
+    theirs = all(getattr(type(core), name, None) is getattr(GenerationMixin, name) for name in loop)
+    if "generate" in vars(core) or not theirs:
         yield
         return
     with _replaced(core, generate=partial(core.generate, custom_generate=decode_alike)):
